@@ -1,0 +1,437 @@
+"""Observe, plan, solve, replace: the whole method on a bare ``nn.Module``."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrcompress.budget import ALLOCATIONS, Candidate, allocate, check_keep, match_bounds
+from lrcompress.errors import NoMatchError, ObservationError, SettingError, nearest
+from lrcompress.nn import LowRankLinear
+from lrcompress.objective import METHODS, Metric, method_named, metric_of
+from lrcompress.report.record import LayerRecord, PointRecord
+from lrcompress.solvers.truncation import Factors, Truncation, truncate
+from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
+from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.moments import KINDS, Statistics
+from lrcompress.statistics.views import view
+from lrcompress.surgery import (
+    Selection,
+    carry_dense,
+    carry_factors,
+    replace_,
+    select,
+    swap_parameters_,
+)
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How layers are chosen, measured and cut; every entry is checked when it is made.
+
+    Attributes:
+        method: a key of :data:`lrcompress.objective.METHODS`.
+        keep: parameters that remain / parameters before, over the targeted layers.
+        targets: patterns of layer names; None is every linear layer of a numbered block.
+        exclude: patterns of layers to leave out.
+        allocation: ``"uniform"``, or ``"global"`` for methods that predict the loss; None
+            takes global where it can be had.
+        ranks: ranks of their own for layers matching a pattern.
+        keeps: shares of their own for layers matching a pattern.
+        keep_range: least and greatest keep any one layer may get; 1 allows it to stay dense.
+        align: what ranks are multiples of, as far as no budget is lost by it.
+        refit_bias: let the bias take up the mean error, where the input moment is known.
+        shrink: shares of their mean diagonal mixed into the input and the output metric.
+        shared: also factor layers used in several places, and untie tied weights.
+
+    Raises:
+        SettingError: if an entry is not what it may be.
+    """
+
+    method: str = "kfac"
+    keep: float | None = None
+    targets: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    allocation: str | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    keeps: Mapping[str, float] = field(default_factory=dict)
+    keep_range: tuple[float, float] = (0.0, 1.0)
+    align: int = 8
+    refit_bias: bool = True
+    shrink: tuple[float, float] = (0.0, 0.1)
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        method = method_named(self.method)
+        if self.keep is not None:
+            check_keep(self.keep)
+        for pattern, keep in self.keeps.items():
+            check_keep(keep, f"keeps[{pattern!r}]")
+        if self.allocation not in (None, *ALLOCATIONS):
+            raise SettingError(
+                f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
+            )
+        if self.allocation == "global" and not method.comparable:
+            comparable = ", ".join(name for name, m in METHODS.items() if m.comparable)
+            raise SettingError(
+                f"allocation='global' compares predicted losses of layers, which method "
+                f"{self.method!r} does not know; use allocation='uniform', or one of {comparable}"
+            )
+        for name, shares in (("keep_range", self.keep_range), ("shrink", self.shrink)):
+            if len(shares) != 2 or not all(0 <= share <= 1 for share in shares):
+                raise SettingError(f"{name} must be two shares from 0 to 1, got {shares!r}")
+        if self.keep_range[0] > self.keep_range[1]:
+            raise SettingError(f"keep_range must rise, got {self.keep_range!r}")
+        if not isinstance(self.align, int) or self.align < 1:
+            raise SettingError(f"align must be a whole number from 1, got {self.align!r}")
+
+    @property
+    def spread(self) -> str:
+        """The allocation in force."""
+        default = "global" if METHODS[self.method].comparable else "uniform"
+        return self.allocation or default
+
+    def select(self, model: nn.Module) -> Selection:
+        """Return the layers of ``model`` that are targeted."""
+        return select(model, self.targets, self.exclude, shared=self.shared)
+
+
+def candidates(
+    model: nn.Module, names: Sequence[str], settings: Settings, energies: Mapping[str, Tensor]
+) -> list[Candidate]:
+    """Return what each layer asks of the budget.
+
+    Raises:
+        NoMatchError: if a pattern of ``ranks`` or ``keeps`` matches no targeted layer.
+        SettingError: if a layer has both a rank and a keep of its own.
+    """
+    ranks = _by_layer("ranks", settings.ranks, names)
+    keeps = _by_layer("keeps", settings.keeps, names)
+    both = sorted(ranks.keys() & keeps.keys())
+    if both:
+        raise SettingError(f"layer {both[0]!r} is given both a rank and a keep")
+    result = []
+    for name in names:
+        shape = view(model.get_submodule(name)).shape
+        lowest, highest = match_bounds(settings.keep_range, *shape)
+        result.append(
+            Candidate(
+                name,
+                *shape,
+                energies=energies.get(name),
+                rank=None if name not in ranks else int(ranks[name]),
+                keep=keeps.get(name),
+                lowest=lowest,
+                highest=highest,
+            )
+        )
+    return result
+
+
+def _by_layer(
+    argument: str, given: Mapping[str, float], names: Sequence[str]
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for pattern, value in given.items():
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise NoMatchError(
+                f"{argument}: pattern {pattern!r} matches none of the {len(names)} targeted "
+                f"layers; nearest names: {nearest(pattern, names)}"
+            )
+        found |= dict.fromkeys(hits, value)
+    return found
+
+
+def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Selection, int]:
+    """Return the layers that would be replaced, their uniform ranks, and bytes of statistics.
+
+    Nothing is observed or changed. Global allocation shares the same budget out otherwise.
+    """
+    selection = settings.select(model)
+    asked = candidates(model, selection.names, settings, {})
+    ranks = allocate(asked, settings.keep, "uniform", settings.align)
+    records = [
+        LayerRecord(c.name, c.out_features, c.in_features, ranks[c.name], 0.0, None) for c in asked
+    ]
+    recorder = Recorder(model, selection.names, METHODS[settings.method].kinds)
+    return records, selection, recorder.nbytes
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """One targeted layer, measured, before anything is changed."""
+
+    truncation: Truncation
+    metric: Metric
+
+    def loss(self, rank: int | None) -> float | None:
+        if rank is None:
+            return 0.0
+        scale = self.metric.loss_scale
+        return None if scale is None else 0.5 * scale * float(self.truncation.energies[rank:].sum())
+
+
+@torch.no_grad()
+def factor_(
+    model: nn.Module,
+    statistics: Statistics,
+    settings: Settings,
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    step: int | None = None,
+) -> PointRecord:
+    """Replace the targeted layers of ``model`` by factored ones, from statistics.
+
+    Everything is decided and solved before the first layer is touched: an error leaves the
+    model as it was. Layers that are factored already are factored again.
+
+    Args:
+        model: changed in place.
+        statistics: of the targeted layers, of the kinds the method needs.
+        settings: what to do.
+        optimizers: whose parameters and state follow.
+        step: for the record.
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        NoMatchError: if a pattern matches nothing.
+        ObservationError: if a layer was never seen.
+        NotFiniteError: if a statistic or a weight is not finite.
+        SettingError: if the budget cannot be met.
+
+    Cost:
+        One symmetric eigendecomposition of the smaller side per layer, and its products.
+    """
+    started = time.perf_counter()
+    names = settings.select(model).names
+    solved = {name: _solve(model, name, statistics, settings) for name in names}
+    curves = {
+        name: one.truncation.energies * (1.0 if one.metric.loss_scale is None else one.metric.loss_scale)
+        for name, one in solved.items()
+    }
+    asked = candidates(model, names, settings, curves)
+    ranks = allocate(asked, settings.keep, settings.spread, settings.align)
+    _check_falling(model, ranks)
+    factors = {n: solved[n].truncation.factors(r) for n, r in ranks.items() if r is not None}
+    before = _dense_size(model)
+    for name, found in factors.items():
+        _put(model, name, found, solved[name].metric, tuple(optimizers))
+    layers = [
+        LayerRecord(
+            c.name,
+            c.out_features,
+            c.in_features,
+            ranks[c.name],
+            factors[c.name].error if c.name in factors else 0.0,
+            solved[c.name].loss(ranks[c.name]),
+            solved[c.name].metric.note,
+        )
+        for c in asked
+    ]
+    observed = {
+        "steps": statistics.steps,
+        "tokens": statistics.tokens,
+        "skipped": statistics.num_skipped,
+        "bytes": statistics.nbytes,
+    }
+    after = sum(p.numel() for p in model.parameters())
+    seconds = time.perf_counter() - started
+    return PointRecord(settings.method, step, layers, before, after, observed, seconds)
+
+
+def _solve(model: nn.Module, name: str, statistics: Statistics, settings: Settings) -> _Solved:
+    layer = view(model.get_submodule(name))
+    metric = metric_of(
+        settings.method,
+        statistics,
+        name,
+        refit_bias=settings.refit_bias and layer.bias is not None,
+        shrink=settings.shrink,
+    )
+    weight = layer.weight
+    device = weight.device
+    return _Solved(truncate(weight, _to(metric.output, device), _to(metric.input, device)), metric)
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
+    """Leave a layer alone whose factors would only grow: truncation cannot add rank."""
+    for name, rank in ranks.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, LowRankLinear) and (rank is None or rank > layer.rank):
+            ranks[name] = layer.rank
+
+
+def _dense_size(model: nn.Module) -> int:
+    now = sum(p.numel() for p in model.parameters())
+    factored = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    saved = (
+        m.out_features * m.in_features - m.rank * (m.out_features + m.in_features) for m in factored
+    )
+    return now + sum(saved)
+
+
+def _put(
+    model: nn.Module,
+    name: str,
+    factors: Factors,
+    metric: Metric,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    layer = model.get_submodule(name)
+    old = view(layer)
+    new = LowRankLinear.in_place_of(layer, factors.left.shape[1])
+    new.left.weight.copy_(factors.left)
+    new.right.weight.copy_(factors.right)
+    if metric.mean is not None and old.bias is not None:
+        lost = old.weight.double() - factors.left.double() @ factors.right.double()
+        old.bias.add_((lost @ metric.mean.to(lost)).to(old.bias))
+    if isinstance(layer, LowRankLinear):
+        held = (layer.left.weight, layer.right.weight)
+        carry = carry_factors(held, (factors.left, factors.right))
+    else:
+        carry = carry_dense(factors.left, factors.right, old.transposed)
+    swap_parameters_(optimizers, old.parameters, (new.right.weight, new.left.weight), carry)
+    replace_(model, name, new)
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    *,
+    method: str = "kfac",
+    kinds: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    shared: bool = False,
+    offload: str | None = None,
+) -> Iterator[Recorder]:
+    """Watch the linear layers of ``model`` while the block runs.
+
+    Args:
+        model: the module; nothing is written on it.
+        method: whose statistics to accumulate.
+        kinds: the statistics themselves, in place of a method's.
+        targets: patterns of layer names; None is every linear layer of a numbered block.
+        exclude: patterns of layers to leave out.
+        shared: allow layers that are called several times a step.
+        offload: device the sums live on; None leaves them beside the layers.
+
+    Yields:
+        A :class:`~lrcompress.statistics.capture.Recorder`: run each step inside its ``step``;
+        its ``statistics`` fill up.
+
+    Raises:
+        SettingError: if the method or a kind is unknown.
+    """
+    chosen = method_named(method).kinds if kinds is None else tuple(kinds)
+    for kind in chosen:
+        if kind not in KINDS:
+            raise SettingError(f"statistics are {', '.join(KINDS)}; got {kind!r}")
+    names = select(model, targets, exclude, shared=shared).names
+    yield Recorder(model, names, chosen, offload=offload, shared=shared)
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    mask: str | Callable[[Any], Tensor] | None = MASK,
+    examples: Callable[[Any], int] | None = None,
+    **settings: Any,
+) -> PointRecord:
+    """Factor the linear layers of ``model`` from one pass over ``batches``, without a Trainer.
+
+    The model is observed in evaluation mode, without dropout, and no ``.grad`` is touched.
+
+    Args:
+        model: changed in place.
+        batches: whatever ``loss`` understands; the passes are over all of them.
+        loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, a scalar.
+        mask: where a batch says which positions are real: a key, a function of the batch, or
+            None if nothing is padded.
+        examples: how many a batch holds; by default the leading size of its first tensor.
+        **settings: of :class:`Settings`: ``method``, ``keep``, ``targets``, …
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        ObservationError: if ``batches`` is empty, or all its losses are not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        >>> batches = [torch.randn(16, 8) for _ in range(4)]
+        >>> record = compress(model, batches, lambda m, x: m(x).square().mean(), keep=0.5)
+        >>> [layer.rank for layer in record.layers]
+        [2, 2]
+    """
+    chosen = Settings(**settings)
+    names = chosen.select(model).names
+    method = METHODS[chosen.method]
+    if chosen.keep is None and not (chosen.ranks or chosen.keeps):
+        raise SettingError("keep is missing: give keep=, or ranks or keeps for every layer")
+    recorder = Recorder(
+        model, names, method.kinds, shared=chosen.shared, forward_only=not method.needs_gradients
+    )
+    if method.kinds:
+        with _observable(model, names, method.needs_gradients):
+            for batch in batches:
+                _watch(recorder, model, batch, loss, mask, (examples or batch_examples)(batch))
+        if not recorder.statistics.steps:
+            raise ObservationError(
+                f"nothing to learn from: {recorder.statistics.skipped} batches, "
+                "none with a finite loss"
+            )
+    return factor_(model, recorder.statistics, chosen)
+
+
+def _watch(
+    recorder: Recorder,
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    mask: str | Callable[[Any], Tensor] | None,
+    count: int,
+) -> None:
+    found, missing = batch_mask(batch, mask, "compress")
+    with recorder.step(found, missing=missing):
+        value = loss(model, batch)
+        finite = bool(value.isfinite())
+        recorder.commit(float(count), finite=finite)
+        if finite and recorder.outputs:
+            torch.autograd.grad(value, recorder.outputs)
+
+
+@contextmanager
+def _observable(model: nn.Module, names: Sequence[str], gradients: bool) -> Iterator[None]:
+    """Evaluation mode, and weights that let gradients through; both as before at the end."""
+    modes = {module: module.training for module in model.modules()}
+    weights = [p for name in names for p in view(model.get_submodule(name)).parameters]
+    frozen = [p for p in weights if gradients and not p.requires_grad]
+    try:
+        model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,70 @@
+"""Every exception this package raises.
+
+    LRCompressError
+    ├── ShapeError        arguments that do not fit together            (ValueError)
+    ├── SettingError      an argument outside what it may be            (ValueError)
+    ├── NotFiniteError    a NaN or an infinity reached a solver         (ArithmeticError)
+    ├── NoMatchError      a pattern or a name that names nothing        (LookupError)
+    ├── LayerError        a layer that cannot be observed or factored   (TypeError)
+    ├── ObservationError  statistics that are missing or contradictory  (RuntimeError)
+    ├── PlatformError     a trainer, strategy or callback in the way    (RuntimeError)
+    ├── CheckpointError   a file that does not hold what was expected   (RuntimeError)
+    └── RecipeError       a recipe that cannot be read, all its faults  (ValueError)
+
+Each message says what was expected, what was found, and where it was found.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LRCompressError(Exception):
+    """The base of every exception this package raises."""
+
+
+class ShapeError(LRCompressError, ValueError):
+    """Arguments whose shapes do not fit together."""
+
+
+class SettingError(LRCompressError, ValueError):
+    """An argument outside the values it may take."""
+
+
+class NotFiniteError(LRCompressError, ArithmeticError):
+    """A NaN or an infinity reached a solver."""
+
+
+class NoMatchError(LRCompressError, LookupError):
+    """A pattern or a name that names nothing there is."""
+
+
+class LayerError(LRCompressError, TypeError):
+    """A layer that cannot be observed or factored."""
+
+
+class ObservationError(LRCompressError, RuntimeError):
+    """Statistics that are missing, empty or contradict each other."""
+
+
+class PlatformError(LRCompressError, RuntimeError):
+    """A trainer, strategy or other callback that this one cannot work with."""
+
+
+class CheckpointError(LRCompressError, RuntimeError):
+    """A checkpoint that does not hold what was expected."""
+
+
+class RecipeError(LRCompressError, ValueError):
+    """A recipe that cannot be read; the message lists all its faults."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return the known names closest to ``name``, comma separated, for an error message.
+
+    Example:
+        >>> nearest("kfca", ["svd", "kfac", "drone"])
+        'kfac'
+    """
+    names = list(known)
+    found = get_close_matches(name, names, n=count, cutoff=0.4) or names[:count]
+    return ", ".join(found)

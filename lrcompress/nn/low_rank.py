@@ -1,0 +1,98 @@
+"""A linear layer as two narrow ones."""
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.statistics import views
+
+
+class LowRankLinear(nn.Module):
+    """``y = left (right x) + bias``, a linear map of rank at most ``rank``.
+
+    Takes and returns what the layer it replaces did. Costs ``rank·(in + out)`` multiply-adds a
+    token against ``in·out``, so it pays below ``rank = in·out / (in + out)``.
+
+    Shapes:
+        input ``(..., in)``, output ``(..., out)``; ``right.weight`` ``(rank, in)``,
+        ``left.weight`` ``(out, rank)``, ``left.bias`` ``(out,)`` or None.
+
+    Example:
+        >>> LowRankLinear(6, 4, rank=2)(torch.zeros(3, 5, 6)).shape
+        torch.Size([3, 5, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module, rank: int) -> "LowRankLinear":
+        """Return a layer of that rank to stand where ``layer`` stood, its factors not yet set.
+
+        It takes over ``layer``'s bias, the same parameter, and its dtype, device and training
+        flags.
+        """
+        old = views.view(layer)
+        out_features, in_features = old.shape
+        weight = old.parameters[-1]
+        new = cls(
+            in_features,
+            out_features,
+            rank,
+            bias=False,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        new.left.bias = old.bias  # type: ignore[assignment]
+        for parameter in (new.right.weight, new.left.weight):
+            parameter.requires_grad_(weight.requires_grad)
+        return new.train(layer.training)
+
+    def to_dense(self) -> nn.Linear:
+        """Return a plain linear layer with the same product, bias, dtype and device."""
+        factor = self.left.weight
+        dense = nn.Linear(
+            self.in_features, self.out_features, False, device=factor.device, dtype=factor.dtype
+        )
+        dense.weight.data.copy_(self.weight.data)
+        dense.weight.requires_grad_(factor.requires_grad)
+        dense.bias = self.left.bias
+        return dense.train(self.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product ``(out, in)``, for code that reads a linear layer's weight."""
+        return self.left.weight @ self.right.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias ``(out,)``, kept on the left factor."""
+        return self.left.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the narrow factor first."""
+        return self.left(self.right(x))  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def _view(layer: nn.Module) -> views.LinearView:
+    assert isinstance(layer, LowRankLinear)
+    shape = (layer.out_features, layer.in_features)
+    parameters = (layer.right.weight, layer.left.weight)
+    return views.LinearView(shape, layer.bias, parameters, lambda: layer.weight)
+
+
+views.register(LowRankLinear, _view)

@@ -1,0 +1,170 @@
+"""What an error is measured in: every method's metric, from the statistics of a layer.
+
+All weighted decompositions minimise one objective, with ``PᵀP`` an output metric and ``QQᵀ``
+an input metric, over all matrices ``M`` of rank ``r``::
+
+    min ‖P (W − M) Q‖²
+
+==============  ====================  ====================  ===============================
+method          output metric         input metric          source
+==============  ====================  ====================  ===============================
+``svd``         I                     I                     Eckart & Young 1936
+``fwsvd``       I                     diag Σ_i F_ij         Hsu et al., ICLR 2022
+``asvd``        I                     diag (mean |x|)       Yuan et al., arXiv 2312.05821
+``drone``       I                     C                     Chen et al., NeurIPS 2021
+``row_fisher``  diag Σ_j F_ij         C                     both of the above, one a side
+``kfac``        G                     C                     two-sided, arXiv 2505.17974
+==============  ====================  ====================  ===============================
+
+``C`` is the covariance of the inputs (their second moment where there is no bias to refit),
+``G`` the second moment of the gradient at the output, ``F`` the per-example Fisher. ASVD's
+exponent is ½ of the scale, hence mean |x| in the squared metric. With a Fisher metric on the
+output, half the squared error predicts the increase of the loss, so errors of different
+layers are in one currency: those methods are ``comparable``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrcompress.errors import NotFiniteError, SettingError, nearest
+from lrcompress.linalg import shrunk
+from lrcompress.statistics.moments import Statistics
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to measure an error.
+
+    Attributes:
+        output: the statistic behind the output metric; None for the identity.
+        input: the statistic behind the input metric; None for the identity.
+    """
+
+    output: str | None
+    input: str | None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The statistics it needs."""
+        return tuple(kind for kind in (self.input, self.output) if kind)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether errors of different layers are in one currency, the loss."""
+        return self.output is not None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether its statistics come from a backward pass."""
+        return self.output is not None or self.input == "input_fisher"
+
+
+METHODS: dict[str, Method] = {
+    "svd": Method(None, None),
+    "fwsvd": Method(None, "input_fisher"),
+    "asvd": Method(None, "input_abs"),
+    "drone": Method(None, "input_moment"),
+    "row_fisher": Method("output_fisher", "input_moment"),
+    "kfac": Method("output_moment", "input_moment"),
+}
+
+
+def method_named(name: str) -> Method:
+    """Return the method called ``name``.
+
+    Raises:
+        SettingError: if there is none; the message lists the nearest.
+
+    Example:
+        >>> method_named("drone").kinds
+        ('input_moment',)
+    """
+    if name not in METHODS:
+        raise SettingError(
+            f"method must be one of {', '.join(METHODS)}; got {name!r}, "
+            f"nearest: {nearest(str(name), METHODS, 1)}"
+        )
+    return METHODS[name]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The metric of one layer, in float64.
+
+    Attributes:
+        output: ``PᵀP``: None for the identity, ``(out,)`` its diagonal, or ``(out, out)``.
+        input: ``QQᵀ``: None, ``(in,)`` or ``(in, in)``, centred if ``mean`` is given.
+        mean: ``(in,)`` mean input ``μ``; given, the bias is refitted: ``b' = b + (W − M) μ``.
+        loss_scale: ``½‖P (W − M) Q‖²`` times this predicts the increase of the loss per
+            example; None where the metric does not know the loss.
+        note: what was done about a metric that could not be used as it was, or "".
+    """
+
+    output: Tensor | None = None
+    input: Tensor | None = None
+    mean: Tensor | None = None
+    loss_scale: float | None = None
+    note: str = ""
+
+
+def metric_of(
+    method: str,
+    statistics: Statistics,
+    layer: str,
+    *,
+    refit_bias: bool,
+    shrink: tuple[float, float] = (0.0, 0.0),
+) -> Metric:
+    """Return the metric that ``method`` measures the errors of ``layer`` in.
+
+    Args:
+        method: a key of :data:`METHODS`.
+        statistics: with the layer's statistics that the method needs.
+        layer: its name.
+        refit_bias: whether the layer has a bias that may take up the mean error; the input
+            moment is then centred, which is the exact optimum over weight and bias together.
+        shrink: shares of the mean diagonal mixed into the input and the output metric.
+
+    Raises:
+        NotFiniteError: if a statistic holds a NaN or an infinity.
+        ObservationError: if a statistic is missing.
+    """
+    chosen = method_named(method)
+    if not chosen.kinds:
+        return Metric()
+    sums = statistics.of(layer, chosen.kinds)
+    values = {kind: sums.moment(kind).double() for kind in chosen.kinds}
+    for kind, value in values.items():
+        if not value.isfinite().all():
+            raise NotFiniteError(f"{kind} of layer {layer!r} holds a NaN or an infinity")
+    tokens, examples = max(1, int(sums.tokens)), max(1, int(sums.examples))
+    inner = values[chosen.input] if chosen.input else None
+    outer = values[chosen.output] if chosen.output else None
+    mean, loss_scale = None, None
+    if chosen.input == "input_moment" and inner is not None:
+        inner = inner / tokens
+        spread = inner.diagonal().sum()
+        if refit_bias:
+            mean = sums.moment("input_sum").double() / tokens
+            inner = inner - torch.outer(mean, mean)
+    if outer is not None:
+        outer = outer / examples
+        # Σ_j F_ij = G_ii · trace C where inputs and gradients are independent
+        loss_scale = 1.0 if chosen.output == "output_moment" else float(1 / spread)
+    return _usable(Metric(outer, inner, mean, loss_scale), shrink)
+
+
+def _usable(metric: Metric, shrink: tuple[float, float]) -> Metric:
+    sides, notes = [], []
+    for side, share in ((metric.input, shrink[0]), (metric.output, shrink[1])):
+        trace = None if side is None else (side if side.ndim == 1 else side.diagonal()).sum()
+        if side is None or trace is None or trace > 0:
+            sides.append(None if side is None else shrunk(side, share))
+        else:
+            sides.append(None)
+            notes.append(f"the {('input', 'output')[len(sides) - 1]} metric was all zero: identity")
+    inner, outer = sides
+    scale = metric.loss_scale if outer is not None or metric.output is None else 0.0
+    return Metric(outer, inner, metric.mean, scale, "; ".join(notes))

@@ -1,0 +1,112 @@
+"""The report in a terminal."""
+
+import re
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lrcompress.report.record import LayerRecord, PointRecord, Report, sum_or_none
+
+
+def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
+    """Return one row per kind of layer: the same path in every block, numbers aside."""
+    kinds: dict[str, list[LayerRecord]] = {}
+    for layer in layers:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", layer.name), []).append(layer)
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("layers", overflow="fold")
+    for heading in ("out × in", "rank", "kept", "error", "predicted loss"):
+        table.add_column(heading, justify="right")
+    for kind, members in kinds.items():
+        table.add_row(
+            f"{kind} ({len(members)})",
+            f"{members[0].out_features} × {members[0].in_features}",
+            _span(members),
+            f"{sum(x.after for x in members) / sum(x.before for x in members):.3f}",
+            f"{sum(x.error for x in members) / len(members):.3f}",
+            _loss(sum_or_none(x.predicted_loss for x in members)),
+        )
+    return table
+
+
+def point_table(point: PointRecord) -> RenderableType:
+    """Return what one point did, by kind of layer, and in total."""
+    where = "" if point.step is None else f" at step {point.step}"
+    table = ranks_table(point.layers, f"lrcompress: {point.method}{where}, {point.seconds:.1f} s")
+    lines = [
+        f"targeted layers keep {point.keep:.3f}, the whole model "
+        f"{point.model_after / point.model_before:.3f} of its parameters"
+    ]
+    if point.observed.get("steps"):
+        lines.append(
+            f"statistics of {point.observed['tokens']:,} tokens in {point.observed['steps']} steps"
+            + (f", {point.observed['skipped']} skipped" if point.observed.get("skipped") else "")
+            + f", {point.observed['bytes'] / 2**20:.0f} MiB"
+        )
+    lines += [f"{layer.name}: {layer.note}" for layer in point.layers if layer.note]
+    return Group(table, Text("\n".join(lines)))
+
+
+def summary_table(report: Report) -> Table:
+    """Return what was lost and gained: dense beside factored, each point, and the end."""
+    first, last = report.points[0], report.points[-1]
+    table = Table(title="lrcompress: what was lost and gained", title_justify="left")
+    table.title_style = "bold"
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    for point in report.points:
+        step = "" if point.step is None else f" at step {point.step}"
+        table.add_column(f"factored{step}", justify="right")
+    table.add_column("after training on", justify="right")
+    targeted = sum(x.before for x in last.layers)
+    sizes = [
+        ("targeted layers", targeted, [round(p.keep * targeted) for p in report.points]),
+        ("whole model", first.model_before, [p.model_after for p in report.points]),
+    ]
+    for name, before, after in sizes:
+        cells = [f"{n:,} ({n / before:.3f})" for n in after]
+        table.add_row(f"parameters, {name}", f"{before:,}", *cells, cells[-1])
+    names = list(first.metrics.get("before", {})) or list(report.final)
+    for name in names:
+        before = first.metrics.get("before", {}).get(name)
+        after = [point.metrics.get("after", {}).get(name) for point in report.points]
+        table.add_row(name, *map(_figure, (before, *after, report.final.get(name))))
+    _loss_rows(table, report)
+    speed = report.seconds_per_step
+    if speed:
+        blank = [""] * len(report.points)
+        dense, after_ = (speed.get(key) for key in ("dense", "factored"))
+        table.add_row("seconds per training step", _figure(dense), *blank, _figure(after_))
+    return table
+
+
+def _loss_rows(table: Table, report: Report) -> None:
+    predicted = [point.predicted_loss for point in report.points]
+    if any(value is not None for value in predicted):
+        table.add_row("predicted increase of the loss", "", *map(_loss, predicted), "")
+    name = next((n for n in report.points[0].metrics.get("before", {}) if "loss" in n), None)
+    if name is not None:
+        measured = [p.metrics["after"][name] - p.metrics["before"][name] for p in report.points]
+        start = report.points[0].metrics["before"][name]
+        end = report.final.get(name)
+        change = None if end is None else end - start
+        table.add_row(f"measured change of {name}", "", *map(_loss, measured), _loss(change))
+
+
+def _span(members: list[LayerRecord]) -> str:
+    ranks = [x.rank for x in members if x.rank is not None]
+    dense = len(members) - len(ranks)
+    if not ranks:
+        return "dense"
+    span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+    return span + (f", {dense} dense" if dense else "")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}"

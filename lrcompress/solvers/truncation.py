@@ -1,0 +1,188 @@
+"""The rank-r matrix nearest to a weight in a two-sided metric: every weighted SVD in one."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrcompress.errors import NotFiniteError, SettingError, ShapeError
+from lrcompress.linalg import balanced, root
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A factored weight.
+
+    Attributes:
+        left: ``(out, rank)``, dtype and device of the weight.
+        right: ``(rank, in)``.
+        error: ``‖P (W − left right) Q‖ / ‖P W Q‖``, from the discarded energies.
+    """
+
+    left: Tensor
+    right: Tensor
+    error: float
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Every truncation of one weight: its error curve, and factors at any rank.
+
+    Attributes:
+        energies: ``(min(out, in),)`` float64, descending: the squared singular values of
+            ``P W Q``. What a truncation to ``r`` loses is ``energies[r:].sum()``.
+    """
+
+    energies: Tensor
+    _weight: Tensor
+    _left: Tensor  # (out, k) P⁻¹U
+    _right: Tensor  # (out, k) PᵀU, so that right = (PᵀU)ᵀ W
+
+    def factors(self, rank: int) -> Factors:
+        """Return the best factors of that rank, balanced, in the weight's own dtype.
+
+        Raises:
+            SettingError: if ``rank`` is below 1 or above ``min(out, in)``.
+        """
+        most = len(self.energies)
+        if not 1 <= rank <= most:
+            raise SettingError(
+                f"rank must be from 1 to {most} for a weight of shape "
+                f"{tuple(self._weight.shape)}, got {rank}"
+            )
+        left = self._left[:, :rank]
+        right = self._right[:, :rank].mT @ self._weight.double()
+        left, right = balanced(left, right)
+        return Factors(
+            left.to(self._weight.dtype).contiguous(),
+            right.to(self._weight.dtype).contiguous(),
+            self.error(rank),
+        )
+
+    def error(self, rank: int) -> float:
+        """Return the relative error of the best truncation to ``rank``."""
+        total = float(self.energies.sum())
+        return (max(0.0, float(self.energies[rank:].sum())) / total) ** 0.5 if total > 0 else 0.0
+
+
+@torch.no_grad()
+def truncate(weight: Tensor, output: Tensor | None = None, input: Tensor | None = None) -> Truncation:  # noqa: A002
+    """Return all truncations of ``weight`` that are optimal in a two-sided metric.
+
+    Minimises ``‖P (W − M) Q‖²`` over matrices ``M`` of rank ``r``, for every ``r`` at once,
+    with ``PᵀP = output`` and ``QQᵀ = input``. With ``U`` the leading left singular vectors of
+    ``P W Q``, the minimum is at ``M = P⁻¹U Uᵀ P W``.
+
+    ``U`` comes from an eigendecomposition on the *smaller* side of the weight, never from a
+    full SVD, and the input metric is never inverted, so singular input moments (dead inputs,
+    fewer tokens than features) need no damping:
+
+    * ``out ≤ in``: ``U`` from ``P (W C Wᵀ) Pᵀ``; no root of ``C`` is taken at all.
+    * ``out > in``: ``V`` from ``Qᵀ (Wᵀ G W) Q``; ``P⁻¹U = W Q V Σ⁻¹`` and ``PᵀU = G P⁻¹U``,
+      so the output metric is neither inverted nor has it a root taken.
+
+    Args:
+        weight: ``(out, in)``, any floating dtype; the solve runs in float64.
+        output: ``G``: ``(out, out)`` symmetric, ``(out,)`` its diagonal, or None for the
+            identity. Its scale does not change the factors.
+        input: ``C``: ``(in, in)``, ``(in,)`` or None, likewise.
+
+    Raises:
+        ShapeError: if the arguments do not fit together.
+        NotFiniteError: if one of them holds a NaN or an infinity.
+
+    Cost:
+        With ``s`` the smaller and ``l`` the larger side: ``O(s³)`` for the eigenvalues and
+        ``O(s·l²)`` for the products with full metrics; ``O(l²)`` float64 memory.
+
+    Source:
+        Eckart & Young (1936) under a change of basis; with the identity as output metric
+        A. J. Izenman, "Reduced-rank regression for the multivariate linear model" (1975).
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+        >>> [round(truncate(weight).error(rank), 4) for rank in (1, 2, 3)]  # sqrt(5/14), sqrt(1/14)
+        [0.5976, 0.2673, 0.0]
+    """
+    _check(weight, output, input)
+    w = weight.double()
+    g = None if output is None else output.to(w)
+    c = None if input is None else input.to(w)
+    if weight.shape[0] <= weight.shape[1]:
+        energies, left, right = _on_output_side(w, g, c)
+    else:
+        energies, left, right = _on_input_side(w, g, c)
+    return Truncation(energies, weight.detach(), left, right)
+
+
+def _times(matrix: Tensor, metric: Tensor | None) -> Tensor:
+    """Return ``matrix · metric`` for a full, a diagonal or no metric."""
+    if metric is None:
+        return matrix
+    return matrix * metric if metric.ndim == 1 else matrix @ metric
+
+
+def _on_output_side(
+    w: Tensor, g: Tensor | None, c: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    inner = _times(w, c) @ w.mT
+    if g is None:
+        energies, u = _descending(inner)
+        return energies, u, u
+    if g.ndim == 1:
+        p = _floored(g).sqrt()
+        energies, u = _descending(p[:, None] * inner * p)
+        return energies, u / p[:, None], u * p[:, None]
+    r, triangular = root(g)  # P = Rᵀ: with R in its place G would be as good as ignored
+    if triangular:
+        energies, u = _descending(r.mT @ inner @ r)
+        return energies, torch.linalg.solve_triangular(r.mT, u, upper=True), r @ u
+    energy, basis = torch.linalg.eigh(g)
+    p = _floored(energy).sqrt()
+    energies, u = _descending(p[:, None] * (basis.mT @ inner @ basis) * p)
+    return energies, basis @ (u / p[:, None]), basis @ (u * p[:, None])
+
+
+def _on_input_side(
+    w: Tensor, g: Tensor | None, c: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if c is None:
+        wq = w
+    elif c.ndim == 1:
+        wq = w * c.clamp(min=0).sqrt()
+    else:
+        wq = w @ root(c)[0]
+    gwq = wq if g is None else (g[:, None] * wq if g.ndim == 1 else g @ wq)
+    energies, v = _descending(wq.mT @ gwq)
+    # A direction without energy is worth nothing, and cannot be normalised: leave it out.
+    alive = energies > energies[0] * 1e-14
+    scale = torch.where(alive, energies, 1.0).rsqrt() * alive
+    return energies, (wq @ v) * scale, (gwq @ v) * scale
+
+
+def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    energies, basis = torch.linalg.eigh(matrix)
+    return energies.clamp(min=0).flip(0), basis.flip(1)  # rounding can push a zero below zero
+
+
+def _floored(energy: Tensor) -> Tensor:
+    """Keep the inverse of an output metric bounded: 1e-10 of its largest value is the least."""
+    return energy.clamp(min=float(energy.max()) * 1e-10)
+
+
+def _check(weight: Tensor, output: Tensor | None, input: Tensor | None) -> None:  # noqa: A002
+    if weight.ndim != 2:
+        raise ShapeError(f"weight must be (out, in), got shape {tuple(weight.shape)}")
+    for name, metric, size in (
+        ("output metric", output, weight.shape[0]),
+        ("input metric", input, weight.shape[1]),
+    ):
+        if metric is not None and tuple(metric.shape) not in ((size,), (size, size)):
+            raise ShapeError(
+                f"{name} must be ({size},) or ({size}, {size}) to match weight "
+                f"{tuple(weight.shape)}, got shape {tuple(metric.shape)}"
+            )
+    for name, value in (("weight", weight), ("output metric", output), ("input metric", input)):
+        if value is not None and not value.isfinite().all():
+            bad = int((~value.isfinite()).sum())
+            raise NotFiniteError(f"{name} holds {bad} non-finite of {value.numel()} values")

@@ -1,0 +1,292 @@
+"""Watch layers during chosen training steps, with hooks that always come off.
+
+Hooks are attached for one step at a time. A step that is not observed runs exactly as it
+would without this package, ``torch.compile`` included; an observed one runs eagerly.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.errors import ObservationError, ShapeError
+from lrcompress.statistics.moments import (
+    INPUT_KINDS,
+    OUTPUT_KINDS,
+    Statistics,
+    Sums,
+    shapes,
+)
+from lrcompress.statistics.views import view
+
+_FISHER = frozenset({"input_fisher", "output_fisher"})
+
+
+@dataclass
+class _Pass:
+    """One forward and backward pass of one observed step."""
+
+    mask: Tensor | None  # flat indices of the real tokens of a (examples, length) batch
+    grid: torch.Size | None  # (examples, length)
+    missing: str | None  # why there is no mask, where one was expected
+    # A tensor's identity -> its first reader. The tensor is held, or its memory could be another's.
+    read: dict[tuple[object, ...], tuple[str, Tensor]] = field(default_factory=dict)
+    pending: dict[str, list[Tensor]] = field(default_factory=dict)  # inputs not yet added
+    calls: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, list[tuple[Tensor | None, Tensor]]] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+    committed: bool = False
+    armed: bool = True
+    scale: float = 1.0
+
+
+class Recorder:
+    """Accumulates statistics of named layers over the steps it is told to watch.
+
+    A step is watched by running it inside :meth:`step`, and calling :meth:`commit` once its
+    loss is known and before its backward pass::
+
+        with recorder.step(mask=batch["attention_mask"]):
+            loss = model(**batch).loss
+            recorder.commit(scale=len(batch["labels"]))
+            loss.backward()
+
+    Args:
+        model: the module that holds the layers.
+        names: of the layers to watch.
+        kinds: which statistics, of :data:`lrcompress.statistics.moments.KINDS`.
+        statistics: to go on from; a new one if None.
+        offload: where the sums live, ``"cpu"`` for instance; None leaves them beside the layer.
+        shared: allow a layer to be called several times a step; its uses are added up.
+        forward_only: watch passes without gradients too. Only for statistics of inputs.
+        name: how the owner calls itself in error messages.
+
+    Raises:
+        LayerError: if a named layer has no normal form.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        kinds: Iterable[str],
+        *,
+        statistics: Statistics | None = None,
+        offload: str | None = None,
+        shared: bool = False,
+        forward_only: bool = False,
+        name: str = "observe",
+    ) -> None:
+        self.kinds = tuple(kinds)
+        self.layers = {layer: model.get_submodule(layer) for layer in names}
+        self.statistics = statistics if statistics is not None else Statistics()
+        self.offload, self.shared, self.forward_only = offload, shared, forward_only
+        self.owner = name
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for layer, module in self.layers.items():
+            out_features, in_features = view(module, layer).shape
+            self._shapes[layer] = shapes(self.kinds, in_features, out_features)
+        self._watches_inputs = bool(set(self.kinds) & set(INPUT_KINDS))
+        self._watches_outputs = bool(set(self.kinds) & set(OUTPUT_KINDS))
+        self._pass: _Pass | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the sums will take at most, if no two layers read the same tensor."""
+        every = (shape for named in self._shapes.values() for shape in named.values())
+        return sum(4 * torch.Size(shape).numel() for shape in every)
+
+    @property
+    def watching(self) -> bool:
+        """Whether a step is being watched now."""
+        return self._pass is not None
+
+    @contextmanager
+    def step(self, mask: Tensor | None = None, *, missing: str | None = None) -> Iterator[None]:
+        """Watch what runs inside the block, and only that.
+
+        Inputs are held until :meth:`commit`, so that a step whose loss is not finite leaves no
+        trace; under activation checkpointing an observed step therefore needs their memory.
+
+        Args:
+            mask: ``(examples, length)``, nonzero where there is a token; inputs of that leading
+                shape lose their padding, others are taken whole. None if nothing is padded.
+            missing: without a mask, the error to raise when a layer reads sequences.
+
+        Raises:
+            ShapeError: if ``mask`` is not two-dimensional.
+        """
+        if mask is not None and mask.ndim != 2:
+            raise ShapeError(f"mask must be (examples, length), got shape {tuple(mask.shape)}")
+        flat = mask.reshape(-1).nonzero().squeeze(1) if mask is not None else None
+        self._pass = _Pass(flat, mask.shape if mask is not None else None, missing)
+        with ExitStack() as stack:
+            stack.callback(self._forget)
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for name, layer in self.layers.items():
+                hook = partial(self._saw, name)
+                handle = layer.register_forward_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+            if self._pass.pending and not self._pass.committed:
+                self.commit()
+
+    def commit(self, scale: float = 1.0, *, finite: bool = True, armed: bool = True) -> None:
+        """Add what the forward pass read; backward passes from here on add their gradients.
+
+        Args:
+            scale: what turns a gradient as it will arrive into the gradient of the summed
+                loss: examples per batch for a mean loss, divided by any loss scaling.
+            finite: whether the loss is; if not, the step is counted as skipped, not added.
+            armed: False to let backward passes go by until :meth:`arm`.
+        """
+        current = self._pass
+        assert current is not None, "commit outside of step"
+        if not finite:
+            self.statistics.skipped += 1
+        else:
+            self.statistics.steps += 1
+            added = [self._add_inputs(name, xs) for name, xs in current.pending.items()]
+            self.statistics.tokens += max(added, default=0)
+        current.pending, current.read = {}, {}
+        current.committed, current.scale, current.armed = True, scale, armed and finite
+
+    def arm(self, armed: bool = True) -> None:
+        """Let gradients count, or go by, from here on."""
+        assert self._pass is not None, "arm outside of step"
+        self._pass.armed = armed
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The watched layers' outputs of this pass, to ask for gradients without ``.grad``."""
+        assert self._pass is not None, "outputs outside of step"
+        return self._pass.outputs
+
+    def _forget(self) -> None:
+        self._pass = None
+
+    def _saw(
+        self,
+        name: str,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Tensor,
+    ) -> None:
+        current = self._pass
+        if current is None or not (torch.is_grad_enabled() or self.forward_only):
+            return  # a teacher's or a metric's own pass
+        if current.committed and not _in_backward():
+            # a second forward pass in the same step: manual optimization
+            current.committed, current.calls, current.outputs = False, {}, []
+            current.parts = {}
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not (_in_backward() and name in current.calls):  # not a checkpoint's second run
+            self._count_call(name)
+            self._take_inputs(name, x.detach())
+        if self._watches_outputs and output.requires_grad:
+            current.outputs.append(output)
+            kept = x.detach() if _FISHER & set(self.kinds) else None
+            output.register_hook(partial(self._took_gradient, current, name, kept))
+
+    def _count_call(self, name: str) -> None:
+        assert self._pass is not None
+        calls = self._pass.calls
+        calls[name] = calls.get(name, 0) + 1
+        if calls[name] > 1 and not self.shared:
+            raise ObservationError(
+                f"layer {name!r} was called twice in one step: {self.owner} expects one call; "
+                "leave it out with exclude=, or pass shared=True to factor it once for all its uses"
+            )
+
+    def _take_inputs(self, name: str, x: Tensor) -> None:
+        current = self._pass
+        assert current is not None
+        if x.ndim > 2 and current.mask is None and current.missing:
+            raise ObservationError(current.missing)
+        if not self._watches_inputs:
+            return
+        if current.calls[name] > 1:  # another use of a shared layer: its own tokens
+            first = name
+        else:
+            key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+            first, _ = current.read.setdefault(key, (name, x))
+        known = self.statistics.source.setdefault(name, first)
+        if known != first:
+            raise ObservationError(
+                f"layer {name!r} reads the tensor of {known!r} in one step or call and that of "
+                f"{first!r} in another; leave it out with exclude="
+            )
+        if first != name:
+            return
+        if not _in_backward():
+            current.pending.setdefault(name, []).append(x)
+        elif current.armed:  # reentrant checkpointing: the step is committed already
+            self._add_inputs(name, [x])
+
+    def _add_inputs(self, name: str, xs: list[Tensor]) -> int:
+        tokens = torch.cat([self._tokens(x) for x in xs]) if len(xs) > 1 else self._tokens(xs[0])
+        sums = self.statistics.inputs.get(name)
+        if sums is None:
+            kept = {k: v for k, v in self._shapes[name].items() if k in (*INPUT_KINDS, "input_sum")}
+            sums = Sums.zeros(kept, self._device(tokens))
+            self.statistics.inputs[name] = sums
+        sums.add_inputs_(tokens)
+        return tokens.shape[0]
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        assert self._pass is not None
+        flat = x.reshape(-1, x.shape[-1])
+        return flat[self._pass.mask] if self._is_masked(x) else flat
+
+    def _is_masked(self, x: Tensor) -> bool:
+        assert self._pass is not None
+        return self._pass.mask is not None and x.shape[:-1] == self._pass.grid
+
+    @torch.no_grad()
+    def _took_gradient(self, current: _Pass, name: str, x: Tensor | None, g: Tensor) -> None:
+        if current is not self._pass:
+            return
+        if not current.committed:
+            self.commit()
+        if not current.armed:
+            return
+        parts = current.parts.setdefault(name, [])
+        parts.append((x, g.to(torch.float32) * current.scale))
+        if len(parts) < current.calls[name]:
+            return
+        del current.parts[name]
+        sums = self.statistics.outputs.get(name)
+        if sums is None:
+            kept = {k: v for k, v in self._shapes[name].items() if k in OUTPUT_KINDS}
+            sums = Sums.zeros(kept, self._device(g))
+            self.statistics.outputs[name] = sums
+        if "output_moment" in sums.values:
+            sums.add_gradients_(torch.cat([self._tokens(g) for _, g in parts]), g.shape[0])
+        if x is not None:
+            sums.add_fisher_(*self._by_example(parts))
+
+    def _by_example(self, parts: list[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Give inputs and gradients as ``(examples, length, features)``, padding zero."""
+        assert self._pass is not None
+        xs, gs = [], []
+        for x, g in parts:
+            assert x is not None
+            if self._is_masked(g):
+                keep = torch.zeros(g.shape[:-1].numel(), 1, device=g.device)
+                keep[self._pass.mask] = 1
+                g = g * keep.view(*g.shape[:-1], 1)
+            xs.append(x.reshape(x.shape[0], -1, x.shape[-1]))
+            gs.append(g.reshape(g.shape[0], -1, g.shape[-1]))
+        return torch.cat(xs, 1), torch.cat(gs, 1)
+
+    def _device(self, like: Tensor) -> torch.device:
+        return torch.device(self.offload) if self.offload else like.device
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,301 @@
+"""Sums over tokens and examples, kept as sums and counts so that any parts add up to the whole."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lrcompress.errors import CheckpointError, ObservationError, ShapeError, nearest
+from lrcompress.linalg import add_gram_, symmetric
+
+INPUT_KINDS = ("input_moment", "input_abs")
+OUTPUT_KINDS = ("output_moment", "input_fisher", "output_fisher")
+KINDS = INPUT_KINDS + OUTPUT_KINDS
+
+
+def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every sum that the statistics named ``kinds`` need for one layer.
+
+    Example:
+        >>> shapes(["input_abs"], in_features=3, out_features=2)
+        {'input_sum': (3,), 'input_abs': (3,)}
+    """
+    every: dict[str, tuple[int, ...]] = {
+        "input_moment": (in_features, in_features),
+        "input_sum": (in_features,),
+        "input_abs": (in_features,),
+        "output_moment": (out_features, out_features),
+        "input_fisher": (in_features,),
+        "output_fisher": (out_features,),
+    }
+    wanted = set(kinds)
+    if wanted & set(INPUT_KINDS):
+        wanted.add("input_sum")
+    return {name: shape for name, shape in every.items() if name in wanted}
+
+
+@dataclass
+class Sums:
+    """Named float32 sums and the counts that go with them.
+
+    Attributes:
+        values: ``input_moment`` ``Σ x xᵀ`` and ``output_moment`` ``Σ g gᵀ`` (upper triangles
+            only), ``input_sum`` ``Σ x``, ``input_abs`` ``Σ |x|``, ``input_fisher`` and
+            ``output_fisher``: ``Σ (∂L/∂W)²`` over examples, summed over the other axis.
+        tokens: ``()`` int64, tokens behind the sums.
+        examples: ``()`` int64, examples behind the sums.
+        skipped: ``()`` int64, steps left out because they were not finite.
+    """
+
+    values: dict[str, Tensor]
+    tokens: Tensor
+    examples: Tensor
+    skipped: Tensor
+
+    @classmethod
+    def zeros(
+        cls, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str | None = None
+    ) -> "Sums":
+        """Return sums of nothing yet."""
+        count = torch.zeros(3, dtype=torch.int64, device=device)
+        values = {
+            name: torch.zeros(shape, dtype=torch.float32, device=device)
+            for name, shape in shapes.items()
+        }
+        return cls(values, *count.clone().unbind())
+
+    def add_inputs_(self, x: Tensor) -> None:
+        """Add the tokens ``(tokens, in)`` that a layer read.
+
+        Raises:
+            ShapeError: if ``x`` has another number of features.
+        """
+        features = self.values["input_sum"].shape[0]
+        if x.ndim != 2 or x.shape[1] != features:
+            raise ShapeError(f"expected tokens of shape (_, {features}), got {tuple(x.shape)}")
+        x = x.detach().to(torch.float32)  # low-precision sums stall
+        finite = x.sum().isfinite()
+        x = torch.where(finite, x, 0.0)
+        if "input_moment" in self.values:
+            _add_gram(self.values["input_moment"], x)
+        if "input_abs" in self.values:
+            self.values["input_abs"] += x.abs().sum(0).to(self.tokens.device)
+        self.values["input_sum"] += x.sum(0).to(self.tokens.device)
+        self._count(finite, x.shape[0], 0)
+
+    def add_gradients_(self, g: Tensor, examples: int) -> None:
+        """Add one step's gradients at the output to ``output_moment``.
+
+        A step with a gradient that is not finite is counted as skipped and adds nothing.
+
+        Args:
+            g: ``(tokens, out)`` gradients of the summed loss.
+            examples: how many examples the tokens are from.
+        """
+        finite = g.sum().isfinite()
+        _add_gram(self.values["output_moment"], torch.where(finite, g, 0.0))
+        self._count(finite, g.shape[0], examples)
+
+    def add_fisher_(self, x: Tensor, g: Tensor) -> None:
+        """Add one step's per-example squared weight gradients, summed over either axis.
+
+        With ``J_b = Σ_t g_bt x_btᵀ`` the gradient of example ``b``'s loss, adds
+        ``Σ_b Σ_i J_b[i, :]²`` to ``input_fisher`` and ``Σ_b Σ_j J_b[:, j]²`` to
+        ``output_fisher``. A step that is not finite is counted as skipped and adds nothing.
+
+        Args:
+            x: ``(examples, length, in)`` what the layer read.
+            g: ``(examples, length, out)`` gradients of the summed loss, zero at padding.
+
+        Cost:
+            ``2·examples·length²·(in + out)`` operations per sum while ``length`` is below
+            ``in·out/(in + out)``, else ``2·examples·length·in·out``; no ``(out, in)`` gradient
+            is stored for more than one example.
+        """
+        finite = g.sum().isfinite()
+        x, g = torch.where(finite, x.float(), 0.0), torch.where(finite, g, 0.0)
+        squares = _per_example_squares(x, g)
+        for name, value in zip(("input_fisher", "output_fisher"), squares, strict=True):
+            if name in self.values:
+                self.values[name] += value.to(self.tokens.device)
+        if "output_moment" not in self.values:
+            self._count(finite, g.shape[0] * g.shape[1], g.shape[0])
+
+    def _count(self, finite: Tensor, tokens: int, examples: int) -> None:
+        self.tokens += (finite * tokens).to(self.tokens.device)
+        self.examples += (finite * examples).to(self.tokens.device)
+        self.skipped += (~finite).to(self.tokens.device)
+
+    def merge_(self, other: "Sums") -> None:
+        """Add everything ``other`` has seen."""
+        for name, value in self.values.items():
+            value += other.values[name].to(value)
+        for mine, theirs in zip(self._counts(), other._counts(), strict=True):
+            mine += theirs.to(mine)
+
+    def moment(self, name: str) -> Tensor:
+        """Return one sum, a symmetric one with both its triangles."""
+        value = self.values[name]
+        return symmetric(value) if value.ndim == 2 else value
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory the sums take."""
+        return sum(value.nbytes for value in self.values.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the sums and counts as one flat dict of tensors."""
+        counts = {"tokens": self.tokens, "examples": self.examples, "skipped": self.skipped}
+        return {name: value.clone() for name, value in (self.values | counts).items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str | None) -> "Sums":
+        """Return the sums that :meth:`state_dict` described, on ``device``."""
+        held = {name: value.to(device, copy=True) for name, value in state.items()}
+        counts = [held.pop(name) for name in ("tokens", "examples", "skipped")]
+        return cls(held, *counts)
+
+    def _counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tokens, self.examples, self.skipped
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    if total.device == x.device:
+        add_gram_(total, x)
+        return
+    part = torch.zeros_like(total, device=x.device)  # offloaded: multiply where the tokens are
+    add_gram_(part, x)
+    total += part.to(total.device)
+
+
+def _per_example_squares(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    length, fan_in, fan_out = x.shape[1], x.shape[2], g.shape[2]
+    if length * (fan_in + fan_out) < fan_in * fan_out:
+        # Σ_i J[i, j]² = Σ_t x_tj (G Gᵀ X)_tj: the (out, in) gradient need not exist
+        by_input = ((g @ g.mT) @ x * x).sum(1).clamp(min=0).sum(0)
+        by_output = ((x @ x.mT) @ g * g).sum(1).clamp(min=0).sum(0)
+        return by_input, by_output
+    by_input, by_output = x.new_zeros(fan_in), x.new_zeros(fan_out)
+    for one_x, one_g in zip(x, g, strict=True):
+        squares = (one_g.mT @ one_x).square_()
+        by_input += squares.sum(0)
+        by_output += squares.sum(1)
+    return by_input, by_output
+
+
+@dataclass
+class Statistics:
+    """What was seen of every watched layer.
+
+    Layers that read the same tensor (query, key, value) share one input moment: ``source``
+    names the layer whose entry in ``inputs`` serves them all.
+
+    Attributes:
+        inputs: sums over what was read, one per distinct tensor.
+        outputs: sums over gradients at the output, one per layer.
+        source: layer name to the key in ``inputs``.
+        steps: training steps observed.
+        skipped: steps whose loss was not finite; nothing of them was added.
+        tokens: tokens observed, padding excluded.
+    """
+
+    inputs: dict[str, Sums] = field(default_factory=dict)
+    outputs: dict[str, Sums] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
+    steps: int = 0
+    skipped: int = 0
+    tokens: int = 0
+
+    def of(self, name: str, kinds: Iterable[str]) -> Sums:
+        """Return one layer's sums, input and output side together, not copied.
+
+        Args:
+            name: a watched layer.
+            kinds: the statistics that must be there.
+
+        Raises:
+            NoMatchError: if no such layer was watched.
+            ObservationError: if the layer was never seen, or one of ``kinds`` is missing.
+        """
+        kinds = tuple(kinds)
+        read = self.inputs.get(self.source.get(name, name))
+        gave = self.outputs.get(name)
+        parts = [sums for sums in (read, gave) if sums is not None]
+        values = {key: value for sums in parts for key, value in sums.values.items()}
+        missing = [kind for kind in kinds if kind not in values]
+        if missing:
+            watched = sorted(set(self.source) | set(self.outputs))
+            raise ObservationError(
+                f"layer {name!r} needs {', '.join(missing)}, which was not observed; "
+                f"observed layers nearest to it: {nearest(name, watched) or 'none'}"
+            )
+        tokens = parts[0].tokens if parts else torch.zeros((), dtype=torch.int64)
+        examples = gave.examples if gave is not None else torch.zeros_like(tokens)
+        seen = {"input": read, "output": gave}
+        for side, sums in seen.items():
+            needed = any(kind in (sums.values if sums else ()) for kind in kinds)
+            if needed and sums is not None and not (sums.tokens + sums.examples).item():
+                raise ObservationError(
+                    f"layer {name!r} was never seen at its {side} in {self.steps} observed "
+                    "steps; leave it out with exclude=, or observe steps that use it"
+                )
+        return Sums(values, tokens, examples, torch.zeros_like(tokens))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory the sums take."""
+        return sum(sums.nbytes for sums in (*self.inputs.values(), *self.outputs.values()))
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps of which some layer, or all, had to be left out as not finite."""
+        layers = [sums.skipped.item() for sums in (*self.inputs.values(), *self.outputs.values())]
+        return self.skipped + int(max(layers, default=0))
+
+    def merge_(self, other: "Statistics") -> None:
+        """Add everything ``other`` has seen: another rank, run or share of the data.
+
+        Raises:
+            ObservationError: if the two watched different layers, or shared them differently.
+        """
+        if self.source and other.source and self.source != other.source:
+            differ = sorted(set(self.source.items()) ^ set(other.source.items()))
+            raise ObservationError(
+                f"statistics of different layers cannot be merged: {differ[0][0]!r} reads "
+                f"{self.source.get(differ[0][0])!r} here and {other.source.get(differ[0][0])!r} there"
+            )
+        self.source |= other.source
+        for mine, theirs in ((self.inputs, other.inputs), (self.outputs, other.outputs)):
+            for name, sums in theirs.items():
+                if name in mine:
+                    mine[name].merge_(sums)
+                else:
+                    mine[name] = Sums.from_state(sums.state_dict(), sums.tokens.device)
+        self.steps += other.steps
+        self.skipped += other.skipped
+        self.tokens += other.tokens
+
+    def state_dict(self) -> dict[str, object]:
+        """Return everything in plain types and tensors."""
+        return {
+            "inputs": {name: sums.state_dict() for name, sums in self.inputs.items()},
+            "outputs": {name: sums.state_dict() for name, sums in self.outputs.items()},
+            "source": dict(self.source),
+            "counts": [self.steps, self.skipped, self.tokens],
+        }
+
+    def load_state_dict(self, state: Mapping[str, object], device: torch.device | str) -> None:
+        """Become what :meth:`state_dict` described, on ``device``.
+
+        Raises:
+            CheckpointError: if ``state`` is not such a description.
+        """
+        try:
+            for side in ("inputs", "outputs"):
+                held = {n: Sums.from_state(s, device) for n, s in state[side].items()}  # type: ignore[attr-defined]
+                setattr(self, side, held)
+            self.source = dict(state["source"])  # type: ignore[call-overload]
+            self.steps, self.skipped, self.tokens = state["counts"]  # type: ignore[misc]
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"no statistics can be read from this state: {error!r}") from error

@@ -1,0 +1,84 @@
+"""The normal form of every layer type: a weight ``(out, in)`` applied to ``(tokens, in)``.
+
+Every other module speaks this form only. A new layer type is made known by registering it
+here, as :mod:`lrcompress.nn` does for the layers this package puts in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lrcompress.errors import LayerError
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """One layer in normal form: ``y = weight x + bias``.
+
+    Attributes:
+        shape: ``(out, in)``.
+        bias: ``(out,)`` the layer's parameter, or None.
+        parameters: the parameters a factored layer would take the place of.
+        read: gives the weight ``(out, in)``, a view of the layer's storage where it can be.
+        transposed: whether the layer stores its weight as ``(in, out)``.
+    """
+
+    shape: tuple[int, int]
+    bias: nn.Parameter | None
+    parameters: tuple[nn.Parameter, ...]
+    read: Callable[[], Tensor]
+    transposed: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """``(out, in)``, detached."""
+        return self.read().detach()
+
+
+def _linear(layer: nn.Module) -> LinearView:
+    assert isinstance(layer, nn.Linear)
+    shape = (layer.out_features, layer.in_features)
+    return LinearView(shape, layer.bias, (layer.weight,), lambda: layer.weight)
+
+
+def _conv1d(layer: nn.Module) -> LinearView:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(bias, nn.Parameter)
+    fan_in, fan_out = weight.shape  # GPT-2 stores (in, out)
+    return LinearView((fan_out, fan_in), bias, (weight,), lambda: weight.mT, transposed=True)
+
+
+# By qualified name, so that transformers need not be imported to know its Conv1D.
+_VIEWS: dict[str, Callable[[nn.Module], LinearView]] = {
+    "torch.nn.modules.linear.Linear": _linear,
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": _linear,
+    "transformers.pytorch_utils.Conv1D": _conv1d,
+}
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def register(kind: type[nn.Module], view: Callable[[nn.Module], LinearView]) -> None:
+    """Make a layer type known: ``view(layer)`` gives its normal form."""
+    _VIEWS[_qualified(kind)] = view
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Return whether the layer has a normal form here; subclasses do not inherit theirs."""
+    return _qualified(type(layer)) in _VIEWS
+
+
+def view(layer: nn.Module, name: str = "layer") -> LinearView:
+    """Return the normal form of ``layer``.
+
+    Raises:
+        LayerError: if its type has none; the message lists those that do.
+    """
+    if not is_linear(layer):
+        known = ", ".join(sorted(known.rpartition(".")[2] for known in _VIEWS))
+        raise LayerError(f"{name} is a {type(layer).__name__}; known layer types are {known}")
+    return _VIEWS[_qualified(type(layer))](layer)

@@ -1,0 +1,268 @@
+"""Find layers by pattern, put others in their place, carry the optimizer's state over."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrcompress.errors import LayerError, NoMatchError, nearest
+from lrcompress.statistics.views import is_linear, view
+
+# Optimizer state that is linear in past gradients, and state that is quadratic in them.
+_LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
+_SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers that patterns chose.
+
+    Attributes:
+        names: of the layers to factor, in module order.
+        left_alone: name to the reason, for layers that a pattern reached but that stay.
+    """
+
+    names: tuple[str, ...]
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+
+def select(
+    model: nn.Module,
+    targets: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    *,
+    shared: bool = False,
+) -> Selection:
+    """Return the linear layers to factor.
+
+    Args:
+        model: the module to search.
+        targets: shell patterns over layer names (``*.attention.*``). None chooses the linear
+            layers of repeated blocks, those with a number in their path: attention and
+            feed-forward layers, not poolers and heads.
+        exclude: patterns of layers to leave out.
+        shared: also take layers that are used in several places, and weights that another
+            module holds too; the latter are untied by factoring.
+
+    Raises:
+        NoMatchError: if a pattern matches no linear layer, or nothing is left to factor.
+        LayerError: if a layer named in full cannot be factored.
+    """
+    everything = dict(model.named_modules(remove_duplicate=True))
+    linear = {
+        name: module
+        for name, module in everything.items()
+        # the factors of a factored layer are linear layers too, but not for themselves
+        if name and is_linear(module) and not is_linear(everything[name.rpartition(".")[0]])
+    }
+    if targets is None:
+        wanted = [name for name in linear if any(part.isdigit() for part in name.split("."))]
+        if not wanted:
+            raise NoMatchError(
+                f"none of the {len(linear)} linear layers stands in a numbered block; choose some "
+                f"with targets=, for example: {nearest('', linear) or 'none there'}"
+            )
+    else:
+        _check_named(targets, everything)
+        wanted = _matching("targets", targets, linear)
+    excluded = set(_matching("exclude", exclude, linear))
+    reasons = _obstacles(model, linear, shared)
+    blocked = {n: reasons[n] for n in wanted if n in reasons and n not in excluded}
+    named = [name for name in targets or () if name in blocked]
+    if named:
+        raise LayerError(f"layer {named[0]!r} cannot be factored: {blocked[named[0]]}")
+    names = tuple(name for name in wanted if name not in blocked and name not in excluded)
+    if not names:
+        some = next(iter(blocked.items()), None)
+        why = f"; {some[0]!r} was left alone: {some[1]}" if some else ""
+        raise NoMatchError(f"no layer is left to factor of {len(wanted)} that were chosen{why}")
+    return Selection(names, blocked)
+
+
+def _check_named(targets: Sequence[str], everything: dict[str, nn.Module]) -> None:
+    for name in targets:
+        if name in everything:
+            view(everything[name], f"layer {name!r}")
+
+
+def _matching(argument: str, patterns: Sequence[str], linear: dict[str, nn.Module]) -> list[str]:
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in linear if fnmatchcase(name, pattern)]
+        if not hits:
+            raise NoMatchError(
+                f"{argument}: pattern {pattern!r} matches none of the {len(linear)} linear layers; "
+                f"nearest names: {nearest(pattern, linear)}"
+            )
+        found.update(hits)
+    return [name for name in linear if name in found]
+
+
+def _obstacles(model: nn.Module, linear: dict[str, nn.Module], shared: bool) -> dict[str, str]:
+    places: dict[int, list[str]] = {}
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    reasons = {}
+    for name, module in linear.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        others = [place for place in places[id(module)] if place != name]
+        weight = view(module).parameters[0]
+        own = tuple(f"{place}." for place in places[id(module)])
+        tied = [
+            other for other in holders.get(id(weight), []) if not f"{other}.".startswith(own)
+        ]
+        if name.endswith(".base_layer") or "lora_" in name:
+            reasons[name] = "it is wrapped by an adapter; merge the adapter first"
+        elif not weight.is_floating_point() or type(weight) is not nn.Parameter:
+            reasons[name] = f"its weight is quantised ({weight.dtype}, {type(weight).__name__})"
+        elif isinstance(parent, nn.MultiheadAttention):
+            reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
+        elif others and not shared:
+            reasons[name] = f"it is also used as {others[0]!r}; pass shared=True to factor both"
+        elif tied and not shared:
+            reasons[name] = f"its weight is tied to {tied[0]!r}; pass shared=True to untie it"
+    return reasons
+
+
+def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` wherever the layer called ``name`` stands, shared places included.
+
+    Raises:
+        NoMatchError: if there is no such layer.
+    """
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        known = [known for known, _ in model.named_modules()]
+        raise NoMatchError(f"no layer {name!r}; nearest names: {nearest(name, known)}") from None
+    for parent in list(model.modules()):
+        # named_children would list a layer held twice by one parent only once
+        for child in [child for child, module in parent._modules.items() if module is old]:
+            setattr(parent, child, new)
+
+
+Carry = Callable[[Sequence[Tensor], bool], list[Tensor]]
+
+
+def carry_dense(left: Tensor, right: Tensor, transposed: bool) -> Carry:
+    """Return how optimizer state of a dense weight becomes state of its factors.
+
+    Gradients of the factors are ``∂L/∂right = leftᵀ ∂L/∂W`` and ``∂L/∂left = ∂L/∂W rightᵀ``, so
+    a first moment carries over exactly: ``m_right = leftᵀ m_W``, ``m_left = m_W rightᵀ``. A second
+    moment is carried as if the entries of ``∂L/∂W`` were independent:
+    ``v_right = (left²)ᵀ v_W``, ``v_left = v_W (right²)ᵀ``.
+
+    Args:
+        left: ``(out, rank)``.
+        right: ``(rank, in)``.
+        transposed: whether the state is stored ``(in, out)``, as the weight was.
+
+    Returns:
+        ``carry([state of the weight], squared) -> [state of right, state of left]``.
+    """
+
+    def carry(state: Sequence[Tensor], squared: bool) -> list[Tensor]:
+        (whole,) = state
+        whole = whole.mT if transposed else whole
+        a, b = (left.square(), right.square()) if squared else (left, right)
+        return [a.mT.to(whole) @ whole, whole @ b.mT.to(whole)]
+
+    return carry
+
+
+def carry_factors(
+    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+) -> Carry:
+    """Return how optimizer state of factors becomes state of factors of a lower rank.
+
+    A truncation stays in the spans of the factors it started from: ``left' = left T`` and
+    ``right' = S right``. Hence ``m_right' = Tᵀ m_right`` and ``m_left' = m_left Sᵀ`` exactly, and
+    with squared ``T`` and ``S`` an approximation for second moments.
+
+    Args:
+        old: ``(left, right)`` before, ``(out, rank)`` and ``(rank, in)``.
+        new: ``(left, right)`` after.
+
+    Returns:
+        ``carry([state of right, state of left], squared) -> the same of the new factors``.
+    """
+    (left, right), (left_new, right_new) = (tuple(f.double() for f in pair) for pair in (old, new))
+    t = torch.linalg.pinv(left) @ left_new
+    s = right_new @ torch.linalg.pinv(right)
+
+    def carry(state: Sequence[Tensor], squared: bool) -> list[Tensor]:
+        of_right, of_left = state
+        a, b = (t.square(), s.square()) if squared else (t, s)
+        return [
+            (a.mT @ of_right.double()).to(of_right),
+            (of_left.double() @ b.mT).to(of_left),
+        ]
+
+    return carry
+
+
+@torch.no_grad()
+def swap_parameters_(
+    optimizers: Iterable[Optimizer],
+    old: Sequence[nn.Parameter],
+    new: Sequence[nn.Parameter],
+    carry: Carry,
+) -> None:
+    """Put ``new`` where ``old`` stood in every optimizer's groups, their state carried over.
+
+    The optimizer object, its groups and their options stay, so schedulers go on. State that is
+    not known to be linear or quadratic in gradients is dropped: the parameters start afresh.
+
+    Args:
+        optimizers: that may hold the parameters.
+        old: parameters that leave the model.
+        new: parameters that take their place, in module order.
+        carry: turns state of ``old`` into state of ``new``.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            at = [i for i, p in enumerate(group["params"]) if any(p is gone for gone in old)]
+            if not at:
+                continue
+            _swap_listed(group["params"], at, list(new))
+            if "param_names" in group:
+                first = group["param_names"][at[0]]
+                base = first.removesuffix(".weight").removesuffix(".right")
+                names = [f"{base}.right.weight", f"{base}.left.weight"]
+                _swap_listed(group["param_names"], at, names)
+            states = [optimizer.state.pop(p, {}) for p in old]
+            for parameter, state in zip(new, _carried(states, old, carry), strict=True):
+                if state:
+                    optimizer.state[parameter] = state
+
+
+def _swap_listed(listed: list[object], at: list[int], new: Sequence[object]) -> None:
+    for index in reversed(at):
+        del listed[index]
+    listed[at[0] : at[0]] = new
+
+
+def _carried(
+    states: Sequence[dict[str, object]], old: Sequence[nn.Parameter], carry: Carry
+) -> list[dict[str, object]]:
+    result: list[dict[str, object]] = [{}, {}]
+    for key, value in states[0].items():
+        if isinstance(value, Tensor) and value.shape == old[0].shape and value.ndim:
+            if key not in _LINEAR | _SQUARED:
+                return [{}, {}]
+            values = [state[key] for state in states]
+            moved = carry(values, key in _SQUARED)  # type: ignore[arg-type]
+            for entry, tensor in zip(result, moved, strict=True):
+                entry[key] = tensor.contiguous()
+        else:
+            for entry in result:
+                entry[key] = value.clone() if isinstance(value, Tensor) else value
+    return result
