@@ -1,0 +1,502 @@
+"""The callback that makes a fine-tune come out smaller."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lrcompress.callbacks import platform
+from lrcompress.callbacks.restart import Restart
+from lrcompress.engine import Settings, factor_, preview
+from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
+from lrcompress.objective import METHODS
+from lrcompress.plan import Plan
+from lrcompress.report import Report
+from lrcompress.report.tables import point_table, ranks_table, summary_table
+from lrcompress.schedules import Point, Warmup
+from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
+from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.fisher import LogitsTap, drawn_loss
+from lrcompress.statistics.moments import Statistics
+from lrcompress.statistics.views import view
+
+VERSION = 1
+
+
+class Factorize(pl.Callback):
+    """Replace linear layers by low-rank ones at chosen points of an ordinary fit.
+
+    Before each point it accumulates statistics in some of the training steps; at the point it
+    factors the targeted layers, carries the optimizer's state over and lets training go on. A
+    run that is interrupted at any step and resumed ends as the uninterrupted one.
+
+    Args:
+        keep: Parameters that remain / parameters before, over the targeted layers, above 0 and
+            at most 1. A list, falling, for several points.
+        at: When to factor: a fraction of all steps (``0.4``), ``"epoch:N"`` (after N epochs) or
+            ``"step:N"``. A list, rising, for several points.
+        method: What errors are measured in: ``svd``, ``fwsvd``, ``asvd``, ``drone``,
+            ``row_fisher`` or ``kfac``.
+        targets: Patterns of layer names such as ``*.attention.*``. By default all linear layers
+            of numbered blocks: attention and feed-forward layers, not poolers and heads.
+        exclude: Patterns of layers to leave out.
+        allocation: ``uniform``: every layer keeps the same share; ``global``: ranks go where the
+            predicted loss is, for ``kfac`` and ``row_fisher``, whose default it is.
+        ranks: Ranks of their own for layers matching a pattern.
+        keeps: Shares of their own for layers matching a pattern.
+        keep_range: Least and greatest share that any one layer may keep.
+        align: Ranks are multiples of it, as far as no budget is lost by that.
+        window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
+            ``"step:N"``.
+        every_n_steps: Observe every n-th step of the window.
+        max_tokens: Stop observing after so many tokens, padding excluded.
+        fisher: Whose gradients: ``labels`` of the training data, or labels drawn from the
+            ``model``'s own prediction, for runs that have fitted their training data.
+        logits: For ``fisher: model``, the name of the submodule that returns the logits; by
+            default the first output with ``.logits``.
+        mask: Key of the batch's padding mask; None if nothing is padded.
+        offload: Device for the statistics, ``cpu`` for large models; by default each layer's own.
+        refit_bias: Let biases take up the mean error, where the method knows the inputs.
+        shrink: Shares of their mean diagonal mixed into the input and the output metric.
+        shared: Also factor layers used in several places, and untie tied weights.
+        restart_steps: Steps after a point over which the learning rate rises again, as a number
+            or as a fraction of all steps.
+        restart_scale: What the learning rate is multiplied by after the rise.
+        validate: Run validation just before and just after each point, for the report.
+        verbose: Print a table at each point and at the end.
+
+    Raises:
+        SettingError: If an argument is not what it may be.
+
+    Example:
+        >>> callback = Factorize(keep=0.3, at="epoch:2")
+        >>> callback.settings[0].method, str(callback.points[0])
+        ('kfac', 'epoch:2')
+    """
+
+    def __init__(
+        self,
+        keep: float | list[float] | None = None,
+        at: float | str | list[float | str] = 0.5,
+        method: str = "kfac",
+        targets: list[str] | None = None,
+        exclude: list[str] | None = None,
+        allocation: str | None = None,
+        ranks: dict[str, int] | None = None,
+        keeps: dict[str, float] | None = None,
+        keep_range: tuple[float, float] = (0.0, 1.0),
+        align: int = 8,
+        window: float | str = "epoch:1",
+        every_n_steps: int = 8,
+        max_tokens: int | None = None,
+        fisher: str = "labels",
+        logits: str | None = None,
+        mask: str | None = MASK,
+        offload: str | None = None,
+        refit_bias: bool = True,
+        shrink: tuple[float, float] = (0.0, 0.1),
+        shared: bool = False,
+        restart_steps: float = 0.05,
+        restart_scale: float = 1.0,
+        validate: bool = True,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self.keep, self.at, self.method = keep, at, method
+        self.window, self.every_n_steps, self.max_tokens = window, every_n_steps, max_tokens
+        self.fisher, self.logits, self.mask, self.offload = fisher, logits, mask, offload
+        self.restart_steps, self.restart_scale = restart_steps, restart_scale
+        self.validate, self.verbose = validate, verbose
+        self.points = [Point.parse(one) for one in (at if isinstance(at, list) else [at])]
+        self._window = Point.parse(window)
+        keeps_at = keep if isinstance(keep, list) else [keep]
+        if keep is None and not (ranks or keeps):
+            raise SettingError("keep is missing: the share of parameters that remains, e.g. 0.3")
+        if len(keeps_at) != len(self.points):
+            raise SettingError(
+                f"keep and at must be as many, got {len(keeps_at)} keep {keep!r} "
+                f"for {len(self.points)} points {at!r}"
+            )
+        if any(b >= a for a, b in zip(keeps_at, keeps_at[1:], strict=False) if a and b):
+            raise SettingError(f"keep must fall from point to point, got {keep!r}")
+        self.settings = [
+            Settings(
+                method=method,
+                keep=share,
+                targets=targets,
+                exclude=exclude or (),
+                allocation=allocation,
+                ranks=ranks or {},
+                keeps=keeps or {},
+                keep_range=keep_range,
+                align=align,
+                refit_bias=refit_bias,
+                shrink=shrink,
+                shared=shared,
+            )
+            for share in keeps_at
+        ]
+        self._check_numbers()
+        self._reset()
+
+    def _check_numbers(self) -> None:
+        if self.fisher not in ("labels", "model"):
+            raise SettingError(f"fisher must be 'labels' or 'model', got {self.fisher!r}")
+        for name, least in (("every_n_steps", 1), ("max_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise SettingError(f"{name} must be a whole number from {least}, got {value!r}")
+        if not self.restart_steps >= 0:
+            raise SettingError(f"restart_steps must not be negative, got {self.restart_steps!r}")
+        if not 0 < self.restart_scale <= 10:
+            raise SettingError(
+                f"restart_scale must be above 0 and at most 10, got {self.restart_scale!r}"
+            )
+
+    def _reset(self) -> None:
+        self.report = Report()
+        self._stage = 0  # points that are done
+        self._at_steps: list[int] = []
+        self._statistics = Statistics()
+        self._recorder: Recorder | None = None
+        self._tap: LogitsTap | None = None
+        self._generator = torch.Generator().manual_seed(0)
+        self._restart: Restart | None = None
+        self._hooks = ExitStack()  # for the fit
+        self._step_hooks = ExitStack()  # for one observed step
+        self._loaded: Mapping[str, Any] | None = None
+        self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
+        self._times: dict[str, list[float]] = {"dense": [0, 0.0], "factored": [0, 0.0]}
+        self._started: float | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(method=self.method, keep=self.keep, at=self.at)
+
+    # Structure and state
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._hooks.close()
+            self._reset()
+            platform.refuse(trainer, type(self).__name__)
+        follow = pl_module.register_load_state_dict_pre_hook(_follow_checkpoint)
+        self._hooks.callback(follow.remove)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._live = (pl_module, trainer.optimizers)
+        names = self.settings[0].select(pl_module).names
+        for name in names:
+            if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
+                raise LayerError(
+                    f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
+                    "leave it out with exclude=, or call lrcompress.compress() on the model"
+                )
+        if self._loaded is not None:
+            self._resume(pl_module, trainer.optimizers, self._loaded)
+
+    def _resume(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
+    ) -> None:
+        plan, found = Plan.from_dict(state["plan"]), Plan.of(module)
+        if plan != found:
+            raise CheckpointError(
+                f"the checkpoint was written with {len(plan)} factored layers, the model has "
+                f"{len(found)} of other sizes or names; load it through Trainer.fit(ckpt_path=...)"
+            )
+        platform.reorder_(module, optimizers, state["param_names"])
+        device = next(module.parameters()).device
+        self._statistics.load_state_dict(state["statistics"], self.offload or device)
+        platform.set_rng_state(state["rng"])  # the loader draws its order from here
+        if state["restart"] is not None:
+            self._begin_restart(Warmup(**state["restart"]["schedule"]), state["restart"]["taken"])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._live is None:
+            return {"version": VERSION, "stage": self._stage}
+        module, optimizers = self._live
+        restart = self._restart
+        return {
+            "version": VERSION,
+            "plan": Plan.of(module).to_dict(),
+            "stage": self._stage,
+            "param_names": platform.parameter_names(module, optimizers),
+            "statistics": self._statistics.state_dict(),
+            "report": self.report.to_dict(),
+            "restart": restart
+            and {"schedule": vars(restart.schedule).copy(), "taken": restart.taken},
+            "rng": platform.rng_state(),
+            "generator": self._generator.get_state(),
+            "times": {name: list(spent) for name, spent in self._times.items()},
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != VERSION:
+            raise CheckpointError(
+                f"expected Factorize state of version {VERSION}, "
+                f"got version {state_dict.get('version')!r}"
+            )
+        if "plan" not in state_dict:
+            return
+        self._loaded = state_dict
+        self._stage = state_dict["stage"]
+        self.report = Report.from_dict(state_dict["report"])
+        self._generator.set_state(state_dict["generator"].cpu())
+        self._times = {name: list(spent) for name, spent in state_dict["times"].items()}
+
+    # The course of a fit
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        total, per_epoch = platform.lengths(trainer)
+        self._at_steps = [point.step(total, per_epoch) for point in self.points]
+        if sorted(set(self._at_steps)) != self._at_steps:
+            raise SettingError(f"points must rise, got {self.at!r}, steps {self._at_steps}")
+        if self._stage == len(self._at_steps):
+            return
+        point, step = self.points[self._stage], self._at_steps[self._stage]
+        now = platform.steps_done(trainer)
+        blind = bool(METHODS[self.method].kinds) and not self._statistics.steps and step == now
+        if step < now or blind:
+            lies = "lies in the past" if step < now else "leaves no step to observe before it"
+            raise SettingError(
+                f"point {point} is step {step}, which {lies}: training starts at step {now}"
+            )
+        total_window = total if self._window.unit == "fraction" else float("inf")
+        self._window_steps = max(1, self._window.step(total_window, per_epoch))
+        self._build_recorder(pl_module)
+
+    def _build_recorder(self, module: nn.Module) -> None:
+        settings = self.settings[self._stage]
+        kinds = METHODS[settings.method].kinds
+        names = settings.select(module).names
+        self._recorder = Recorder(
+            module,
+            names,
+            kinds,
+            statistics=self._statistics,
+            offload=self.offload,
+            shared=settings.shared,
+            name=type(self).__name__,
+        )
+        if self.fisher == "model" and METHODS[settings.method].needs_gradients:
+            self._tap = LogitsTap(module, self.logits)
+        if kinds and self.verbose:
+            rank_zero_info(
+                f"lrcompress: statistics of {len(names)} layers will take at most "
+                f"{self._recorder.nbytes / 2**20:.0f} MiB"
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._loaded is not None:
+            if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
+                platform.set_rng_state(self._loaded["rng"])
+            self._loaded = None
+        now = platform.steps_done(trainer)
+        if self._stage < len(self._at_steps):
+            if now >= self._at_steps[self._stage] and platform.between_steps(trainer):
+                self._factor(trainer, pl_module, now)
+            if self._is_observed(now):
+                self._open_step(batch)
+        watching = self._recorder is not None and self._recorder.watching
+        self._started = None if watching else time.perf_counter()
+
+    def _is_observed(self, now: int) -> bool:
+        if self._stage == len(self._at_steps) or self._recorder is None:
+            return False
+        ahead = self._at_steps[self._stage] - now
+        previous = self._at_steps[self._stage - 1] if self._stage else 0
+        length = min(self._window_steps, self._at_steps[self._stage] - previous)
+        sampled = ahead % min(self.every_n_steps, length) == 0
+        full = self.max_tokens is not None and self._statistics.tokens >= self.max_tokens
+        wanted = bool(METHODS[self.method].kinds)
+        return wanted and 0 < ahead <= length and sampled and not full
+
+    def _open_step(self, batch: Any) -> None:
+        assert self._recorder is not None
+        mask, missing = batch_mask(batch, self.mask, type(self).__name__)
+        self._examples = batch_examples(batch)
+        self._step_hooks.enter_context(self._recorder.step(mask, missing=missing))
+        if self._tap is not None:
+            self._step_hooks.enter_context(self._tap.listening())
+
+    @override
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        recorder = self._recorder
+        if recorder is None or not recorder.watching:
+            return
+        finite, factor = bool(loss.isfinite()), platform.loss_factor(trainer)
+        recorder.commit(self._examples / factor, finite=finite)
+        if self._tap is None:
+            return
+        if finite:  # in the loss scale's range, so that half-precision gradients do not vanish
+            drawn = drawn_loss(self._tap.take(), self._generator) * factor
+            torch.autograd.grad(drawn, recorder.outputs, retain_graph=True, allow_unused=True)
+        recorder.arm(False)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._step_hooks.close()
+        if self._started is not None:
+            spent = self._times["factored" if self._stage else "dense"]
+            spent[0] += 1
+            spent[1] += time.perf_counter() - self._started
+            self._started = None
+
+    def _factor(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        settings = self.settings[self._stage]
+        if METHODS[settings.method].kinds and not self._statistics.steps:
+            raise ObservationError(
+                f"nothing was observed before point {self.points[self._stage]}: "
+                f"{self._statistics.skipped} steps were skipped as not finite; "
+                "widen window= or lower every_n_steps="
+            )
+        before = platform.validate(trainer) if self.validate else {}
+        record = factor_(
+            module, self._statistics, settings, optimizers=trainer.optimizers, step=now
+        )
+        after = platform.validate(trainer) if self.validate else {}
+        record.metrics = {"before": before, "after": after}
+        self.report.points.append(record)
+        self._stage += 1
+        self._statistics = Statistics()
+        if self._stage < len(self._at_steps):
+            self._build_recorder(module)
+        else:
+            self._recorder = None
+        platform.reset_best(trainer)
+        total, _ = platform.lengths(trainer)
+        steps = self.restart_steps if self.restart_steps >= 1 else self.restart_steps * total
+        if steps >= 1 or self.restart_scale != 1:
+            self._begin_restart(Warmup(int(steps), self.restart_scale), 0)
+        if self.verbose:
+            _show(trainer, point_table(record))
+        self._log(trainer)
+
+    def _begin_restart(self, schedule: Warmup, taken: int) -> None:
+        assert self._live is not None
+        if self._restart is not None:
+            self._restart.schedule, self._restart.taken = schedule, taken
+            return
+        self._restart = Restart(schedule, taken)
+        self._restart.attach(self._live[1], self._hooks)
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        record = self.report.points[-1]
+        values = {
+            "keep": record.keep,
+            "keep_model": record.model_after / record.model_before,
+            "seconds": record.seconds,
+        }
+        if record.predicted_loss is not None:
+            values["predicted_loss"] = record.predicted_loss
+        for when, figures in record.metrics.items():
+            values |= {f"{when}/{name}": figure for name, figure in figures.items()}
+        platform.log(trainer, values)
+
+    # The end
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, (steps, seconds) in self._times.items():
+            if steps:
+                self.report.seconds_per_step[name] = seconds / steps
+        known = self.report.points[0].metrics.get("before", {}) if self.report.points else {}
+        seen = trainer.callback_metrics
+        self.report.final = {name: float(seen[name]) for name in known if name in seen}
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.num_training_batches:
+            raise ObservationError(
+                f"{type(self).__name__} factored nothing: the training data has no batches"
+            )
+        missed = self.points[self._stage :]
+        if missed:
+            rank_zero_warn(
+                f"{type(self).__name__} did not reach point {missed[0]}: training ended at step "
+                f"{platform.steps_done(trainer)}, the point was step "
+                f"{self._at_steps[self._stage]}"
+            )
+        if self.report.points and self.verbose and trainer.is_global_zero:
+            Console().print(summary_table(self.report))
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._step_hooks.close()
+        self._hooks.close()
+        self._recorder, self._tap, self._restart = None, None, None
+
+    def preview(self, model: nn.Module) -> RenderableType:
+        """Return what the first point would do to ``model``, as a table; nothing is changed."""
+        settings = self.settings[0]
+        records, selection, nbytes = preview(model, settings)
+        title = f"Factorize: {settings.method}, keep {settings.keep}, at {self.points[0]}"
+        before, after = (sum(getattr(x, at) for x in records) for at in ("before", "after"))
+        whole = sum(p.numel() for p in model.parameters())
+        lines = [
+            f"targeted layers: {before:,} → {after:,} parameters ({after / before:.3f})",
+            f"whole model: {whole:,} → {whole - before + after:,} "
+            f"({(whole - before + after) / whole:.3f})",
+            f"statistics: at most {nbytes / 2**20:.1f} MiB",
+        ]
+        if settings.spread == "global":
+            lines.append("ranks are shown uniform; global allocation shares them out at the point")
+        lines += [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
+        return Group(ranks_table(records, title), Text("\n".join(lines)))
+
+
+def _follow_checkpoint(
+    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Give the module the structure of the state dict it is about to load."""
+    Plan.matching(module, state_dict, prefix).apply_(module)
+
+
+def _show(trainer: pl.Trainer, table: RenderableType) -> None:
+    """Print above the progress bar, if there is one."""
+    if not trainer.is_global_zero:
+        return
+    console = Console()
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    bar.print(capture.get().rstrip())

@@ -1,0 +1,185 @@
+"""What has to be known about a Lightning Trainer, asked in one place."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.optim import Optimizer
+
+from lrcompress.errors import CheckpointError, PlatformError
+
+# By name: the same classes exist twice, in lightning.pytorch and in pytorch_lightning.
+_REFUSED = {
+    "StochasticWeightAveraging": "keeps a copy of the dense weights to average into",
+    "WeightAveraging": "keeps a copy of the dense weights to average into",
+    "ModelPruning": "masks parameters that will have left the model",
+}
+
+
+def _names(kind: type) -> set[str]:
+    return {base.__name__ for base in kind.__mro__}
+
+
+def refuse(trainer: pl.Trainer, owner: str) -> None:
+    """Raise for a trainer whose strategy or callbacks cannot follow a change of structure.
+
+    Raises:
+        PlatformError: with the reason and the way out.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name in _names(type(callback)) & _REFUSED.keys():
+            raise PlatformError(
+                f"{owner} replaces layers while fit runs, and {name} {_REFUSED[name]}; "
+                f"remove {name}, or call lrcompress.compress() after the fit"
+            )
+    strategy = type(trainer.strategy)
+    if "SingleDeviceStrategy" not in _names(strategy):
+        raise PlatformError(
+            f"{owner} replaces layers while fit runs, which it can do on one device so far, not "
+            f"under {strategy.__name__}; use Trainer(devices=1), or call lrcompress.compress() "
+            "between two fits"
+        )
+
+
+def lengths(trainer: pl.Trainer) -> tuple[float, float]:
+    """Return optimizer steps in the whole run and per epoch; ``inf`` where unknown."""
+    per_epoch = float(trainer.num_training_batches)
+    if not math.isinf(per_epoch):
+        per_epoch = max(1, math.ceil(per_epoch / trainer.accumulate_grad_batches))
+    return float(trainer.estimated_stepping_batches), per_epoch
+
+
+def steps_done(trainer: pl.Trainer) -> int:
+    """Return how many steps were taken; batches, where the module steps by itself."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.total_batch_idx + 1 - int(_in_batch(trainer))
+
+
+def _in_batch(trainer: pl.Trainer) -> bool:
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.ready > progress.completed
+
+
+def between_steps(trainer: pl.Trainer) -> bool:
+    """Return whether, at the start of a batch, no gradient is waiting for more batches."""
+    begun = trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+    return begun % trainer.accumulate_grad_batches == 0
+
+
+def loss_factor(trainer: pl.Trainer) -> float:
+    """Return what the precision plugin and accumulation multiply the loss by before backward."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    factor = 1.0 if scaler is None else float(scaler.get_scale())
+    if trainer.lightning_module.automatic_optimization:
+        factor /= trainer.accumulate_grad_batches
+    return factor
+
+
+def validate(trainer: pl.Trainer) -> dict[str, float]:
+    """Return the figures of one pass over the validation data, and leave no other trace.
+
+    Loggers, checkpoints and early stopping do not see it, random numbers go on as if it had
+    not been. Empty where the trainer has nothing to validate.
+    """
+    if not trainer.enable_validation or trainer.barebones:
+        return {}
+    loop = trainer.validate_loop
+    with isolate_rng(), _set_aside(trainer):
+        logged = loop.run()
+    return {name: float(value) for figures in logged for name, value in figures.items()}
+
+
+@contextmanager
+def _set_aside(trainer: pl.Trainer) -> Iterator[None]:
+    """Let the trainer be validating, as trainer.validate would, and put everything back."""
+    connector, loop = trainer._logger_connector, trainer.validate_loop
+    held = (trainer.state.fn, trainer.state.stage, trainer.loggers, loop.verbose)
+    inner = (connector._first_loop_iter, connector._current_fx)
+    trainer.state.fn, trainer.state.stage = TrainerFn.VALIDATING, RunningStage.VALIDATING
+    trainer.loggers, loop.verbose = [], False
+    connector._first_loop_iter = None
+    try:
+        yield
+    finally:
+        trainer.state.fn, trainer.state.stage, trainer.loggers, loop.verbose = held
+        connector._first_loop_iter, connector._current_fx = inner
+
+
+def reset_best(trainer: pl.Trainer) -> None:
+    """Make checkpointing and early stopping forget the best score of another structure.
+
+    A dense checkpoint kept as best could not be loaded into the factored model, and the drop
+    at a point would count as the end of progress. Files that were saved stay on disk.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        kinds = _names(type(callback))
+        if "ModelCheckpoint" in kinds:
+            worst = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+            callback.best_k_models, callback.kth_best_model_path = {}, ""
+            callback.best_model_score, callback.current_score = None, None
+            callback.best_model_path, callback.kth_value = "", worst
+        if "EarlyStopping" in kinds:
+            worst = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+            callback.best_score, callback.wait_count = worst, 0
+
+
+def parameter_names(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[list[str]]]:
+    """Return the names of the parameters of every group of every optimizer."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+
+
+def reorder_(
+    model: nn.Module, optimizers: Sequence[Optimizer], saved: list[list[list[str]]]
+) -> None:
+    """Bring parameters into the order in which a checkpoint holds their optimizer state.
+
+    Raises:
+        CheckpointError: if a group holds other parameters than the checkpoint's.
+    """
+    current = parameter_names(model, optimizers)
+    for i, (optimizer, groups, wanted) in enumerate(zip(optimizers, current, saved, strict=True)):
+        for group, have, want in zip(optimizer.param_groups, groups, wanted, strict=True):
+            if have == want:
+                continue
+            differ = sorted(set(have) ^ set(want))
+            if differ:
+                where = "only in the checkpoint" if differ[0] in want else "only in the model"
+                raise CheckpointError(
+                    f"optimizer {i}: parameter {differ[0]!r} is {where}; "
+                    "build the optimizer from the same parameters as the run that was saved"
+                )
+            place = {name: index for index, name in enumerate(have)}
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [group[key][place[name]] for name in want]
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of torch's random numbers, in tensors."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Go on with the random numbers that :func:`rng_state` held."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+def log(trainer: pl.Trainer, values: dict[str, float]) -> None:
+    """Send figures to every logger there is, under ``lrcompress/``."""
+    named = {f"lrcompress/{name}": value for name, value in values.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
