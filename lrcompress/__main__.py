@@ -1,0 +1,8 @@
+"""``python -m lrcompress`` is ``lrcompress``."""
+
+import sys
+
+from lrcompress.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

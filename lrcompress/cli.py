@@ -1,0 +1,221 @@
+"""Compress language models by low-rank factors while Lightning fine-tunes them.
+
+usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
+
+  fit        train as the recipe says, and compress on the way
+  validate   run once over the validation data
+  test       run once over the test data
+  plan       print which layers the recipe would replace, without training
+
+A recipe is a LightningCLI file with trainer, model and data; every key of it can be
+given on the command line too, and what comes later wins. All of them: lrcompress fit --help
+
+  lrcompress fit --config recipe.yaml
+  lrcompress fit --config recipe.yaml --model.path bert-base-uncased --trainer.max_epochs 1
+
+Faults of the recipe end with exit code 2, other errors with 1; LRCOMPRESS_DEBUG=1 shows where.
+"""
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import rich
+import transformers
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from lightning.pytorch.utilities import disable_possible_user_warnings
+from typing_extensions import override
+
+import lrcompress.callbacks  # noqa: F401  so that recipes may say Factorize
+import lrcompress.tasks  # noqa: F401  and TextClassification
+from lrcompress.errors import LRCompressError, RecipeError, nearest
+from lrcompress.recipe import LINKED, find_faults
+
+EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
+UNASKED = ("Seed set to", "GPU available", "TPU available", "HPU available", "💡 Tip")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run ``lrcompress`` with the arguments, by default those of the process.
+
+    Returns:
+        The exit code: 0, 1 after an error, 2 after a fault of the recipe.
+    """
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in {"-h", "--help"}:
+        sys.stdout.write(f"{__doc__}\n")
+        return 0 if args else 2
+    if "" not in sys.path:
+        sys.path.append("")  # modules beside the recipe, as under `python -m`
+    try:
+        with _quiet():
+            _RecipeCLI(args)
+    except Exception as error:
+        expected = _unwrapped(error)
+        if not isinstance(expected, EXPECTED):
+            raise
+        if os.environ.get("LRCOMPRESS_DEBUG") == "1":
+            traceback.print_exc()
+        sys.stderr.write(f"lrcompress: error: {expected}\n")
+        return 2 if isinstance(expected, RecipeError) else 1
+    return 0
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """Return what a constructor raised, which jsonargparse wraps in a ValueError or several."""
+    while isinstance(error, ValueError) and not isinstance(error, EXPECTED) and error.__cause__:
+        error = error.__cause__
+    return error
+
+
+class _Trainer(Trainer):
+    """The Trainer of recipes: one that can also say what would become of a model."""
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,  # noqa: ARG002  LightningCLI gives it
+    ) -> None:
+        """Print which layers the recipe would replace, without training."""
+        print_plan(self, model)
+
+
+def print_plan(trainer: Trainer, model: LightningModule) -> None:
+    """Print what each callback of the recipe would make of the model.
+
+    Raises:
+        RecipeError: if no callback has a ``preview``.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    planners = [callback for callback in callbacks if hasattr(callback, "preview")]
+    if not planners:
+        found = ", ".join(type(callback).__name__ for callback in callbacks)
+        raise RecipeError(
+            f"trainer.callbacks: expected one that replaces layers, such as lrcompress.Factorize, "
+            f"found {found or 'none'}"
+        )
+    for callback in planners:
+        rich.print(callback.preview(model))
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Saves the whole recipe beside the logs of a run; nowhere if the run keeps no logs."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # asked on every rank, for it is a broadcast
+        self.log_dir = trainer.log_dir if trainer.loggers else None
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.log_dir is None:
+            return
+        # Lightning's own way of saving leaves the linked tokenizer out
+        text = self.parser.dump(self.config, "yaml", False, skip_link_targets=False)
+        files = get_filesystem(self.log_dir)
+        files.makedirs(self.log_dir, exist_ok=True)
+        with files.open(f"{self.log_dir}/{self.config_filename}", "w") as file:
+            file.write(text)
+
+
+class _RecipeCLI(LightningCLI):
+    """LightningCLI for any module and data, with all faults of a recipe at once."""
+
+    def __init__(self, args: list[str]) -> None:
+        verbs = self.subcommands()
+        if args[0] not in verbs:
+            raise RecipeError(
+                f"expected a verb, found {args[0]!r}; nearest valid: {nearest(args[0], verbs)}"
+            )
+        settings = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            args=args,
+            trainer_class=_Trainer,
+            seed_everything_default=0,
+            save_config_callback=SaveRecipe,
+            save_config_kwargs={"save_to_log_dir": False},
+            parser_kwargs={"prog": "lrcompress", **settings, **dict.fromkeys(verbs, settings)},
+        )
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        verbs = LightningCLI.subcommands()
+        del verbs["predict"]
+        return {**verbs, "plan": {"model", "datamodule"}}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for target, source in LINKED.items():
+            keys = [key.replace(".", ".init_args.") for key in (target, source)]
+            parser.link_arguments(tuple(keys), keys[0], compute_fn=_first_given)
+
+    @override
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # such as an accelerator that does not exist
+            raise RecipeError(f"trainer: {error}") from error
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert isinstance(args, list)
+        verb, *options = args
+        refusal = None
+        try:
+            self.config = parser.parse_args(args)
+            self.config[verb].trainer["callbacks"]  # a trainer that is no mapping passes the parser
+        except Exception as error:  # ArgumentError, or what a strange recipe makes it raise
+            refusal = error
+        faults = find_faults(self._parser(verb), options, refused=refusal is not None)
+        if isinstance(refusal, ArgumentError) and not faults:
+            faults = [str(refusal)]
+        if faults:
+            raise RecipeError("\n".join(faults)) from refusal
+        if refusal:
+            raise refusal
+
+
+def _first_given(value: object, default: object) -> object:
+    return default if value is None else value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what Lightning and transformers say unasked; warnings that matter stay."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI causes them
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    names = "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(_is_asked_for)
+    with warnings.catch_warnings():
+        disable_possible_user_warnings()
+        warnings.filterwarnings("ignore", ".*`tensorboardX` has been removed")
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning under torch 2.13
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(_is_asked_for)
+
+
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(UNASKED)

