@@ -4,9 +4,11 @@ A rank costs ``out + in`` parameters, a layer left dense ``out·in``. ``keep`` i
 the targeted layers' parameters that remains, over all of them together.
 """
 
+import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -56,9 +58,15 @@ class Candidate:
         return (self.dense - 1) // self.unit
 
     @property
-    def ceiling(self) -> int:
-        """The greatest rank the budget may give."""
-        return self.useful if self.highest is None else min(self.useful, self.highest)
+    def top(self) -> int:
+        """The greatest rank it may get; one above ``useful`` stands for dense."""
+        dense = self.useful + 1
+        return dense if self.highest is None or not self.useful else min(self.useful, self.highest)
+
+    @property
+    def least(self) -> int:
+        """The least rank it may get, which for a layer that no factors make smaller is dense."""
+        return min(self.lowest, self.top)
 
 
 def check_keep(keep: float, name: str = "keep") -> float:
@@ -84,13 +92,13 @@ def _percent(keep: object) -> bool:
 
 
 def cost(candidate: Candidate, rank: int | None) -> int:
-    """Return the parameters of a layer at ``rank``; None is dense.
+    """Return the parameters of a layer at ``rank``; None, or a rank that saves none, is dense.
 
     Example:
-        >>> cost(Candidate("layer", 4, 6), rank=2), cost(Candidate("layer", 4, 6), rank=None)
-        (20, 24)
+        >>> [cost(Candidate("layer", 4, 6), rank) for rank in (1, 2, 3, None)]
+        [10, 20, 24, 24]
     """
-    return candidate.dense if rank is None else rank * candidate.unit
+    return candidate.dense if rank is None else min(rank * candidate.unit, candidate.dense)
 
 
 def allocate(
@@ -104,8 +112,8 @@ def allocate(
     Uniform: every layer keeps the same share of its own parameters. Global: minimises
     ``Σ_l Σ_{j>r_l} energies_l[j]`` under ``Σ_l cost_l ≤ keep · Σ_l dense_l`` by taking, over
     the convex hulls of the layers' curves, what saves most per parameter; a hull ends in the
-    dense layer, which loses nothing. Ranks are multiples of ``align`` as far as that leaves no
-    budget unused; the remainder, smaller than one rank, is all that is lost.
+    dense layer, which loses nothing. Ranks from ``align`` on are multiples of it as far as that
+    leaves no budget unused; the remainder, smaller than one rank, is all that is lost.
 
     Args:
         candidates: the targeted layers.
@@ -133,7 +141,7 @@ def allocate(
     total = sum(c.dense for c in candidates)
     spent = sum(cost(c, fixed[c.name]) for c in candidates if c.name in fixed)
     budget = math.floor(check_keep(keep) * total + 1e-6) - spent
-    least = sum(_least(c) for c in free)
+    least = sum(cost(c, c.least) for c in free)
     if budget < least:
         raise SettingError(
             f"keep={keep:g} leaves {budget + spent:,} of {total:,} parameters, but the layers' "
@@ -141,9 +149,13 @@ def allocate(
             f"{(least + spent) / total:.4f}"
         )
     spread = _global if allocation == "global" else _uniform
-    ranks: dict[str, int | None] = spread(free, budget, align)
-    ranks |= fixed
+    spent_on = spread(free, budget, align)
+    ranks = fixed | {c.name: _dense_above(c, spent_on[c.name]) for c in free}
     return {c.name: ranks[c.name] for c in candidates}
+
+
+def _dense_above(candidate: Candidate, rank: int) -> int | None:
+    return rank if rank <= candidate.useful else None
 
 
 def _fixed_rank(candidate: Candidate) -> int | None:
@@ -153,120 +165,123 @@ def _fixed_rank(candidate: Candidate) -> int | None:
             raise SettingError(
                 f"rank of layer {candidate.name!r} must be from 1 to {most}, got {candidate.rank}"
             )
-        return candidate.rank if candidate.rank <= candidate.useful else None
+        return _dense_above(candidate, candidate.rank)
     share = check_keep(candidate.keep or 0, f"keep of layer {candidate.name!r}")
     rank = int(share * candidate.dense / candidate.unit + 1e-9)
     return max(1, rank) if share < 1 and candidate.useful else None
 
 
-def _least(candidate: Candidate) -> int:
-    return candidate.unit * _least_rank(candidate) or candidate.dense
-
-
-def _least_rank(candidate: Candidate) -> int:
-    return min(candidate.lowest, candidate.ceiling)
-
-
-def _uniform(free: Sequence[Candidate], budget: int, align: int) -> dict[str, int | None]:
-    ranks: dict[str, int | None] = {}
-    open_ = list(free)
-    left = budget
+def _uniform(free: Sequence[Candidate], budget: int, align: int) -> dict[str, int]:
+    ranks: dict[str, int] = {}
+    open_, left = list(free), budget
+    share = 0.0
     while open_:  # layers at a bound pay for it first, the others share what is left
         share = left / sum(c.dense for c in open_)
-        if share >= 1:
-            return ranks | {c.name: None for c in open_}
-        wanted = {c.name: share * c.dense / c.unit for c in open_}
-        bound = [c for c in open_ if not _least_rank(c) <= wanted[c.name] <= c.ceiling]
+        dear = [c for c in open_ if cost(c, c.least) > share * c.dense]
+        full = [c for c in open_ if cost(c, c.top) < share * c.dense]
+        over = sum(cost(c, c.least) - share * c.dense for c in dear)
+        under = sum(share * c.dense - cost(c, c.top) for c in full)
+        # Only one side at a time: what the one takes may open the other again.
+        bound = {c.name: c.least for c in dear} if over >= under else {c.name: c.top for c in full}
         if not bound:
             break
-        for candidate in bound:
-            ranks[candidate.name] = _clamp(candidate, int(wanted[candidate.name]))
-            left -= cost(candidate, ranks[candidate.name])
-        open_ = [c for c in open_ if c.name not in ranks]
-    ranks |= {c.name: _clamp(c, int(wanted[c.name] + 1e-9) // align * align) for c in open_}
+        left -= sum(cost(c, bound[c.name]) for c in open_ if c.name in bound)
+        ranks |= bound
+        open_ = [c for c in open_ if c.name not in bound]
+    fair = {c.name: share * c.dense / c.unit for c in free}
+    for c in open_:
+        whole = int(fair[c.name] + 1e-9)
+        rounded = whole // align * align or whole
+        ranks[c.name] = max(c.least, min(rounded, c.top))
     # What rounding down left over goes to those that lost most by it.
-    open_.sort(key=lambda c: (ranks[c.name] or 0) - wanted[c.name])
-    return _fill([*open_, *(c for c in free if c not in open_)], ranks, budget, align)
+    return _fill(free, ranks, budget, align, lambda c, rank: fair[c.name] - rank)
 
 
-def _global(free: Sequence[Candidate], budget: int, align: int) -> dict[str, int | None]:
-    ranks: dict[str, int | None] = {c.name: _clamp(c, 0) for c in free}
-    left = budget - sum(cost(c, ranks[c.name]) for c in free)
-    moves = [move for c in free if ranks[c.name] is not None for move in _hull(c, align)]
-    moves.sort(key=lambda move: -move[0])  # stable: a layer's own moves stay in order
-    closed: set[str] = set()
-    for _, candidate, rank in moves:
-        name = candidate.name
-        extra = cost(candidate, rank) - cost(candidate, ranks[name])
-        if name in closed or extra > left:
-            closed.add(name)  # what comes after builds on this one
-            continue
-        ranks[name], left = rank, left - extra
-    by_gain = sorted(free, key=lambda c: -_next_gain(c, ranks[c.name]))
-    return _fill(by_gain, ranks, budget, align)
+def _global(free: Sequence[Candidate], budget: int, align: int) -> dict[str, int]:
+    ranks = {c.name: c.least for c in free}
+    left = budget - sum(cost(c, c.least) for c in free)
+    tails = {c.name: _tails(c) for c in free}
+    hulls = [_hull(c, tails[c.name], c.least, c.top, align) for c in free]
+    queue = [(-hull[0][0], i) for i, hull in enumerate(hulls) if hull]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        candidate, rank = free[i], hulls[i].pop(0)[1]
+        now = ranks[candidate.name]
+        extra = cost(candidate, rank) - cost(candidate, now)
+        if extra <= left:
+            ranks[candidate.name], left = rank, left - extra
+        elif rank > candidate.useful:  # too dear to stay dense: what are its factors worth then?
+            hulls[i] = _hull(candidate, tails[candidate.name], now, candidate.useful, align)
+        else:
+            hulls[i] = []  # what comes after builds on this one
+        if hulls[i]:
+            heapq.heappush(queue, (-hulls[i][0][0], i))
+
+    def worth(c: Candidate, rank: int) -> float:
+        return (tails[c.name][rank] - tails[c.name][rank + 1]) / c.unit
+
+    return _fill(free, ranks, budget, align, worth)
 
 
-def _next_gain(candidate: Candidate, rank: int | None) -> float:
-    if rank is None or rank >= candidate.ceiling or candidate.energies is None:
-        return 0.0
-    return float(candidate.energies[rank]) / candidate.unit
-
-
-def _hull(candidate: Candidate, align: int) -> list[tuple[float, Candidate, int | None]]:
-    """Return the moves ``(saved per parameter, layer, to rank)`` along the lower convex hull."""
+def _tails(candidate: Candidate) -> list[float]:
+    """Return what is lost at each rank from 0 on, up to the one that stands for dense."""
     assert candidate.energies is not None
-    energies = candidate.energies.double().tolist()
     tails = [0.0]
-    for energy in reversed(energies):
+    for energy in reversed(candidate.energies.double().tolist()):
         tails.append(tails[-1] + energy)
-    tails.reverse()  # tails[r] is lost at rank r
-    start = _least_rank(candidate)
-    grid = [start, *range((start // align + 1) * align, candidate.ceiling + 1, align)]
-    corners: list[tuple[int, float, int | None]] = [
-        (rank * candidate.unit, tails[rank], rank) for rank in grid
-    ]
-    if candidate.highest is None:
-        corners.append((candidate.dense, 0.0, None))
-    hull: list[tuple[int, float, int | None]] = []
-    for corner in corners:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], corner):
+    return [*tails[::-1][: candidate.useful + 1], 0.0]
+
+
+def _hull(
+    candidate: Candidate, tails: Sequence[float], start: int, top: int, align: int
+) -> list[tuple[float, int]]:
+    """Return the moves ``(saved per parameter, to rank)`` along the lower convex hull."""
+    grid = range((start // align + 1) * align, min(top, candidate.useful) + 1, align)
+    hull: list[tuple[int, int]] = []  # (parameters, rank)
+    for rank in dict.fromkeys((start, *grid, top if top > candidate.useful else start)):
+        corner = (cost(candidate, rank), rank)
+        while len(hull) > 1 and _slope(tails, *hull[-2:]) <= _slope(tails, hull[-1], corner):
             hull.pop()
         hull.append(corner)
-    return [
-        (_slope(before, after), candidate, after[2])
-        for before, after in zip(hull, hull[1:], strict=False)
-    ]
+    return [(_slope(tails, before, after), after[1]) for before, after in pairwise(hull)]
 
 
-def _slope(before: tuple[int, float, int | None], after: tuple[int, float, int | None]) -> float:
-    return (before[1] - after[1]) / (after[0] - before[0])
-
-
-def _clamp(candidate: Candidate, rank: int) -> int | None:
-    """Return the rank within its bounds, or None for a layer that no factors make smaller."""
-    if not candidate.ceiling:
-        return None
-    return max(_least_rank(candidate), min(rank, candidate.ceiling))
+def _slope(tails: Sequence[float], before: tuple[int, int], after: tuple[int, int]) -> float:
+    return (tails[before[1]] - tails[after[1]]) / (after[0] - before[0])
 
 
 def _fill(
-    order: Sequence[Candidate], ranks: dict[str, int | None], budget: int, align: int
-) -> dict[str, int | None]:
-    """Spend what is left, first in whole multiples of ``align``, then rank by rank."""
-    left = budget - sum(cost(c, ranks[c.name]) for c in order)
+    free: Sequence[Candidate],
+    ranks: dict[str, int],
+    budget: int,
+    align: int,
+    worth: Callable[[Candidate, int], float],
+) -> dict[str, int]:
+    """Spend what is left, first up to multiples of ``align``, then rank by rank.
+
+    Each time the layer is next whose next rank is worth most; single ranks go to layers that
+    are off a multiple already, while there are any.
+    """
+    left = budget - sum(cost(c, ranks[c.name]) for c in free)
     for step in dict.fromkeys((align, 1)):
-        grown = True
-        while grown:
-            grown = False
-            for candidate in order:
-                rank = ranks[candidate.name]
-                if rank is None or rank + step > candidate.ceiling or step * candidate.unit > left:
-                    continue
-                ranks[candidate.name], left = rank + step, left - step * candidate.unit
-                grown = True
-                if step < align:
-                    break
+        while True:
+            grown = [(c, ranks[c.name], _grown(c, ranks[c.name], step)) for c in free]
+            fits = [x for x in grown if 0 < cost(x[0], x[2]) - cost(x[0], x[1]) <= left]
+            if not fits:
+                break
+            c, rank, more = max(
+                fits, key=lambda x: (step < align and x[1] % align > 0, worth(x[0], x[1]))
+            )
+            left -= cost(c, more) - cost(c, rank)
+            ranks[c.name] = more
     return ranks
+
+
+def _grown(candidate: Candidate, rank: int, step: int) -> int:
+    """Return the next multiple of ``step`` if it may be had, else the same rank."""
+    more = (rank // step + 1) * step
+    return more if more <= min(candidate.top, candidate.useful + (step == 1)) else rank
 
 
 def match_bounds(

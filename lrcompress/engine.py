@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from lrcompress.surgery import (
 )
 
 Loss = Callable[[nn.Module, Any], Tensor]
+Share = TypeVar("Share", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class Settings:
             check_keep(self.keep)
         for pattern, keep in self.keeps.items():
             check_keep(keep, f"keeps[{pattern!r}]")
+        for pattern, rank in self.ranks.items():
+            _check_whole(f"ranks[{pattern!r}]", rank)
         if self.allocation not in (None, *ALLOCATIONS):
             raise SettingError(
                 f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
@@ -85,13 +88,11 @@ class Settings:
                 f"allocation='global' compares predicted losses of layers, which method "
                 f"{self.method!r} does not know; use allocation='uniform', or one of {comparable}"
             )
-        for name, shares in (("keep_range", self.keep_range), ("shrink", self.shrink)):
-            if len(shares) != 2 or not all(0 <= share <= 1 for share in shares):
-                raise SettingError(f"{name} must be two shares from 0 to 1, got {shares!r}")
+        _check_shares("keep_range", self.keep_range)
+        _check_shares("shrink", self.shrink)
         if self.keep_range[0] > self.keep_range[1]:
             raise SettingError(f"keep_range must rise, got {self.keep_range!r}")
-        if not isinstance(self.align, int) or self.align < 1:
-            raise SettingError(f"align must be a whole number from 1, got {self.align!r}")
+        _check_whole("align", self.align)
 
     @property
     def spread(self) -> str:
@@ -102,6 +103,17 @@ class Settings:
     def select(self, model: nn.Module) -> Selection:
         """Return the layers of ``model`` that are targeted."""
         return select(model, self.targets, self.exclude, shared=self.shared)
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SettingError(f"{name} must be a whole number from 1, got {value!r}")
+
+
+def _check_shares(name: str, shares: object) -> None:
+    pair = shares if isinstance(shares, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in pair):
+        raise SettingError(f"{name} must be two shares from 0 to 1, got {shares!r}")
 
 
 def candidates(
@@ -120,14 +132,17 @@ def candidates(
         raise SettingError(f"layer {both[0]!r} is given both a rank and a keep")
     result = []
     for name in names:
-        shape = view(model.get_submodule(name)).shape
+        layer = model.get_submodule(name)
+        shape = view(layer).shape
         lowest, highest = match_bounds(settings.keep_range, *shape)
+        if isinstance(layer, LowRankLinear):
+            highest = layer.rank if highest is None else min(highest, layer.rank)
         result.append(
             Candidate(
                 name,
                 *shape,
                 energies=energies.get(name),
-                rank=None if name not in ranks else int(ranks[name]),
+                rank=ranks.get(name),
                 keep=keeps.get(name),
                 lowest=lowest,
                 highest=highest,
@@ -136,10 +151,8 @@ def candidates(
     return result
 
 
-def _by_layer(
-    argument: str, given: Mapping[str, float], names: Sequence[str]
-) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _by_layer(argument: str, given: Mapping[str, Share], names: Sequence[str]) -> dict[str, Share]:
+    found: dict[str, Share] = {}
     for pattern, value in given.items():
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
@@ -172,6 +185,12 @@ class _Solved:
 
     truncation: Truncation
     metric: Metric
+
+    @property
+    def curve(self) -> Tensor:
+        """What each further rank saves: of the loss, where the metric knows it."""
+        scale = self.metric.loss_scale
+        return self.truncation.energies * (1.0 if scale is None else scale)
 
     def loss(self, rank: int | None) -> float | None:
         if rank is None:
@@ -216,10 +235,7 @@ def factor_(
     started = time.perf_counter()
     names = settings.select(model).names
     solved = {name: _solve(model, name, statistics, settings) for name in names}
-    curves = {
-        name: one.truncation.energies * (1.0 if one.metric.loss_scale is None else one.metric.loss_scale)
-        for name, one in solved.items()
-    }
+    curves = {name: one.curve for name, one in solved.items()}
     asked = candidates(model, names, settings, curves)
     ranks = allocate(asked, settings.keep, settings.spread, settings.align)
     _check_falling(model, ranks)
@@ -259,13 +275,7 @@ def _solve(model: nn.Module, name: str, statistics: Statistics, settings: Settin
         refit_bias=settings.refit_bias and layer.bias is not None,
         shrink=settings.shrink,
     )
-    weight = layer.weight
-    device = weight.device
-    return _Solved(truncate(weight, _to(metric.output, device), _to(metric.input, device)), metric)
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    return _Solved(truncate(layer.weight, metric.output, metric.input), metric)
 
 
 def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
@@ -286,11 +296,7 @@ def _dense_size(model: nn.Module) -> int:
 
 
 def _put(
-    model: nn.Module,
-    name: str,
-    factors: Factors,
-    metric: Metric,
-    optimizers: Sequence[Optimizer],
+    model: nn.Module, name: str, factors: Factors, metric: Metric, optimizers: Sequence[Optimizer]
 ) -> None:
     layer = model.get_submodule(name)
     old = view(layer)
@@ -305,8 +311,10 @@ def _put(
         carry = carry_factors(held, (factors.left, factors.right))
     else:
         carry = carry_dense(factors.left, factors.right, old.transposed)
-    swap_parameters_(optimizers, old.parameters, (new.right.weight, new.left.weight), carry)
     replace_(model, name, new)
+    tied = any(parameter is old.parameters[0] for parameter in model.parameters())
+    factored = (new.right.weight, new.left.weight)
+    swap_parameters_(optimizers, old.parameters, factored, carry, staying=tied)
 
 
 @contextmanager
@@ -373,11 +381,13 @@ def compress(
 
     Raises:
         ObservationError: if ``batches`` is empty, or all its losses are not finite.
+        SettingError: if a setting is not what it may be, or ``keep`` is missing.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         >>> batches = [torch.randn(16, 8) for _ in range(4)]
-        >>> record = compress(model, batches, lambda m, x: m(x).square().mean(), keep=0.5)
+        >>> loss = lambda model, batch: model(batch).square().mean()
+        >>> record = compress(model, batches, loss, keep=0.5, allocation="uniform")
         >>> [layer.rank for layer in record.layers]
         [2, 2]
     """
@@ -414,8 +424,8 @@ def _watch(
         value = loss(model, batch)
         finite = bool(value.isfinite())
         recorder.commit(float(count), finite=finite)
-        if finite and recorder.outputs:
-            torch.autograd.grad(value, recorder.outputs)
+        if finite and recorder.outputs and value.requires_grad:
+            torch.autograd.grad(value, recorder.outputs, allow_unused=True)
 
 
 @contextmanager

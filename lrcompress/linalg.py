@@ -58,7 +58,7 @@ def shrunk(metric: Tensor, share: float) -> Tensor:
     return result
 
 
-def root(moment: Tensor) -> tuple[Tensor, bool]:
+def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:
     """Return ``R`` with ``R Rᵀ = moment``, and whether it is a lower triangle.
 
     Cholesky where the matrix is positive definite, else by eigenvalues with the negative
@@ -66,15 +66,18 @@ def root(moment: Tensor) -> tuple[Tensor, bool]:
 
     Args:
         moment: ``(n, n)`` symmetric positive semidefinite, float64.
+        floor: share of the largest eigenvalue that smaller ones are raised to, for roots that
+            will be inverted; the columns of ``R`` are then orthogonal, or it is a triangle.
 
     Cost:
         ``n³/3`` operations; about ``9 n³`` where the matrix is singular.
     """
     lower, failed = torch.linalg.cholesky_ex(moment)
-    if not failed.item():
+    pivots = lower.diagonal()
+    if not failed.item() and pivots.min() >= floor**0.5 * pivots.max():
         return lower, True
     energy, basis = torch.linalg.eigh(moment)
-    return basis * energy.clamp(min=0).sqrt(), False
+    return basis * energy.clamp(min=floor * float(energy[-1].clamp(min=0))).sqrt(), False
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +97,6 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         (2.0, 2.0)
     """
     heights, widths = left.norm(dim=0), right.norm(dim=1)
-    floor = 1e-6 * (heights * widths).max().sqrt().clamp(min=torch.finfo(left.dtype).tiny)
+    floor = (1e-6 * (heights * widths).max().sqrt()).clamp(min=torch.finfo(left.dtype).tiny)
     scale = (widths.clamp(min=floor) / heights.clamp(min=floor)).sqrt()
     return left * scale, right / scale[:, None]

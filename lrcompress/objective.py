@@ -5,19 +5,23 @@ an input metric, over all matrices ``M`` of rank ``r``::
 
     min ‖P (W − M) Q‖²
 
-==============  ====================  ====================  ===============================
-method          output metric         input metric          source
-==============  ====================  ====================  ===============================
-``svd``         I                     I                     Eckart & Young 1936
-``fwsvd``       I                     diag Σ_i F_ij         Hsu et al., ICLR 2022
-``asvd``        I                     diag (mean |x|)       Yuan et al., arXiv 2312.05821
-``drone``       I                     C                     Chen et al., NeurIPS 2021
-``row_fisher``  diag Σ_j F_ij         C                     both of the above, one a side
-``kfac``        G                     C                     two-sided, arXiv 2505.17974
-==============  ====================  ====================  ===============================
+=================  ================  ===============  =====================================
+method             output metric     input metric     source
+=================  ================  ===============  =====================================
+``svd``            I                 I                Eckart & Young 1936
+``fwsvd``          I                 diag Σ_i F_ij    Hsu et al., ICLR 2022
+``asvd``           I                 diag (mean |x|)  Yuan et al., arXiv 2312.05821
+``drone``          I                 C                Chen et al., NeurIPS 2021
+``row_fisher``     diag Σ_j F_ij     C                both of the above, one a side
+``kfac``           G                 C                two-sided, arXiv 2505.17974
+``weighted_kfac``  G                 C_g              as ``kfac``, inputs by gradient
+=================  ================  ===============  =====================================
 
 ``C`` is the covariance of the inputs (their second moment where there is no bias to refit),
-``G`` the second moment of the gradient at the output, ``F`` the per-example Fisher. ASVD's
+``G`` the second moment of the gradient at the output, ``F`` the per-example Fisher.
+``C_g = Σ ‖g‖² x xᵀ / Σ ‖g‖²`` counts a token's input by its squared gradient: where the loss
+depends on few tokens, as a classifier's does on the first, the inputs of all the others do not
+matter, and ``C`` does not know that. ``C_g ⊗ G`` has the exact trace of the Fisher. ASVD's
 exponent is ½ of the scale, hence mean |x| in the squared metric. With a Fisher metric on the
 output, half the squared error predicts the increase of the loss, so errors of different
 layers are in one currency: those methods are ``comparable``.
@@ -68,7 +72,12 @@ METHODS: dict[str, Method] = {
     "drone": Method(None, "input_moment"),
     "row_fisher": Method("output_fisher", "input_moment"),
     "kfac": Method("output_moment", "input_moment"),
+    "weighted_kfac": Method("output_moment", "weighted_moment"),
 }
+
+
+# A full input metric -> the sum its mean comes from, and the count if it is not that of tokens.
+_MEANS = {"input_moment": ("input_sum", None), "weighted_moment": ("weighted_sum", "weight")}
 
 
 def method_named(name: str) -> Method:
@@ -98,7 +107,8 @@ class Metric:
         input: ``QQᵀ``: None, ``(in,)`` or ``(in, in)``, centred if ``mean`` is given.
         mean: ``(in,)`` mean input ``μ``; given, the bias is refitted: ``b' = b + (W − M) μ``.
         loss_scale: ``½‖P (W − M) Q‖²`` times this predicts the increase of the loss per
-            example; None where the metric does not know the loss.
+            example; None where the metric does not know the loss, 0 where nothing of the layer
+            reached it.
         note: what was done about a metric that could not be used as it was, or "".
     """
 
@@ -139,20 +149,24 @@ def metric_of(
     for kind, value in values.items():
         if not value.isfinite().all():
             raise NotFiniteError(f"{kind} of layer {layer!r} holds a NaN or an infinity")
-    tokens, examples = max(1, int(sums.tokens)), max(1, int(sums.examples))
+    tokens, examples = float(max(1, int(sums.tokens))), max(1, int(sums.examples))
     inner = values[chosen.input] if chosen.input else None
     outer = values[chosen.output] if chosen.output else None
     mean, loss_scale = None, None
-    if chosen.input == "input_moment" and inner is not None:
-        inner = inner / tokens
+    if chosen.input in _MEANS and inner is not None:
+        total, count = _MEANS[chosen.input]
+        tokens = float(sums.values[count]) if count else tokens
+        inner = inner / max(tokens, torch.finfo(torch.float32).tiny)
         spread = inner.diagonal().sum()
         if refit_bias:
-            mean = sums.moment("input_sum").double() / tokens
+            mean = sums.moment(total).double() / max(tokens, torch.finfo(torch.float32).tiny)
             inner = inner - torch.outer(mean, mean)
+            inner *= inner.diagonal().sum() > 1e-6 * spread  # less is a constant's rounding
     if outer is not None:
         outer = outer / examples
         # Σ_j F_ij = G_ii · trace C where inputs and gradients are independent
-        loss_scale = 1.0 if chosen.output == "output_moment" else float(1 / spread)
+        fisher = chosen.output == "output_fisher"
+        loss_scale = float(1 / spread.clamp(min=torch.finfo(spread.dtype).tiny)) if fisher else 1.0
     return _usable(Metric(outer, inner, mean, loss_scale), shrink)
 
 
@@ -166,5 +180,6 @@ def _usable(metric: Metric, shrink: tuple[float, float]) -> Metric:
             sides.append(None)
             notes.append(f"the {('input', 'output')[len(sides) - 1]} metric was all zero: identity")
     inner, outer = sides
-    scale = metric.loss_scale if outer is not None or metric.output is None else 0.0
+    blind = (inner is None, outer is None) != (metric.input is None, metric.output is None)
+    scale = 0.0 if blind and metric.loss_scale is not None else metric.loss_scale
     return Metric(outer, inner, metric.mean, scale, "; ".join(notes))

@@ -92,6 +92,7 @@ class Plan:
             NoMatchError: if a named layer is not in the model.
             ShapeError: if its sizes are not the plan's.
             LayerError: if it is of a type that cannot be factored.
+            CheckpointError: if the plan gives it a kind that is not known.
         """
         modules = dict(model.named_modules())
         built = {layer.name: _build(layer, modules) for layer in self.layers}
@@ -149,11 +150,12 @@ def _build(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module:
             f"layer {layer.name!r} has sizes {sizes}, the plan gives it {dict(layer.sizes)}"
         )
     if layer.kind == "dense":
-        assert isinstance(old, LowRankLinear)
-        return old.to_dense()
+        return old.to_dense() if isinstance(old, LowRankLinear) else old
     if layer.kind != "low_rank":
-        raise CheckpointError(f"layer {layer.name!r} is of kind {layer.kind!r}; known: low_rank, dense")
-    rank = layer.sizes["rank"]
+        raise CheckpointError(
+            f"layer {layer.name!r} is of kind {layer.kind!r}; known: low_rank, dense"
+        )
+    rank = layer.sizes.get("rank", 0)
     if not 1 <= rank <= min(sizes.values()):
         raise ShapeError(
             f"layer {layer.name!r} of sizes {sizes} cannot have rank {rank}; "

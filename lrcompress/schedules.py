@@ -41,7 +41,7 @@ class Point:
         if unit in ("epoch", "step") and number.isdecimal():
             return cls(unit, int(number))
         try:
-            fraction = float(text)
+            fraction = float(str(text))  # float(False) is a number
         except ValueError:
             raise SettingError(f"a point is {expected}, got {text!r}") from None
         return cls.parse(fraction)

@@ -1,8 +1,9 @@
 """Find layers by pattern, put others in their place, carry the optimizer's state over."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ def select(
         NoMatchError: if a pattern matches no linear layer, or nothing is left to factor.
         LayerError: if a layer named in full cannot be factored.
     """
+    targets = [targets] if isinstance(targets, str) else targets
     everything = dict(model.named_modules(remove_duplicate=True))
     linear = {
         name: module
@@ -112,24 +114,28 @@ def _obstacles(model: nn.Module, linear: dict[str, nn.Module], shared: bool) -> 
             holders.setdefault(id(parameter), []).append(name)
     reasons = {}
     for name, module in linear.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
         others = [place for place in places[id(module)] if place != name]
         weight = view(module).parameters[0]
         own = tuple(f"{place}." for place in places[id(module)])
-        tied = [
-            other for other in holders.get(id(weight), []) if not f"{other}.".startswith(own)
-        ]
-        if name.endswith(".base_layer") or "lora_" in name:
-            reasons[name] = "it is wrapped by an adapter; merge the adapter first"
-        elif not weight.is_floating_point() or type(weight) is not nn.Parameter:
-            reasons[name] = f"its weight is quantised ({weight.dtype}, {type(weight).__name__})"
-        elif isinstance(parent, nn.MultiheadAttention):
-            reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
-        elif others and not shared:
-            reasons[name] = f"it is also used as {others[0]!r}; pass shared=True to factor both"
-        elif tied and not shared:
-            reasons[name] = f"its weight is tied to {tied[0]!r}; pass shared=True to untie it"
+        tied = [other for other in holders.get(id(weight), []) if not f"{other}.".startswith(own)]
+        reason = _unsuited(model, name, weight)
+        if reason is None and others and not shared:
+            reason = f"it is also used as {others[0]!r}; pass shared=True to factor both"
+        if reason is None and tied and not shared:
+            reason = f"its weight is tied to {tied[0]!r}; pass shared=True to untie it"
+        if reason is not None:
+            reasons[name] = reason
     return reasons
+
+
+def _unsuited(model: nn.Module, name: str, weight: Tensor) -> str | None:
+    if name.endswith(".base_layer") or "lora_" in name:
+        return "it is wrapped by an adapter; merge the adapter first"
+    if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+        return f"its weight is quantised ({weight.dtype}, {type(weight).__name__})"
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    return None
 
 
 def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -178,9 +184,7 @@ def carry_dense(left: Tensor, right: Tensor, transposed: bool) -> Carry:
     return carry
 
 
-def carry_factors(
-    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
-) -> Carry:
+def carry_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Carry:
     """Return how optimizer state of factors becomes state of factors of a lower rank.
 
     A truncation stays in the spans of the factors it started from: ``left' = left T`` and
@@ -212,9 +216,11 @@ def carry_factors(
 @torch.no_grad()
 def swap_parameters_(
     optimizers: Iterable[Optimizer],
-    old: Sequence[nn.Parameter],
-    new: Sequence[nn.Parameter],
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
     carry: Carry,
+    *,
+    staying: bool = False,
 ) -> None:
     """Put ``new`` where ``old`` stood in every optimizer's groups, their state carried over.
 
@@ -223,46 +229,76 @@ def swap_parameters_(
 
     Args:
         optimizers: that may hold the parameters.
-        old: parameters that leave the model.
-        new: parameters that take their place, in module order.
+        old: parameters that leave the model: a weight, or right and left factors.
+        new: the right and the left factor that take their place.
         carry: turns state of ``old`` into state of ``new``.
+        staying: leave ``old`` in its groups too, for a tied weight that others still use.
     """
+    pairs = [(p, [q]) for p, q in zip(old, new, strict=True)] if len(old) > 1 else [(old[0], new)]
+    heirs = {id(p): list(q) for p, q in pairs}
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            at = [i for i, p in enumerate(group["params"]) if any(p is gone for gone in old)]
-            if not at:
-                continue
-            _swap_listed(group["params"], at, list(new))
-            if "param_names" in group:
-                first = group["param_names"][at[0]]
-                base = first.removesuffix(".weight").removesuffix(".right")
-                names = [f"{base}.right.weight", f"{base}.left.weight"]
-                _swap_listed(group["param_names"], at, names)
-            states = [optimizer.state.pop(p, {}) for p in old]
-            for parameter, state in zip(new, _carried(states, old, carry), strict=True):
-                if state:
-                    optimizer.state[parameter] = state
+        _swap_in_groups(optimizer.param_groups, heirs, staying)
+        held = [optimizer.state.get(p, {}) for p in old]
+        if not staying:
+            for p in old:
+                optimizer.state.pop(p, None)
+        for parameter, state in zip(new, _carried(held, old, carry), strict=True):
+            if state:
+                optimizer.state[parameter] = state
 
 
-def _swap_listed(listed: list[object], at: list[int], new: Sequence[object]) -> None:
-    for index in reversed(at):
-        del listed[index]
-    listed[at[0] : at[0]] = new
+def _swap_in_groups(
+    groups: Sequence[dict[str, Any]], heirs: dict[int, list[Tensor]], staying: bool
+) -> None:
+    renamed: dict[str, str] = {}
+    for group in groups:
+        renamed |= _swap_in_group(group, heirs, staying)
+    for group in groups:
+        if "param_names" in group:
+            group["param_names"][:] = [renamed.get(name, name) for name in group["param_names"]]
+
+
+def _swap_in_group(
+    group: dict[str, Any], heirs: dict[int, list[Tensor]], staying: bool
+) -> dict[str, str]:
+    """Swap in one group, and return what becomes of the names of biases."""
+    params: list[Tensor] = []
+    names: list[str] = []
+    renamed: dict[str, str] = {}
+    given = group.get("param_names") or [""] * len(group["params"])
+    for parameter, name in zip(group["params"], given, strict=True):
+        new = heirs.get(id(parameter), [])
+        if staying or not new:
+            params.append(parameter)
+            names.append(name)
+        params += new
+        if len(new) == 1:
+            names.append(name)
+        elif new:
+            base = name.removesuffix("weight")
+            names += [f"{base}right.weight", f"{base}left.weight"]
+            renamed[f"{base}bias"] = f"{base}left.bias"
+    group["params"][:] = params
+    if "param_names" in group:
+        group["param_names"][:] = names
+    return renamed
 
 
 def _carried(
-    states: Sequence[dict[str, object]], old: Sequence[nn.Parameter], carry: Carry
+    states: Sequence[Mapping[str, object]], old: Sequence[Tensor], carry: Carry
 ) -> list[dict[str, object]]:
     result: list[dict[str, object]] = [{}, {}]
-    for key, value in states[0].items():
-        if isinstance(value, Tensor) and value.shape == old[0].shape and value.ndim:
-            if key not in _LINEAR | _SQUARED:
-                return [{}, {}]
-            values = [state[key] for state in states]
-            moved = carry(values, key in _SQUARED)  # type: ignore[arg-type]
-            for entry, tensor in zip(result, moved, strict=True):
-                entry[key] = tensor.contiguous()
-        else:
+    for key in states[0]:
+        values = [state.get(key) for state in states]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if key in _LINEAR | _SQUARED and [t.shape for t in tensors] == [p.shape for p in old]:
+            for entry, moved in zip(result, carry(tensors, key in _SQUARED), strict=True):
+                entry[key] = moved.contiguous()
+        elif all(t.numel() == 1 for t in tensors) and not any(
+            isinstance(value, list | dict | tuple) for value in values
+        ):
             for entry in result:
-                entry[key] = value.clone() if isinstance(value, Tensor) else value
+                entry[key] = tensors[0].clone() if tensors else values[0]
+        else:
+            return [{}, {}]
     return result

@@ -17,7 +17,13 @@ from typing_extensions import override
 from lrcompress.callbacks import platform
 from lrcompress.callbacks.restart import Restart
 from lrcompress.engine import Settings, factor_, preview
-from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
+from lrcompress.errors import (
+    CheckpointError,
+    LayerError,
+    ObservationError,
+    SettingError,
+    nearest,
+)
 from lrcompress.objective import METHODS
 from lrcompress.plan import Plan
 from lrcompress.report import Report
@@ -26,7 +32,7 @@ from lrcompress.schedules import Point, Warmup
 from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsTap, drawn_loss
-from lrcompress.statistics.moments import Statistics
+from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
 from lrcompress.statistics.views import view
 
 VERSION = 1
@@ -45,12 +51,12 @@ class Factorize(pl.Callback):
         at: When to factor: a fraction of all steps (``0.4``), ``"epoch:N"`` (after N epochs) or
             ``"step:N"``. A list, rising, for several points.
         method: What errors are measured in: ``svd``, ``fwsvd``, ``asvd``, ``drone``,
-            ``row_fisher`` or ``kfac``.
+            ``row_fisher``, ``kfac`` or ``weighted_kfac``.
         targets: Patterns of layer names such as ``*.attention.*``. By default all linear layers
             of numbered blocks: attention and feed-forward layers, not poolers and heads.
         exclude: Patterns of layers to leave out.
         allocation: ``uniform``: every layer keeps the same share; ``global``: ranks go where the
-            predicted loss is, for ``kfac`` and ``row_fisher``, whose default it is.
+            predicted loss is; the default of the last three methods, the only ones that know it.
         ranks: Ranks of their own for layers matching a pattern.
         keeps: Shares of their own for layers matching a pattern.
         keep_range: Least and greatest share that any one layer may keep.
@@ -59,6 +65,8 @@ class Factorize(pl.Callback):
             ``"step:N"``.
         every_n_steps: Observe every n-th step of the window.
         max_tokens: Stop observing after so many tokens, padding excluded.
+        also_observe: Statistics to accumulate besides the method's own. A checkpoint that holds
+            them can be resumed with other methods and other ``keep``.
         fisher: Whose gradients: ``labels`` of the training data, or labels drawn from the
             ``model``'s own prediction, for runs that have fitted their training data.
         logits: For ``fisher: model``, the name of the submodule that returns the logits; by
@@ -72,6 +80,7 @@ class Factorize(pl.Callback):
             or as a fraction of all steps.
         restart_scale: What the learning rate is multiplied by after the rise.
         validate: Run validation just before and just after each point, for the report.
+        report_path: File to write the report to, as JSON, at each point and at the end.
         verbose: Print a table at each point and at the end.
 
     Raises:
@@ -98,6 +107,7 @@ class Factorize(pl.Callback):
         window: float | str = "epoch:1",
         every_n_steps: int = 8,
         max_tokens: int | None = None,
+        also_observe: list[str] | None = None,
         fisher: str = "labels",
         logits: str | None = None,
         mask: str | None = MASK,
@@ -108,14 +118,16 @@ class Factorize(pl.Callback):
         restart_steps: float = 0.05,
         restart_scale: float = 1.0,
         validate: bool = True,
+        report_path: str | None = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
         self.keep, self.at, self.method = keep, at, method
         self.window, self.every_n_steps, self.max_tokens = window, every_n_steps, max_tokens
+        self.also_observe = also_observe or []
         self.fisher, self.logits, self.mask, self.offload = fisher, logits, mask, offload
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
-        self.validate, self.verbose = validate, verbose
+        self.validate, self.report_path, self.verbose = validate, report_path, verbose
         self.points = [Point.parse(one) for one in (at if isinstance(at, list) else [at])]
         self._window = Point.parse(window)
         keeps_at = keep if isinstance(keep, list) else [keep]
@@ -148,7 +160,18 @@ class Factorize(pl.Callback):
         self._check_numbers()
         self._reset()
 
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """The statistics to accumulate."""
+        return tuple(dict.fromkeys((*METHODS[self.method].kinds, *self.also_observe)))
+
     def _check_numbers(self) -> None:
+        for kind in self.also_observe:
+            if kind not in KINDS:
+                raise SettingError(
+                    f"also_observe takes {', '.join(KINDS)}; got {kind!r}, "
+                    f"nearest: {nearest(kind, KINDS, 1)}"
+                )
         if self.fisher not in ("labels", "model"):
             raise SettingError(f"fisher must be 'labels' or 'model', got {self.fisher!r}")
         for name, least in (("every_n_steps", 1), ("max_tokens", 1)):
@@ -181,7 +204,10 @@ class Factorize(pl.Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(method=self.method, keep=self.keep, at=self.at)
+        settings = self.settings[0]
+        return self._generate_state_key(
+            at=self.at, targets=settings.targets, exclude=list(settings.exclude)
+        )
 
     # Structure and state
 
@@ -270,7 +296,7 @@ class Factorize(pl.Callback):
             return
         point, step = self.points[self._stage], self._at_steps[self._stage]
         now = platform.steps_done(trainer)
-        blind = bool(METHODS[self.method].kinds) and not self._statistics.steps and step == now
+        blind = bool(self._kinds) and not self._statistics.steps and step == now
         if step < now or blind:
             lies = "lies in the past" if step < now else "leaves no step to observe before it"
             raise SettingError(
@@ -282,20 +308,19 @@ class Factorize(pl.Callback):
 
     def _build_recorder(self, module: nn.Module) -> None:
         settings = self.settings[self._stage]
-        kinds = METHODS[settings.method].kinds
         names = settings.select(module).names
         self._recorder = Recorder(
             module,
             names,
-            kinds,
+            self._kinds,
             statistics=self._statistics,
             offload=self.offload,
             shared=settings.shared,
             name=type(self).__name__,
         )
-        if self.fisher == "model" and METHODS[settings.method].needs_gradients:
+        if self.fisher == "model" and set(self._kinds) & set(OUTPUT_KINDS):
             self._tap = LogitsTap(module, self.logits)
-        if kinds and self.verbose:
+        if self._kinds and self.verbose:
             rank_zero_info(
                 f"lrcompress: statistics of {len(names)} layers will take at most "
                 f"{self._recorder.nbytes / 2**20:.0f} MiB"
@@ -326,8 +351,7 @@ class Factorize(pl.Callback):
         length = min(self._window_steps, self._at_steps[self._stage] - previous)
         sampled = ahead % min(self.every_n_steps, length) == 0
         full = self.max_tokens is not None and self._statistics.tokens >= self.max_tokens
-        wanted = bool(METHODS[self.method].kinds)
-        return wanted and 0 < ahead <= length and sampled and not full
+        return bool(self._kinds) and 0 < ahead <= length and sampled and not full
 
     def _open_step(self, batch: Any) -> None:
         assert self._recorder is not None
@@ -395,6 +419,7 @@ class Factorize(pl.Callback):
         steps = self.restart_steps if self.restart_steps >= 1 else self.restart_steps * total
         if steps >= 1 or self.restart_scale != 1:
             self._begin_restart(Warmup(int(steps), self.restart_scale), 0)
+        self._save_report(trainer)
         if self.verbose:
             _show(trainer, point_table(record))
         self._log(trainer)
@@ -430,6 +455,11 @@ class Factorize(pl.Callback):
         known = self.report.points[0].metrics.get("before", {}) if self.report.points else {}
         seen = trainer.callback_metrics
         self.report.final = {name: float(seen[name]) for name in known if name in seen}
+        self._save_report(trainer)
+
+    def _save_report(self, trainer: pl.Trainer) -> None:
+        if self.report_path is not None and trainer.is_global_zero:
+            self.report.save(self.report_path)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -35,6 +35,7 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.plain: type[nn.Module] = nn.Linear  # what it stands for, and can go back to
 
     @classmethod
     def in_place_of(cls, layer: nn.Module, rank: int) -> "LowRankLinear":
@@ -55,18 +56,30 @@ class LowRankLinear(nn.Module):
             dtype=weight.dtype,
         )
         new.left.bias = old.bias  # type: ignore[assignment]
+        if isinstance(layer, LowRankLinear):
+            new.plain = layer.plain
+        elif old.transposed:
+            new.plain = type(layer)
         for parameter in (new.right.weight, new.left.weight):
             parameter.requires_grad_(weight.requires_grad)
         return new.train(layer.training)
 
-    def to_dense(self) -> nn.Linear:
-        """Return a plain linear layer with the same product, bias, dtype and device."""
-        factor = self.left.weight
-        dense = nn.Linear(
-            self.in_features, self.out_features, False, device=factor.device, dtype=factor.dtype
-        )
-        dense.weight.data.copy_(self.weight.data)
-        dense.weight.requires_grad_(factor.requires_grad)
+    def to_dense(self) -> nn.Module:
+        """Return a plain layer with the same product, bias, dtype and device.
+
+        It is a ``Conv1D`` where this layer took the place of one, so that dense checkpoints
+        fit, else an ``nn.Linear``.
+        """
+        factor, transposed = self.left.weight, self.plain is not nn.Linear
+        with torch.device(factor.device):
+            dense = (
+                self.plain(self.out_features, self.in_features)
+                if transposed
+                else nn.Linear(self.in_features, self.out_features, bias=False)
+            )
+        weight = self.weight.detach()
+        stored = weight.mT.contiguous() if transposed else weight
+        dense.weight = nn.Parameter(stored, requires_grad=factor.requires_grad)
         dense.bias = self.left.bias
         return dense.train(self.training)
 

@@ -37,8 +37,8 @@ class LayerRecord:
     @property
     def after(self) -> int:
         """Parameters of what stands there now."""
-        return self.before if self.rank is None else self.rank * (
-            self.out_features + self.in_features
+        return (
+            self.before if self.rank is None else self.rank * (self.out_features + self.in_features)
         )
 
 
@@ -106,6 +106,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
 

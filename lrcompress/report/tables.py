@@ -1,8 +1,10 @@
 """The report in a terminal."""
 
+import itertools
 import re
 from collections.abc import Iterable
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,20 +17,33 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     kinds: dict[str, list[LayerRecord]] = {}
     for layer in layers:
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", layer.name), []).append(layer)
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("layers", overflow="fold")
-    for heading in ("out × in", "rank", "kept", "error", "predicted loss"):
-        table.add_column(heading, justify="right")
+    shared = _shared_path(kinds)
+    table = _table(title + (f"; layers of {shared}" if shared else ""))
+    table.add_column("layer", no_wrap=True)
+    for heading in ("count", "out×in", "rank", "kept", "error", "loss +"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for kind, members in kinds.items():
         table.add_row(
-            f"{kind} ({len(members)})",
-            f"{members[0].out_features} × {members[0].in_features}",
+            kind[len(shared) :].removeprefix("."),
+            str(len(members)),
+            f"{members[0].out_features}×{members[0].in_features}",
             _span(members),
             f"{sum(x.after for x in members) / sum(x.before for x in members):.3f}",
             f"{sum(x.error for x in members) / len(members):.3f}",
             _loss(sum_or_none(x.predicted_loss for x in members)),
         )
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def _shared_path(kinds: Iterable[str]) -> str:
+    """Return the modules that all paths begin with, so that they need not be repeated."""
+    paths = [kind.split(".")[:-1] for kind in kinds]
+    parts = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in parts)
 
 
 def point_table(point: PointRecord) -> RenderableType:
@@ -52,22 +67,21 @@ def point_table(point: PointRecord) -> RenderableType:
 def summary_table(report: Report) -> Table:
     """Return what was lost and gained: dense beside factored, each point, and the end."""
     first, last = report.points[0], report.points[-1]
-    table = Table(title="lrcompress: what was lost and gained", title_justify="left")
-    table.title_style = "bold"
-    table.add_column("")
+    table = _table("lrcompress: what was lost and gained")
+    table.add_column("", no_wrap=True)
     table.add_column("dense", justify="right")
     for point in report.points:
-        step = "" if point.step is None else f" at step {point.step}"
+        step = "" if point.step is None else f" at {point.step}"
         table.add_column(f"factored{step}", justify="right")
-    table.add_column("after training on", justify="right")
+    table.add_column("at the end", justify="right")
     targeted = sum(x.before for x in last.layers)
     sizes = [
-        ("targeted layers", targeted, [round(p.keep * targeted) for p in report.points]),
-        ("whole model", first.model_before, [p.model_after for p in report.points]),
+        ("targeted", targeted, [round(p.keep * targeted) for p in report.points]),
+        ("all", first.model_before, [p.model_after for p in report.points]),
     ]
-    for name, before, after in sizes:
-        cells = [f"{n:,} ({n / before:.3f})" for n in after]
-        table.add_row(f"parameters, {name}", f"{before:,}", *cells, cells[-1])
+    for name, dense, now in sizes:
+        table.add_row(f"{name} parameters", *(f"{n:,}" for n in (dense, *now, now[-1])))
+        table.add_row("  kept", *(f"{n / dense:.3f}" for n in (dense, *now, now[-1])))
     names = list(first.metrics.get("before", {})) or list(report.final)
     for name in names:
         before = first.metrics.get("before", {}).get(name)
@@ -77,22 +91,27 @@ def summary_table(report: Report) -> Table:
     speed = report.seconds_per_step
     if speed:
         blank = [""] * len(report.points)
-        dense, after_ = (speed.get(key) for key in ("dense", "factored"))
-        table.add_row("seconds per training step", _figure(dense), *blank, _figure(after_))
+        figures = [_figure(speed.get(key)) for key in ("dense", "factored")]
+        table.add_row("seconds per step", figures[0], *blank, figures[1])
     return table
 
 
 def _loss_rows(table: Table, report: Report) -> None:
     predicted = [point.predicted_loss for point in report.points]
     if any(value is not None for value in predicted):
-        table.add_row("predicted increase of the loss", "", *map(_loss, predicted), "")
+        table.add_row("predicted change of loss", "", *map(_loss, predicted), "")
     name = next((n for n in report.points[0].metrics.get("before", {}) if "loss" in n), None)
     if name is not None:
-        measured = [p.metrics["after"][name] - p.metrics["before"][name] for p in report.points]
+        measured = [_change(point, name) for point in report.points]
         start = report.points[0].metrics["before"][name]
         end = report.final.get(name)
         change = None if end is None else end - start
         table.add_row(f"measured change of {name}", "", *map(_loss, measured), _loss(change))
+
+
+def _change(point: PointRecord, name: str) -> float | None:
+    before, after = (point.metrics.get(when, {}).get(name) for when in ("before", "after"))
+    return None if before is None or after is None else after - before
 
 
 def _span(members: list[LayerRecord]) -> str:
@@ -100,8 +119,8 @@ def _span(members: list[LayerRecord]) -> str:
     dense = len(members) - len(ranks)
     if not ranks:
         return "dense"
-    span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-    return span + (f", {dense} dense" if dense else "")
+    span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+    return span + (f" +{dense} dense" if dense else "")
 
 
 def _figure(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """The rank-r matrix nearest to a weight in a two-sided metric: every weighted SVD in one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,12 @@ from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
 from lrcompress.linalg import balanced, root
+
+# Keeps the inverse of an output metric bounded: the least of its eigenvalues, of the largest.
+_FLOOR = 1e-10
+
+
+_Solution = tuple[Tensor, Callable[[int], tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,7 @@ class Truncation:
 
     energies: Tensor
     _weight: Tensor
-    _left: Tensor  # (out, k) P⁻¹U
-    _right: Tensor  # (out, k) PᵀU, so that right = (PᵀU)ᵀ W
+    _leading: Callable[[int], tuple[Tensor, Tensor]]  # rank -> P⁻¹U, Uᵀ P W
 
     def factors(self, rank: int) -> Factors:
         """Return the best factors of that rank, balanced, in the weight's own dtype.
@@ -50,9 +56,7 @@ class Truncation:
                 f"rank must be from 1 to {most} for a weight of shape "
                 f"{tuple(self._weight.shape)}, got {rank}"
             )
-        left = self._left[:, :rank]
-        right = self._right[:, :rank].mT @ self._weight.double()
-        left, right = balanced(left, right)
+        left, right = balanced(*self._leading(rank))
         return Factors(
             left.to(self._weight.dtype).contiguous(),
             right.to(self._weight.dtype).contiguous(),
@@ -66,7 +70,9 @@ class Truncation:
 
 
 @torch.no_grad()
-def truncate(weight: Tensor, output: Tensor | None = None, input: Tensor | None = None) -> Truncation:  # noqa: A002
+def truncate(
+    weight: Tensor, output: Tensor | None = None, input: Tensor | None = None
+) -> Truncation:
     """Return all truncations of ``weight`` that are optimal in a two-sided metric.
 
     Minimises ``‖P (W − M) Q‖²`` over matrices ``M`` of rank ``r``, for every ``r`` at once,
@@ -77,14 +83,16 @@ def truncate(weight: Tensor, output: Tensor | None = None, input: Tensor | None 
     full SVD, and the input metric is never inverted, so singular input moments (dead inputs,
     fewer tokens than features) need no damping:
 
-    * ``out ≤ in``: ``U`` from ``P (W C Wᵀ) Pᵀ``; no root of ``C`` is taken at all.
-    * ``out > in``: ``V`` from ``Qᵀ (Wᵀ G W) Q``; ``P⁻¹U = W Q V Σ⁻¹`` and ``PᵀU = G P⁻¹U``,
+    * ``out ≤ in``: ``U`` from ``P W C Wᵀ Pᵀ``; no root of ``C`` is taken at all.
+    * ``out > in``: ``V`` from ``Qᵀ Wᵀ G W Q``; ``P⁻¹U = W Q V Σ⁻¹`` and ``PᵀU = G P⁻¹U``,
       so the output metric is neither inverted nor has it a root taken.
+
+    Ranks beyond what the metric sees go to the rest of the weight: at full rank ``M = W``.
 
     Args:
         weight: ``(out, in)``, any floating dtype; the solve runs in float64.
         output: ``G``: ``(out, out)`` symmetric, ``(out,)`` its diagonal, or None for the
-            identity. Its scale does not change the factors.
+            identity, as which an all-zero metric counts. Its scale does not change the factors.
         input: ``C``: ``(in, in)``, ``(in,)`` or None, likewise.
 
     Raises:
@@ -106,13 +114,10 @@ def truncate(weight: Tensor, output: Tensor | None = None, input: Tensor | None 
     """
     _check(weight, output, input)
     w = weight.double()
-    g = None if output is None else output.to(w)
-    c = None if input is None else input.to(w)
-    if weight.shape[0] <= weight.shape[1]:
-        energies, left, right = _on_output_side(w, g, c)
-    else:
-        energies, left, right = _on_input_side(w, g, c)
-    return Truncation(energies, weight.detach(), left, right)
+    g, c = (None if side is None or not side.any() else side.to(w) for side in (output, input))
+    solve = _on_output_side if weight.shape[0] <= weight.shape[1] else _on_input_side
+    energies, leading = solve(w, g, c)
+    return Truncation(energies, weight.detach(), leading)
 
 
 def _times(matrix: Tensor, metric: Tensor | None) -> Tensor:
@@ -122,30 +127,28 @@ def _times(matrix: Tensor, metric: Tensor | None) -> Tensor:
     return matrix * metric if metric.ndim == 1 else matrix @ metric
 
 
-def _on_output_side(
-    w: Tensor, g: Tensor | None, c: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    inner = _times(w, c) @ w.mT
+def _on_output_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
+    """Solve by ``U``: one factor ``P`` of the output metric, and the input metric as it is."""
+    pw, inverse = _output_factor(w, g)
+    energies, u = _descending(_times(pw, c) @ pw.mT)
+    return energies, lambda rank: (inverse(u[:, :rank]), u[:, :rank].mT @ pw)
+
+
+def _output_factor(w: Tensor, g: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return ``P W`` and what applies ``P⁻¹``, for some ``P`` with ``PᵀP = G``."""
     if g is None:
-        energies, u = _descending(inner)
-        return energies, u, u
+        return w, lambda u: u
     if g.ndim == 1:
-        p = _floored(g).sqrt()
-        energies, u = _descending(p[:, None] * inner * p)
-        return energies, u / p[:, None], u * p[:, None]
-    r, triangular = root(g)  # P = Rᵀ: with R in its place G would be as good as ignored
+        p = g.clamp(min=float(g.max()) * _FLOOR).sqrt()[:, None]
+        return p * w, lambda u: u / p
+    r, triangular = root(g, _FLOOR)  # P = Rᵀ: with R in its place G would be as good as ignored
     if triangular:
-        energies, u = _descending(r.mT @ inner @ r)
-        return energies, torch.linalg.solve_triangular(r.mT, u, upper=True), r @ u
-    energy, basis = torch.linalg.eigh(g)
-    p = _floored(energy).sqrt()
-    energies, u = _descending(p[:, None] * (basis.mT @ inner @ basis) * p)
-    return energies, basis @ (u / p[:, None]), basis @ (u * p[:, None])
+        return r.mT @ w, lambda u: torch.linalg.solve_triangular(r.mT, u, upper=True)
+    return r.mT @ w, lambda u: r @ (u / r.square().sum(0)[:, None])  # orthogonal columns
 
 
-def _on_input_side(
-    w: Tensor, g: Tensor | None, c: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
+    """Solve by ``V``: one factor ``Q`` of the input metric, and the output metric as it is."""
     if c is None:
         wq = w
     elif c.ndim == 1:
@@ -154,10 +157,20 @@ def _on_input_side(
         wq = w @ root(c)[0]
     gwq = wq if g is None else (g[:, None] * wq if g.ndim == 1 else g @ wq)
     energies, v = _descending(wq.mT @ gwq)
-    # A direction without energy is worth nothing, and cannot be normalised: leave it out.
-    alive = energies > energies[0] * 1e-14
-    scale = torch.where(alive, energies, 1.0).rsqrt() * alive
-    return energies, (wq @ v) * scale, (gwq @ v) * scale
+    seen = int((energies > energies[0] * 1e-14).sum())
+    scaled = v[:, :seen] * energies[:seen].rsqrt()
+
+    def leading(rank: int) -> tuple[Tensor, Tensor]:
+        left = wq @ scaled[:, :rank]
+        right = (gwq @ scaled[:, :rank]).mT @ w
+        if rank <= seen:
+            return left, right
+        # The metric sees no more: what is left of the weight goes by its plain SVD.
+        u, s, vh = torch.linalg.svd(w - left @ right, full_matrices=False)
+        more = rank - seen
+        return torch.cat([left, u[:, :more] * s[:more]], 1), torch.cat([right, vh[:more]])
+
+    return energies, leading
 
 
 def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,12 +178,7 @@ def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return energies.clamp(min=0).flip(0), basis.flip(1)  # rounding can push a zero below zero
 
 
-def _floored(energy: Tensor) -> Tensor:
-    """Keep the inverse of an output metric bounded: 1e-10 of its largest value is the least."""
-    return energy.clamp(min=float(energy.max()) * 1e-10)
-
-
-def _check(weight: Tensor, output: Tensor | None, input: Tensor | None) -> None:  # noqa: A002
+def _check(weight: Tensor, output: Tensor | None, input: Tensor | None) -> None:
     if weight.ndim != 2:
         raise ShapeError(f"weight must be (out, in), got shape {tuple(weight.shape)}")
     for name, metric, size in (

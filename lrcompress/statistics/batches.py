@@ -1,6 +1,6 @@
 """What a batch says of itself: which positions are real, and how many examples it holds."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,20 +13,27 @@ MASK = "attention_mask"
 def batch_examples(batch: Any) -> int:
     """Return how many examples a batch holds: the leading size of its first tensor.
 
+    Scalars among the tensors, and everything that is no tensor, are passed over.
+
     Raises:
         ObservationError: if there is no tensor in it.
 
     Example:
-        >>> batch_examples({"input_ids": torch.zeros(4, 7)})
-        4
+        >>> batch_examples({"text": ["one", "two"], "input_ids": Tensor(2, 7)})
+        2
     """
+    found = list(_tensors(batch))
+    if not found:
+        raise ObservationError(f"no tensor in a batch of type {type(batch).__name__}")
+    return next((tensor.shape[0] for tensor in found if tensor.ndim), 1)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    for part in parts if isinstance(parts, Iterable) and not isinstance(parts, str) else ():
-        if isinstance(part, Tensor | Mapping | list | tuple):
-            return batch_examples(part)
-    raise ObservationError(f"no tensor in a batch of type {type(batch).__name__}")
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
 
 
 def batch_mask(

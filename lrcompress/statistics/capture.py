@@ -24,6 +24,7 @@ from lrcompress.statistics.moments import (
 from lrcompress.statistics.views import view
 
 _FISHER = frozenset({"input_fisher", "output_fisher"})
+_WITH_INPUTS = _FISHER | {"weighted_moment"}
 
 
 @dataclass
@@ -37,8 +38,11 @@ class _Pass:
     read: dict[tuple[object, ...], tuple[str, Tensor]] = field(default_factory=dict)
     pending: dict[str, list[Tensor]] = field(default_factory=dict)  # inputs not yet added
     calls: dict[str, int] = field(default_factory=dict)
+    forward: set[str] = field(default_factory=set)  # called before any backward pass
     parts: dict[str, list[tuple[Tensor | None, Tensor]]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
+    tokens: int = 0  # of the layer that read most
+    counted: int = 0  # of these, in the statistics already
     committed: bool = False
     armed: bool = True
     scale: float = 1.0
@@ -134,6 +138,7 @@ class Recorder:
             yield
             if self._pass.pending and not self._pass.committed:
                 self.commit()
+            self._add_gradients(*self._pass.parts)
 
     def commit(self, scale: float = 1.0, *, finite: bool = True, armed: bool = True) -> None:
         """Add what the forward pass read; backward passes from here on add their gradients.
@@ -149,9 +154,11 @@ class Recorder:
         if not finite:
             self.statistics.skipped += 1
         else:
+            self._check_shared(current)
             self.statistics.steps += 1
-            added = [self._add_inputs(name, xs) for name, xs in current.pending.items()]
-            self.statistics.tokens += max(added, default=0)
+            self._count_tokens()
+            for name, xs in current.pending.items():
+                self._add_inputs(name, xs)
         current.pending, current.read = {}, {}
         current.committed, current.scale, current.armed = True, scale, armed and finite
 
@@ -172,7 +179,7 @@ class Recorder:
     def _saw(
         self,
         name: str,
-        layer: nn.Module,
+        _layer: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         output: Tensor,
@@ -180,47 +187,54 @@ class Recorder:
         current = self._pass
         if current is None or not (torch.is_grad_enabled() or self.forward_only):
             return  # a teacher's or a metric's own pass
-        if current.committed and not _in_backward():
-            # a second forward pass in the same step: manual optimization
-            current.committed, current.calls, current.outputs = False, {}, []
-            current.parts = {}
         x = args[0] if args else next(iter(kwargs.values()))
-        if not (_in_backward() and name in current.calls):  # not a checkpoint's second run
+        if not _in_backward():
+            if current.committed:  # a second forward pass in the same step: manual optimization
+                self._add_gradients(*current.parts)
+                current.committed, current.calls, current.outputs = False, {}, []
+                current.tokens = current.counted = 0
+            current.forward.add(name)
+        if not (_in_backward() and name in current.forward):  # not a checkpoint's second run
             self._count_call(name)
             self._take_inputs(name, x.detach())
         if self._watches_outputs and output.requires_grad:
-            current.outputs.append(output)
-            kept = x.detach() if _FISHER & set(self.kinds) else None
-            output.register_hook(partial(self._took_gradient, current, name, kept))
+            if not _in_backward():
+                current.outputs.append(output)
+            kept = x.detach() if _WITH_INPUTS & set(self.kinds) else None
+            hook = partial(self._took_gradient, current, name, kept)
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _count_call(self, name: str) -> None:
         assert self._pass is not None
         calls = self._pass.calls
         calls[name] = calls.get(name, 0) + 1
-        if calls[name] > 1 and not self.shared:
-            raise ObservationError(
-                f"layer {name!r} was called twice in one step: {self.owner} expects one call; "
-                "leave it out with exclude=, or pass shared=True to factor it once for all its uses"
-            )
+        if calls[name] == 1 or (self.shared and not _in_backward()):
+            return
+        way_out = "leave it out with exclude=, or pass " + (
+            "use_reentrant=False to activation checkpointing, which hides its uses otherwise"
+            if self.shared
+            else "shared=True to factor it once for all its uses"
+        )
+        raise ObservationError(
+            f"layer {name!r} was called twice in one step: {self.owner} expects one call; {way_out}"
+        )
 
     def _take_inputs(self, name: str, x: Tensor) -> None:
         current = self._pass
         assert current is not None
         if x.ndim > 2 and current.mask is None and current.missing:
             raise ObservationError(current.missing)
+        mask = current.mask if self._is_masked(x) else None
+        current.tokens = max(current.tokens, (x[..., 0] if mask is None else mask).numel())
+        if current.committed and current.armed:
+            self._count_tokens()
         if not self._watches_inputs:
             return
-        if current.calls[name] > 1:  # another use of a shared layer: its own tokens
-            first = name
-        else:
-            key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
-            first, _ = current.read.setdefault(key, (name, x))
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        first, _ = current.read.setdefault(key, (name, x))
         known = self.statistics.source.setdefault(name, first)
         if known != first:
-            raise ObservationError(
-                f"layer {name!r} reads the tensor of {known!r} in one step or call and that of "
-                f"{first!r} in another; leave it out with exclude="
-            )
+            raise self._shared_otherwise(name, known, first)
         if first != name:
             return
         if not _in_backward():
@@ -228,7 +242,24 @@ class Recorder:
         elif current.armed:  # reentrant checkpointing: the step is committed already
             self._add_inputs(name, [x])
 
-    def _add_inputs(self, name: str, xs: list[Tensor]) -> int:
+    def _count_tokens(self) -> None:
+        assert self._pass is not None
+        self.statistics.tokens += self._pass.tokens - self._pass.counted
+        self._pass.counted = self._pass.tokens
+
+    def _check_shared(self, current: _Pass) -> None:
+        for name, first in self.statistics.source.items():
+            calls = (current.calls.get(name, 0), current.calls.get(first, 0))
+            if calls[0] and calls[0] != calls[1]:  # a use of the first that this one has no part in
+                raise self._shared_otherwise(name, first, name)
+
+    def _shared_otherwise(self, name: str, one: str, other: str) -> ObservationError:
+        return ObservationError(
+            f"layer {name!r} reads the tensor of {one!r} in one step or call and that of "
+            f"{other!r} in another; leave it out with exclude="
+        )
+
+    def _add_inputs(self, name: str, xs: list[Tensor]) -> None:
         tokens = torch.cat([self._tokens(x) for x in xs]) if len(xs) > 1 else self._tokens(xs[0])
         sums = self.statistics.inputs.get(name)
         if sums is None:
@@ -236,7 +267,6 @@ class Recorder:
             sums = Sums.zeros(kept, self._device(tokens))
             self.statistics.inputs[name] = sums
         sums.add_inputs_(tokens)
-        return tokens.shape[0]
 
     def _tokens(self, x: Tensor) -> Tensor:
         assert self._pass is not None
@@ -257,18 +287,29 @@ class Recorder:
             return
         parts = current.parts.setdefault(name, [])
         parts.append((x, g.to(torch.float32) * current.scale))
-        if len(parts) < current.calls[name]:
-            return
-        del current.parts[name]
-        sums = self.statistics.outputs.get(name)
-        if sums is None:
-            kept = {k: v for k, v in self._shapes[name].items() if k in OUTPUT_KINDS}
-            sums = Sums.zeros(kept, self._device(g))
-            self.statistics.outputs[name] = sums
-        if "output_moment" in sums.values:
-            sums.add_gradients_(torch.cat([self._tokens(g) for _, g in parts]), g.shape[0])
-        if x is not None:
-            sums.add_fisher_(*self._by_example(parts))
+        if len(parts) == current.calls[name]:
+            self._add_gradients(name)
+
+    def _add_gradients(self, *names: str) -> None:
+        """Add what has arrived; a use whose output the loss does not depend on never arrives."""
+        assert self._pass is not None
+        for name in names:
+            parts = self._pass.parts.pop(name)
+            _, g = parts[0]
+            sums = self.statistics.outputs.get(name)
+            if sums is None:
+                inputs = (*INPUT_KINDS, "input_sum")
+                kept = {k: v for k, v in self._shapes[name].items() if k not in inputs}
+                sums = Sums.zeros(kept, self._device(g))
+                self.statistics.outputs[name] = sums
+            if "output_moment" in sums.values:
+                tokens = torch.cat([self._tokens(g) for _, g in parts])
+                sums.add_gradients_(tokens, g.shape[0])
+                if "weighted_moment" in sums.values:
+                    xs = [self._tokens(x) for x, _ in parts if x is not None]
+                    sums.add_weighted_(torch.cat(xs), tokens)
+            if _FISHER & sums.values.keys():
+                sums.add_fisher_(*self._by_example(parts))
 
     def _by_example(self, parts: list[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
         """Give inputs and gradients as ``(examples, length, features)``, padding zero."""
@@ -277,9 +318,10 @@ class Recorder:
         for x, g in parts:
             assert x is not None
             if self._is_masked(g):
-                keep = torch.zeros(g.shape[:-1].numel(), 1, device=g.device)
-                keep[self._pass.mask] = 1
-                g = g * keep.view(*g.shape[:-1], 1)
+                keep = torch.zeros(g.shape[:-1].numel(), dtype=torch.bool, device=g.device)
+                keep[self._pass.mask] = True
+                keep = keep.view(*g.shape[:-1], 1)
+                x, g = torch.where(keep, x, 0), torch.where(keep, g, 0)
             xs.append(x.reshape(x.shape[0], -1, x.shape[-1]))
             gs.append(g.reshape(g.shape[0], -1, g.shape[-1]))
         return torch.cat(xs, 1), torch.cat(gs, 1)

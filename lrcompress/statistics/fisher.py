@@ -66,7 +66,7 @@ class LogitsTap:
                 stack.callback(module.register_forward_hook(self._hear).remove)
             yield
 
-    def _hear(self, module: nn.Module, args: object, output: object) -> None:
+    def _hear(self, _module: nn.Module, _args: object, output: object) -> None:
         logits = output if self.name is not None else getattr(output, "logits", None)
         if isinstance(logits, Tensor) and logits.requires_grad:
             self._caught = logits
@@ -78,8 +78,13 @@ class LogitsTap:
             ObservationError: if none went by.
         """
         if self._caught is None:
+            where = (
+                "no module's output has .logits"
+                if self.name is None
+                else (f"submodule {self.name!r} returned no tensor with a gradient")
+            )
             raise ObservationError(
-                "fisher='model' found no logits: no module's output has .logits; "
+                f"fisher='model' found no logits: {where}; "
                 "name the submodule that returns them with logits="
             )
         caught, self._caught = self._caught, None

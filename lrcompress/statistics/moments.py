@@ -10,7 +10,7 @@ from lrcompress.errors import CheckpointError, ObservationError, ShapeError, nea
 from lrcompress.linalg import add_gram_, symmetric
 
 INPUT_KINDS = ("input_moment", "input_abs")
-OUTPUT_KINDS = ("output_moment", "input_fisher", "output_fisher")
+OUTPUT_KINDS = ("output_moment", "weighted_moment", "input_fisher", "output_fisher")
 KINDS = INPUT_KINDS + OUTPUT_KINDS
 
 
@@ -26,12 +26,17 @@ def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[st
         "input_sum": (in_features,),
         "input_abs": (in_features,),
         "output_moment": (out_features, out_features),
+        "weighted_moment": (in_features, in_features),
+        "weighted_sum": (in_features,),
+        "weight": (),
         "input_fisher": (in_features,),
         "output_fisher": (out_features,),
     }
     wanted = set(kinds)
     if wanted & set(INPUT_KINDS):
         wanted.add("input_sum")
+    if "weighted_moment" in wanted:
+        wanted |= {"output_moment", "weighted_sum", "weight"}
     return {name: shape for name, shape in every.items() if name in wanted}
 
 
@@ -42,7 +47,9 @@ class Sums:
     Attributes:
         values: ``input_moment`` ``Σ x xᵀ`` and ``output_moment`` ``Σ g gᵀ`` (upper triangles
             only), ``input_sum`` ``Σ x``, ``input_abs`` ``Σ |x|``, ``input_fisher`` and
-            ``output_fisher``: ``Σ (∂L/∂W)²`` over examples, summed over the other axis.
+            ``output_fisher``: ``Σ (∂L/∂W)²`` over examples, summed over the other axis;
+            ``weighted_moment`` ``Σ ‖g‖² x xᵀ`` with ``weighted_sum`` ``Σ ‖g‖² x`` and
+            ``weight`` ``Σ ‖g‖²``.
         tokens: ``()`` int64, tokens behind the sums.
         examples: ``()`` int64, examples behind the sums.
         skipped: ``()`` int64, steps left out because they were not finite.
@@ -97,6 +104,24 @@ class Sums:
         _add_gram(self.values["output_moment"], torch.where(finite, g, 0.0))
         self._count(finite, g.shape[0], examples)
 
+    def add_weighted_(self, x: Tensor, g: Tensor) -> None:
+        """Add one step's inputs, each token weighted by its squared gradient ``‖g‖²``.
+
+        A step that is not finite adds nothing.
+
+        Args:
+            x: ``(tokens, in)`` what the layer read.
+            g: ``(tokens, out)`` gradients of the summed loss at the same tokens.
+        """
+        share = g.square().sum(1, keepdim=True)
+        scaled = x.float() * share.sqrt()
+        finite = scaled.sum().isfinite()
+        share, scaled = torch.where(finite, share, 0.0), torch.where(finite, scaled, 0.0)
+        _add_gram(self.values["weighted_moment"], scaled)
+        device = self.tokens.device
+        self.values["weighted_sum"] += (scaled * share.sqrt()).sum(0).to(device)
+        self.values["weight"] += share.sum().to(device)
+
     def add_fisher_(self, x: Tensor, g: Tensor) -> None:
         """Add one step's per-example squared weight gradients, summed over either axis.
 
@@ -105,7 +130,7 @@ class Sums:
         ``output_fisher``. A step that is not finite is counted as skipped and adds nothing.
 
         Args:
-            x: ``(examples, length, in)`` what the layer read.
+            x: ``(examples, length, in)`` what the layer read, finite at padding.
             g: ``(examples, length, out)`` gradients of the summed loss, zero at padding.
 
         Cost:
@@ -113,8 +138,9 @@ class Sums:
             ``in·out/(in + out)``, else ``2·examples·length·in·out``; no ``(out, in)`` gradient
             is stored for more than one example.
         """
-        finite = g.sum().isfinite()
-        x, g = torch.where(finite, x.float(), 0.0), torch.where(finite, g, 0.0)
+        x = x.float()
+        finite = g.sum().isfinite() & x.sum().isfinite()
+        x, g = torch.where(finite, x, 0.0), torch.where(finite, g, 0.0)
         squares = _per_example_squares(x, g)
         for name, value in zip(("input_fisher", "output_fisher"), squares, strict=True):
             if name in self.values:
@@ -215,7 +241,6 @@ class Statistics:
             kinds: the statistics that must be there.
 
         Raises:
-            NoMatchError: if no such layer was watched.
             ObservationError: if the layer was never seen, or one of ``kinds`` is missing.
         """
         kinds = tuple(kinds)
@@ -257,21 +282,31 @@ class Statistics:
         """Add everything ``other`` has seen: another rank, run or share of the data.
 
         Raises:
-            ObservationError: if the two watched different layers, or shared them differently.
+            ObservationError: if the two watched different layers, shared them differently, or
+                hold different kinds; nothing is added then.
         """
-        if self.source and other.source and self.source != other.source:
-            differ = sorted(set(self.source.items()) ^ set(other.source.items()))
+        read, theirs = (x.source or {name: name for name in x.outputs} for x in (self, other))
+        if read and theirs and read != theirs:
+            name = min(set(read.items()) ^ set(theirs.items()), key=str)[0]
             raise ObservationError(
-                f"statistics of different layers cannot be merged: {differ[0][0]!r} reads "
-                f"{self.source.get(differ[0][0])!r} here and {other.source.get(differ[0][0])!r} there"
+                f"statistics of different layers cannot be merged: {name!r} reads the tensor of "
+                f"{read.get(name)!r} here and of {theirs.get(name)!r} there"
             )
+        for held, added in ((self.inputs, other.inputs), (self.outputs, other.outputs)):
+            for name in held.keys() & added.keys():
+                kinds = held[name].values.keys() ^ added[name].values.keys()
+                if kinds:
+                    raise ObservationError(
+                        f"statistics of layer {name!r} cannot be merged: "
+                        f"{', '.join(sorted(kinds))} was observed in one of them only"
+                    )
         self.source |= other.source
-        for mine, theirs in ((self.inputs, other.inputs), (self.outputs, other.outputs)):
-            for name, sums in theirs.items():
-                if name in mine:
-                    mine[name].merge_(sums)
+        for held, added in ((self.inputs, other.inputs), (self.outputs, other.outputs)):
+            for name, sums in added.items():
+                if name in held:
+                    held[name].merge_(sums)
                 else:
-                    mine[name] = Sums.from_state(sums.state_dict(), sums.tokens.device)
+                    held[name] = Sums.from_state(sums.state_dict(), sums.tokens.device)
         self.steps += other.steps
         self.skipped += other.skipped
         self.tokens += other.tokens
@@ -292,10 +327,15 @@ class Statistics:
             CheckpointError: if ``state`` is not such a description.
         """
         try:
-            for side in ("inputs", "outputs"):
-                held = {n: Sums.from_state(s, device) for n, s in state[side].items()}  # type: ignore[attr-defined]
-                setattr(self, side, held)
-            self.source = dict(state["source"])  # type: ignore[call-overload]
-            self.steps, self.skipped, self.tokens = state["counts"]  # type: ignore[misc]
+            inputs, outputs = (
+                {name: Sums.from_state(sums, device) for name, sums in state[side].items()}  # type: ignore[attr-defined]
+                for side in ("inputs", "outputs")
+            )
+            source = dict(state["source"])  # type: ignore[call-overload]
+            steps, skipped, tokens = map(int, state["counts"])  # type: ignore[call-overload]
         except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"no statistics can be read from this state: {error!r}") from error
+            raise CheckpointError(
+                f"no statistics can be read from this state: {error!r}"
+            ) from error
+        self.inputs, self.outputs, self.source = inputs, outputs, source
+        self.steps, self.skipped, self.tokens = steps, skipped, tokens

@@ -26,7 +26,7 @@ class LinearView:
 
     shape: tuple[int, int]
     bias: nn.Parameter | None
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[Tensor, ...]
     read: Callable[[], Tensor]
     transposed: bool = False
 

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero"),
     pytest.mark.filterwarnings("ignore:You are trying to .self.log.*barebones"),
 ]
-METHODS = ["svd", "fwsvd", "asvd", "drone", "row_fisher", "kfac"]
+METHODS = ["svd", "fwsvd", "asvd", "drone", "row_fisher", "kfac", "weighted_kfac"]
 Make = Callable[..., Any]
 
 
@@ -45,7 +45,12 @@ def factorize(**kwargs: Any) -> lrcompress.Factorize:
 
 
 def hooks(module: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_backward_hooks")
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_backward_hooks",
+    )
     return sum(len(getattr(m, kind)) for m in module.modules() for kind in kinds)
 
 
@@ -311,6 +316,27 @@ def test_a_finished_run_can_be_saved_and_trained_on(
     assert lrcompress.Plan.of(longer) == lrcompress.Plan.of(model)
 
 
+def test_a_checkpoint_that_observed_more_can_go_on_with_another_method(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    observer = factorize(method="svd", at="epoch:1", also_observe=["weighted_moment"])
+    trainer(observer, saving, enable_checkpointing=True).fit(tagger(), loader(), loader())
+    resumed = factorize(
+        method="weighted_kfac", keep=0.4, at="epoch:1", report_path=str(tmp_path / "a" / "r.json")
+    )
+    trainer(resumed).fit(tagger(), loader(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert resumed.report.points[0].keep == pytest.approx(0.4, abs=0.05)
+    written = json.loads((tmp_path / "a" / "r.json").read_text())
+    assert written == json.loads(json.dumps(resumed.report.to_dict()))
+    assert written["final"].keys() == {"val_loss"}
+
+    with pytest.raises(ObservationError, match=r"needs input_moment, which was not observed"):
+        trainer(factorize(method="drone", at="epoch:1")).fit(
+            tagger(), loader(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt"
+        )
+
+
 def test_fitting_twice_factors_once_to_the_same_budget(
     tagger: Make, loader: Make, trainer: Make
 ) -> None:
@@ -394,6 +420,7 @@ def test_refuses_several_devices(tagger: Make, loader: Make, trainer: Make) -> N
         ({"at": "eopch:1"}, SettingError, r"'epoch:N' or 'step:N', got 'eopch:1'"),
         ({"at": 2.0}, SettingError, r"got 2.0; did you mean 'epoch:2'"),
         ({"fisher": "true"}, SettingError, r"'labels' or 'model', got 'true'"),
+        ({"also_observe": ["moment"]}, SettingError, r"got 'moment', nearest: \w+_moment"),
         ({"every_n_steps": 0}, SettingError, r"every_n_steps must be a whole number from 1"),
         ({"restart_steps": -1}, SettingError, r"restart_steps must not be negative, got -1"),
         ({"restart_scale": 0}, SettingError, r"restart_scale must be above 0 .* got 0"),
@@ -442,9 +469,7 @@ def test_a_point_in_the_past(tagger: Make, loader: Make, trainer: Make, tmp_path
     run.fit(tagger(), loader())
     run.save_checkpoint(tmp_path / "dense.ckpt")
     with pytest.raises(SettingError, match=r"step:4 is step 4, which lies in the past: .* step 6"):
-        trainer(factorize(at="step:4")).fit(
-            tagger(), loader(), ckpt_path=tmp_path / "dense.ckpt"
-        )
+        trainer(factorize(at="step:4")).fit(tagger(), loader(), ckpt_path=tmp_path / "dense.ckpt")
 
 
 def test_a_run_of_unknown_length(tagger: Make, loader: Make, trainer: Make) -> None:
@@ -546,7 +571,7 @@ def test_prints_a_table_at_the_point_and_at_the_end(
     shown = capsys.readouterr().out
     assert "lrcompress: kfac at step 9" in shown
     assert "what was lost and gained" in shown
-    assert "predicted increase" in shown
+    assert "predicted change of loss" in shown
     assert "val_loss" in shown
 
 
@@ -555,6 +580,6 @@ def test_preview_says_what_would_happen(tagger: Make, capsys: pytest.CaptureFixt
 
     Console(width=120).print(factorize().preview(tagger()))
     shown = capsys.readouterr().out
-    assert "blocks.*.up (2)" in shown
+    assert "layers of blocks.*" in shown
     assert "targeted layers: 2,048 →" in shown
     assert "statistics: at most 0.0 MiB" in shown

@@ -1,0 +1,331 @@
+"""Ranks against the budget they share, and against every other way to share it."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrcompress.budget import (
+    ALLOCATIONS,
+    Candidate,
+    allocate,
+    check_keep,
+    cost,
+    match_bounds,
+    shares,
+)
+from lrcompress.errors import SettingError
+
+each_allocation = pytest.mark.parametrize("allocation", ALLOCATIONS)
+each_seed = pytest.mark.parametrize("seed", range(12))
+
+
+def spectrum(size: int, decay: float) -> Tensor:
+    falling = (torch.rand(size).double() + 0.1).cumsum(0).flip(0)
+    return falling * torch.arange(1, size + 1).double() ** -decay
+
+
+def layer(name: str, out: int, in_: int, decay: float = 1.0, **bounds: int | None) -> Candidate:
+    return Candidate(name, out, in_, spectrum(min(out, in_), decay), **bounds)  # type: ignore[arg-type]
+
+
+def random_layers(chance: random.Random, bounded: bool) -> list[Candidate]:
+    keep_range = (0.0, 1.0)
+    if bounded:
+        keep_range = (chance.choice([0.0, 0.05, 0.2]), chance.choice([0.4, 0.7, 1.0]))
+    layers = []
+    for i in range(chance.randint(1, 9)):
+        out, in_ = (chance.choice([2, 7, 16, 40, 64, 100]) for _ in range(2))
+        lowest, highest = match_bounds(keep_range, out, in_)
+        decay = chance.uniform(0, 2)
+        layers.append(layer(f"layer.{i}", out, in_, decay, lowest=lowest, highest=highest))
+    return layers
+
+
+def spent(layers: list[Candidate], ranks: dict[str, int | None]) -> int:
+    return sum(cost(c, ranks[c.name]) for c in layers)
+
+
+def lost(layers: list[Candidate], ranks: dict[str, int | None]) -> float:
+    total = 0.0
+    for c in layers:
+        rank = ranks[c.name]
+        if rank is not None:
+            assert c.energies is not None
+            total += float(c.energies[rank:].sum())
+    return total
+
+
+@each_allocation
+@each_seed
+@pytest.mark.parametrize("align", [1, 4, 8])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_keep_is_met_to_within_one_rank_of_any_layer_that_could_grow(
+    allocation: str, seed: int, align: int, bounded: bool
+) -> None:
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    layers = random_layers(chance, bounded)
+    total = sum(c.dense for c in layers)
+    for keep in (0.05, 0.3, 0.5, 0.77, 0.95, 1.0):
+        try:
+            ranks = allocate(layers, keep, allocation, align)
+        except SettingError as error:
+            least = float(str(error).rpartition(" ")[2])
+            assert keep < least
+            keep = min(1.0, least + 1e-4)
+            ranks = allocate(layers, keep, allocation, align)
+        assert list(ranks) == [c.name for c in layers]
+        left = math.floor(keep * total + 1e-6) - spent(layers, ranks)
+        assert left >= 0
+        for c in layers:
+            rank = ranks[c.name]
+            if rank is None:
+                assert c.highest is None or not c.useful
+                continue
+            assert c.least <= rank <= c.useful
+            assert c.highest is None or rank <= c.highest
+            if rank < c.top:
+                assert left < cost(c, rank + 1) - cost(c, rank)
+
+
+@each_allocation
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.62])
+def test_wide_layers_get_aligned_ranks_but_for_what_takes_up_the_rest(
+    allocation: str, keep: float
+) -> None:
+    torch.manual_seed(0)
+    layers = [layer(f"{i}", 256, 256 * (1 + i % 2)) for i in range(12)]
+    ranks = allocate(layers, keep, allocation, align=8)
+    off = [rank for rank in ranks.values() if rank is not None and rank % 8]
+    assert len(off) <= 2
+
+
+@pytest.mark.parametrize("width", [8, 40])
+def test_layers_too_narrow_to_align_share_as_if_nothing_were_asked(width: int) -> None:
+    layers = [Candidate(f"{i}", width, width) for i in range(4)]
+    keep = 0.5 if width == 8 else 0.25
+    assert allocate(layers, keep, align=8) == allocate(layers, keep, align=1)
+
+
+@each_seed
+def test_uniform_leaves_no_layer_a_rank_short_of_its_share(seed: int) -> None:
+    chance = random.Random(seed)
+    layers = [
+        layer(f"{i}", chance.randint(30, 90), chance.randint(30, 90))
+        for i in range(chance.randint(2, 9))
+    ]
+    ranks = allocate(layers, 0.4, "uniform")
+    for c in layers:
+        rank = ranks[c.name]
+        assert rank is not None
+        assert cost(c, rank) > 0.4 * c.dense - c.unit
+
+
+def test_uniform_lets_layers_at_a_bound_pay_first() -> None:
+    # 2 × 1000 cannot go below rank 1, half of itself; 100 × 100 may have 15 at most
+    layers = [
+        Candidate("small", 2, 1000, lowest=1, highest=1),
+        Candidate("large", 100, 100, lowest=1, highest=15),
+    ]
+    ranks = allocate(layers, 0.31, "uniform")
+    assert ranks == {"small": 1, "large": 13}
+    assert spent(layers, ranks) <= 0.31 * 12_000
+
+
+def vectors(layers: list[Candidate]) -> list[dict[str, int | None]]:
+    """Every allocation there is."""
+    every = []
+    for c in layers:
+        ranks: list[int | None] = list(range(c.least, min(c.top, c.useful) + 1))
+        every.append([*ranks, None] if c.top > c.useful else ranks)
+    return [
+        dict(zip((c.name for c in layers), ranks, strict=True))
+        for ranks in itertools.product(*every)
+    ]
+
+
+@each_seed
+@pytest.mark.parametrize("keep", [0.25, 0.5, 0.7])
+def test_global_is_the_best_of_all_allocations_to_within_a_rank(seed: int, keep: float) -> None:
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    layers = [
+        layer(f"{i}", *chance.choices([9, 12, 20], k=2), chance.uniform(0.3, 2), highest=99)
+        for i in range(3)
+    ]
+    budget = keep * sum(c.dense for c in layers)
+    ranks = allocate(layers, keep, "global")
+    assert spent(layers, ranks) <= budget
+    slack = max(c.unit for c in layers)
+    within = [lost(layers, v) for v in vectors(layers) if spent(layers, v) <= budget - slack]
+    best = min(within, default=math.inf)
+    assert lost(layers, ranks) <= best + 1e-9
+
+
+@each_seed
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.7])
+def test_global_with_dense_layers_is_near_the_best_of_all_allocations(
+    seed: int, keep: float
+) -> None:
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    layers = [
+        layer(f"{i}", *chance.choices([9, 12, 20], k=2), chance.uniform(0, 1)) for i in range(3)
+    ]
+    budget = keep * sum(c.dense for c in layers)
+    ranks = allocate(layers, keep, "global")
+    best = min(lost(layers, v) for v in vectors(layers) if spent(layers, v) <= budget)
+    assert best - 1e-9 <= lost(layers, ranks) <= 1.2 * best + 1e-9
+
+
+def test_global_gives_flat_spectra_whole_layers() -> None:
+    """What is lost by a flat spectrum is worth nothing until the layer is dense."""
+    layers = [Candidate(f"{i}", 20, 20, torch.ones(20)) for i in range(4)]
+    ranks = allocate(layers, 0.6, "global")
+    assert sorted(rank is None for rank in ranks.values()) == [False, False, True, True]
+    assert 0.6 * 1600 - spent(layers, ranks) < 40
+
+
+def test_global_puts_ranks_where_the_loss_is() -> None:
+    layers = [Candidate(n, 40, 40, s * spectrum(40, 1)) for n, s in (("low", 1), ("high", 100))]
+    ranks = allocate(layers, 0.4, "global")
+    assert ranks["low"] is not None
+    assert ranks["high"] is None or ranks["high"] > ranks["low"]
+
+
+@each_allocation
+def test_a_layer_whose_factors_are_not_smaller_stays_dense(allocation: str) -> None:
+    layers = [layer("narrow", 2, 2), layer("wide", 40, 40)]
+    ranks = allocate(layers, 0.5, allocation)
+    assert ranks["narrow"] is None
+    assert ranks["wide"] is not None
+    assert shares(layers, ranks) <= 0.5
+
+
+@each_allocation
+def test_keep_one_leaves_everything_dense(allocation: str) -> None:
+    layers = [layer("a", 30, 40), layer("b", 64, 8)]
+    assert allocate(layers, 1.0, allocation, align=8) == {"a": None, "b": None}
+
+
+@each_allocation
+@pytest.mark.parametrize("keep", [0.9, 1.0])
+def test_a_greatest_keep_holds_even_where_the_budget_allows_more(
+    allocation: str, keep: float
+) -> None:
+    lowest, highest = match_bounds((0.0, 0.5), 40, 40)
+    layers = [layer("a", 40, 40, lowest=lowest, highest=highest), layer("b", 30, 30, highest=7)]
+    assert allocate(layers, keep, allocation) == {"a": 10, "b": 7}
+
+
+@each_allocation
+def test_ranks_and_keeps_of_their_own_are_paid_from_the_same_budget(allocation: str) -> None:
+    layers = [
+        layer("free", 40, 40),
+        Candidate("ranked", 40, 40, spectrum(40, 1), rank=3),
+        Candidate("kept", 40, 40, spectrum(40, 1), keep=0.5),
+        Candidate("whole", 40, 40, spectrum(40, 1), keep=1.0),
+    ]
+    ranks = allocate(layers, 0.6, allocation)
+    assert (ranks["ranked"], ranks["kept"], ranks["whole"]) == (3, 10, None)
+    assert ranks["free"] == (0.6 * 6400 - 240 - 800 - 1600) // 80
+
+
+def test_with_a_rank_or_keep_for_every_layer_no_keep_is_needed() -> None:
+    layers = [Candidate("a", 40, 40, rank=3), Candidate("b", 40, 40, keep=0.25)]
+    assert allocate(layers, None) == {"a": 3, "b": 5}
+
+
+@pytest.mark.parametrize("rank", [20, 25, 40])
+def test_a_rank_that_saves_nothing_is_dense(rank: int) -> None:
+    assert allocate([Candidate("a", 40, 40, rank=rank)], None) == {"a": None}
+
+
+def test_a_small_keep_of_its_own_is_rank_one() -> None:
+    assert allocate([Candidate("a", 40, 40, keep=1e-6)], None) == {"a": 1}
+
+
+@pytest.mark.parametrize("rank", [0, -1, 41])
+def test_a_rank_of_its_own_out_of_range_is_refused(rank: int) -> None:
+    with pytest.raises(SettingError, match=rf"rank of layer 'a' must be from 1 to 40, got {rank}"):
+        allocate([Candidate("a", 60, 40, rank=rank)], None)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.5])
+def test_a_keep_of_its_own_out_of_range_is_refused(keep: float) -> None:
+    with pytest.raises(SettingError, match=r"keep of layer 'a' must be above 0 and at most 1"):
+        allocate([Candidate("a", 60, 40, keep=keep)], None)
+
+
+def test_a_missing_keep_names_the_first_layer_that_needs_it() -> None:
+    layers = [Candidate("a", 40, 40, rank=3), Candidate("b", 40, 40), Candidate("c", 40, 40)]
+    with pytest.raises(SettingError, match=r"keep is missing: 2 of 3 layers .* first 'b'"):
+        allocate(layers, None)
+
+
+@each_allocation
+def test_a_keep_that_cannot_be_met_says_which_could(allocation: str) -> None:
+    layers = [Candidate("own", 40, 40, spectrum(40, 1), rank=10), layer("a", 40, 40, lowest=2)]
+    with pytest.raises(
+        SettingError,
+        match=r"keep=0.2 leaves 640 of 3,200 parameters, .* take 960; the least keep is 0.3000",
+    ):
+        allocate(layers, 0.2, allocation)
+    assert allocate(layers, 0.3, allocation) == {"own": 10, "a": 2}
+
+
+@pytest.mark.parametrize("keep", [1e-9, 0.3, 1, 1.0])
+def test_a_share_above_zero_and_up_to_one_is_taken(keep: float) -> None:
+    assert check_keep(keep) == keep
+
+
+@pytest.mark.parametrize(
+    ("keep", "found"),
+    [
+        (0, "got 0$"),
+        (-0.1, "got -0.1$"),
+        (1.5, "got 1.5"),
+        (math.nan, "got nan$"),
+        (math.inf, "got inf$"),
+        (True, "got True$"),
+        (False, "got False$"),
+        ("0.3", "got '0.3'$"),
+        (None, "got None$"),
+        (30, r"got 30; did you mean 0.3\?"),
+        (100, r"got 100; did you mean 1\?"),
+        (300, "got 300$"),
+    ],
+)
+def test_another_keep_is_refused_in_the_words_it_was_given(keep: object, found: str) -> None:
+    with pytest.raises(SettingError, match=f"^share must be above 0 and at most 1 .*{found}"):
+        check_keep(keep, "share")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sizes", [(40, 40), (64, 16), (7, 300)])
+@pytest.mark.parametrize("keep_range", [(0.0, 1.0), (0.1, 0.5), (0.25, 0.25), (0.9, 1.0)])
+def test_bounds_are_the_ranks_within_a_range_of_keeps(
+    sizes: tuple[int, int], keep_range: tuple[float, float]
+) -> None:
+    lowest, highest = match_bounds(keep_range, *sizes)
+    c = Candidate("a", *sizes)
+    assert lowest == 1 or cost(c, lowest - 1) < keep_range[0] * c.dense <= lowest * c.unit
+    if keep_range[1] == 1:
+        assert highest is None
+    else:
+        assert highest is not None
+        assert highest == 1 or highest * c.unit <= keep_range[1] * c.dense < (highest + 1) * c.unit
+
+
+def test_useful_ranks_are_those_whose_factors_are_smaller() -> None:
+    for out, in_ in itertools.product([1, 2, 3, 6, 12, 40], repeat=2):
+        c = Candidate("a", out, in_)
+        assert c.useful * c.unit < c.dense <= (c.useful + 1) * c.unit
+
+
+def test_shares_are_parameters_after_over_before() -> None:
+    layers = [Candidate("a", 40, 40), Candidate("b", 10, 20)]
+    assert shares(layers, {"a": 5, "b": None}) == pytest.approx((400 + 200) / 1800)

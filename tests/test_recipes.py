@@ -1,0 +1,88 @@
+"""Every recipe, loaded and run for a few steps on stand-ins for its model and its data."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lrcompress.cli import main
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FOUND = sorted(RECIPES.glob("*.yaml"))
+
+
+def test_every_recipe_is_found() -> None:
+    assert [path.stem for path in FOUND] == [
+        "cola_kfac",
+        "mnli_fwsvd",
+        "mrpc_drone",
+        "quickstart",
+        "sst2_kfac",
+        "stsb_row_fisher",
+    ]
+
+
+def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
+    """Overrides that put a tiny model and a few local rows in place of the recipe's own."""
+    data = recipe["data"]["init_args"]
+    if recipe["data"]["class_path"].endswith("DocstringData"):
+        rows = ["--data.train_size=96", "--data.val_size=12", "--data.test_size=12"]
+        return [f"--model.path={model}", *rows]
+    classes = recipe["model"]["init_args"]["num_labels"]
+    for name, count in (("train", 96), ("dev", 12), ("test", 12)):
+        with (folder / f"{name}.tsv").open("w", newline="") as file:
+            table = csv.writer(file, delimiter="\t")
+            table.writerow([*data["text"], data["label"]])
+            for row in range(count):
+                texts = [f"a very {('good', 'dull')[row % 2]} film" for _ in data["text"]]
+                table.writerow([*texts, row % classes if classes > 1 else row / 4])
+    return [f"--model.path={model}", f"--data.train={folder / 'train.tsv'}"]
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
+def test_a_recipe_runs_on_stand_ins(
+    path: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = stand_ins(yaml.safe_load(path.read_text()), tiny_bert, tmp_path)
+    arguments = ["--config", str(path), *overrides, f"--trainer.default_root_dir={tmp_path}"]
+    quick = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+    assert main(["fit", *arguments, *quick, "--trainer.limit_val_batches=1"]) == 0, (
+        capsys.readouterr().err
+    )
+
+    shown = capsys.readouterr().out
+    assert "what was lost and gained" in shown
+    assert "targeted parameters" in shown
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
+def test_a_recipe_starts_with_its_command(path: Path) -> None:
+    assert f"lrcompress fit --config recipes/{path.name}" in path.read_text()
+
+
+def test_plan_says_what_a_recipe_would_do(
+    tiny_bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart = str(RECIPES / "quickstart.yaml")
+    assert main(["plan", "--config", quickstart, f"--model.path={tiny_bert}"]) == 0
+    shown = capsys.readouterr().out
+    assert "attention.self.query" in shown
+    assert "targeted layers:" in shown
+    assert "statistics: at most" in shown
+
+
+def test_settings_of_a_callback_that_are_wrong_end_with_a_clear_error(
+    tiny_bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart = str(RECIPES / "quickstart.yaml")
+    for option, message in (
+        ("--trainer.callbacks.method=kfca", "got 'kfca', nearest: kfac"),
+        ("--trainer.callbacks.keep=30", "did you mean 0.3?"),
+        ("--trainer.callbacks.targets=[nothing]", "pattern 'nothing' matches none"),
+    ):
+        arguments = ["--config", quickstart, f"--model.path={tiny_bert}", option]
+        assert main(["plan", *arguments]) in (1, 2)
+        assert message in capsys.readouterr().err
