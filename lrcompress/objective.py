@@ -161,7 +161,7 @@ def metric_of(
         if refit_bias:
             mean = sums.moment(total).double() / max(tokens, torch.finfo(torch.float32).tiny)
             inner = inner - torch.outer(mean, mean)
-            inner *= inner.diagonal().sum() > 1e-6 * spread  # less is a constant's rounding
+            inner *= inner.diagonal().sum() > 1e-5 * spread  # less is a constant's rounding
     if outer is not None:
         outer = outer / examples
         # Σ_j F_ij = G_ii · trace C where inputs and gradients are independent

@@ -268,7 +268,8 @@ def increase(model: nn.Module, other: nn.Module, inputs: Tensor) -> float:
     return float((one.exp() * (one - two)).sum(-1).mean())
 
 
-def test_the_predicted_loss_tracks_the_measured_loss() -> None:
+@pytest.mark.parametrize("method", ["kfac", "weighted_kfac"])
+def test_the_predicted_loss_tracks_the_measured_loss(method: str) -> None:
     """Within a factor of two over four orders of magnitude, and in the right order."""
     model, data = trained()
     inputs = torch.cat([x for x, _ in data])
@@ -283,6 +284,7 @@ def test_the_predicted_loss_tracks_the_measured_loss() -> None:
             other,
             data,
             lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+            method=method,
             targets=targets,
             ranks={"*": rank},
             shrink=(0, 0),
@@ -428,14 +430,24 @@ def test_a_loss_that_raises_leaves_the_model_as_it_was() -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
+class Aside(nn.Module):
+    """Calls a second layer whose output nothing depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layers[1](x)
+        return self.layers[0](x)
+
+
 def test_a_layer_that_the_loss_does_not_depend_on_is_missed_by_name() -> None:
-    model, data = Net(), batches()
-    for unused in (
-        lambda m, b: loss_of(m, b).detach(),
-        lambda m, b: m.blocks[0]["up"](b["x"]).mean(),
-    ):
-        with pytest.raises(ObservationError, match=r"'blocks.\d.\w+' needs .*output_moment, which"):
-            compress(model, data, unused, keep=0.5)
+    data = [torch.randn(6, 4)]
+    with pytest.raises(ObservationError, match=r"'layers.1' needs output_moment, which was not"):
+        compress(Aside(), data, lambda m, x: m(x).square().mean(), keep=0.5, align=1)
+    with pytest.raises(ObservationError, match=r"'layers.0' needs output_moment, which was not"):
+        compress(Aside(), data, lambda m, x: m(x).mean().detach(), keep=0.5, align=1)
 
 
 def test_batches_whose_loss_is_not_finite_are_skipped_and_counted() -> None:
@@ -619,8 +631,9 @@ def test_a_second_budget_never_raises_a_rank_and_is_used_up(allocation: str) -> 
     ranks = [layer.rank for layer in record.layers]
     assert ranks[:2] == [1, 1]
     assert sum(rank or 0 for rank in ranks) == int(0.45 * 640) // 26
-    again = compress(model, data, loss_of, keep=1.0, allocation=allocation)
-    assert [layer.rank for layer in again.layers] == ranks
+    for more in ({"keep": 1.0}, {"ranks": {"*": 6}}, {"keeps": {"*": 1.0}}):
+        again = compress(model, data, loss_of, allocation=allocation, **more)
+        assert [layer.rank for layer in again.layers] == ranks
 
 
 def test_optimizer_state_follows_the_second_time_as_defined() -> None:

@@ -202,10 +202,11 @@ def test_a_side_that_is_all_zero_is_the_identity_says_so_and_predicts_nothing(
 
 
 def test_an_input_that_never_changes_costs_the_bias_nothing() -> None:
-    held = statistics(torch.randn(IN).expand(400, 2, IN), torch.randn(400, 2, OUT))
-    metric = metric_of("kfac", held, "layer", refit_bias=True)
-    assert metric.input is None
-    assert metric.loss_scale == 0
+    for _ in range(8):  # float32 sums leave a little above or below nothing
+        held = statistics(torch.randn(IN).expand(400, 2, IN), torch.randn(400, 2, OUT))
+        metric = metric_of("kfac", held, "layer", refit_bias=True)
+        assert metric.input is None
+        assert metric.loss_scale == 0
 
 
 def test_a_method_that_cannot_compare_layers_stays_so_without_inputs(g: Tensor) -> None:

@@ -69,6 +69,11 @@ def test_patterns_choose_and_leave_out(targets: Any, exclude: Any, names: Sequen
     assert select(Model(), targets, exclude).names == tuple(names)
 
 
+def test_a_name_alone_is_one_pattern_and_not_its_letters() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4), *(nn.Linear(4, 4) for _ in range(9)))
+    assert select(model, "10").names == ("10",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,4 +1,4 @@
-"""Which Lightning hook calls which verb: the only place, with tasks and cli, that knows Lightning."""
+"""Which Lightning hook calls which verb; besides tasks and cli only this knows Lightning."""
 
 from lrcompress.callbacks.factorize import Factorize
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -138,7 +139,7 @@ class Factorize(pl.Callback):
                 f"keep and at must be as many, got {len(keeps_at)} keep {keep!r} "
                 f"for {len(self.points)} points {at!r}"
             )
-        if any(b >= a for a, b in zip(keeps_at, keeps_at[1:], strict=False) if a and b):
+        if any(b >= a for a, b in pairwise(keeps_at) if a and b):
             raise SettingError(f"keep must fall from point to point, got {keep!r}")
         self.settings = [
             Settings(

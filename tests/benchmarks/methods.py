@@ -1,12 +1,12 @@
-"""Every method at several keeps, before and after one epoch of retraining, through the command line.
+"""Every method at several keeps, before and after an epoch of retraining, by the command line.
 
     python tests/benchmarks/methods.py sst2
     python tests/benchmarks/methods.py mrpc
 
-Two epochs dense, once: ``lrcompress fit --config tests/benchmarks/sst2.yaml``, whose checkpoint after
-epoch 2 holds every statistic. Then one run a cell resumes from it with another method, keep and
-allocation, factors at the point and, at keep .3 and .1, trains one epoch more. Figures are accuracies
-on the development set. Reports stay in ``runs/``; cells that have one are not run again.
+Two epochs dense, once: ``lrcompress fit --config tests/benchmarks/sst2.yaml``, whose checkpoint
+after epoch 2 holds every statistic. Then one run a cell resumes from it with another method, keep
+and allocation, factors at the point and, at keep .3 and .1, trains one epoch more. Figures are
+accuracies on the development set. Reports stay in ``runs/``; cells that have one are not run again.
 """
 
 import json
