@@ -7,33 +7,23 @@ from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console, Group, RenderableType
-from rich.text import Text
+from rich.console import Console, RenderableType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lrcompress.callbacks import platform
+from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.restart import Restart
 from lrcompress.engine import Settings, factor_, preview
-from lrcompress.errors import (
-    CheckpointError,
-    LayerError,
-    ObservationError,
-    SettingError,
-    nearest,
-)
+from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.plan import Plan
 from lrcompress.report import Report
-from lrcompress.report.tables import point_table, ranks_table, summary_table
+from lrcompress.report.tables import plan_table, point_table, summary_table
 from lrcompress.schedules import Point, Warmup
-from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
-from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.fisher import LogitsTap, drawn_loss
-from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
+from lrcompress.statistics.batches import MASK
 from lrcompress.statistics.views import view
 
 VERSION = 1
@@ -123,10 +113,7 @@ class Factorize(pl.Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        self.keep, self.at, self.method = keep, at, method
-        self.window, self.every_n_steps, self.max_tokens = window, every_n_steps, max_tokens
-        self.also_observe = also_observe or []
-        self.fisher, self.logits, self.mask, self.offload = fisher, logits, mask, offload
+        self.keep, self.at, self.method, self.window = keep, at, method, window
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
         self.validate, self.report_path, self.verbose = validate, report_path, verbose
         self.points = [Point.parse(one) for one in (at if isinstance(at, list) else [at])]
@@ -158,45 +145,32 @@ class Factorize(pl.Callback):
             )
             for share in keeps_at
         ]
-        self._check_numbers()
-        self._reset()
-
-    @property
-    def _kinds(self) -> tuple[str, ...]:
-        """The statistics to accumulate."""
-        return tuple(dict.fromkeys((*METHODS[self.method].kinds, *self.also_observe)))
-
-    def _check_numbers(self) -> None:
-        for kind in self.also_observe:
-            if kind not in KINDS:
-                raise SettingError(
-                    f"also_observe takes {', '.join(KINDS)}; got {kind!r}, "
-                    f"nearest: {nearest(kind, KINDS, 1)}"
-                )
-        if self.fisher not in ("labels", "model"):
-            raise SettingError(f"fisher must be 'labels' or 'model', got {self.fisher!r}")
-        for name, least in (("every_n_steps", 1), ("max_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise SettingError(f"{name} must be a whole number from {least}, got {value!r}")
-        if not self.restart_steps >= 0:
-            raise SettingError(f"restart_steps must not be negative, got {self.restart_steps!r}")
-        if not 0 < self.restart_scale <= 10:
+        kinds = dict.fromkeys((*METHODS[method].kinds, *(also_observe or ())))
+        self.sampling = Sampling(
+            kinds=tuple(kinds),
+            every_n_steps=every_n_steps,
+            max_tokens=max_tokens,
+            fisher=fisher,
+            logits=logits,
+            mask=mask,
+            offload=offload,
+            owner=type(self).__name__,
+        )
+        if not restart_steps >= 0:
+            raise SettingError(f"restart_steps must not be negative, got {restart_steps!r}")
+        if not 0 < restart_scale <= 10:
             raise SettingError(
-                f"restart_scale must be above 0 and at most 10, got {self.restart_scale!r}"
+                f"restart_scale must be above 0 and at most 10, got {restart_scale!r}"
             )
+        self._hooks = ExitStack()  # for the fit
+        self._reset()
 
     def _reset(self) -> None:
         self.report = Report()
+        self._observation = Observation(self.sampling)
         self._stage = 0  # points that are done
         self._at_steps: list[int] = []
-        self._statistics = Statistics()
-        self._recorder: Recorder | None = None
-        self._tap: LogitsTap | None = None
-        self._generator = torch.Generator().manual_seed(0)
         self._restart: Restart | None = None
-        self._hooks = ExitStack()  # for the fit
-        self._step_hooks = ExitStack()  # for one observed step
         self._loaded: Mapping[str, Any] | None = None
         self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
         self._times: dict[str, list[float]] = {"dense": [0, 0.0], "factored": [0, 0.0]}
@@ -245,7 +219,7 @@ class Factorize(pl.Callback):
             )
         platform.reorder_(module, optimizers, state["param_names"])
         device = next(module.parameters()).device
-        self._statistics.load_state_dict(state["statistics"], self.offload or device)
+        self._observation.load_state_dict(state["observation"], device)
         platform.set_rng_state(state["rng"])  # the loader draws its order from here
         if state["restart"] is not None:
             self._begin_restart(Warmup(**state["restart"]["schedule"]), state["restart"]["taken"])
@@ -261,12 +235,11 @@ class Factorize(pl.Callback):
             "plan": Plan.of(module).to_dict(),
             "stage": self._stage,
             "param_names": platform.parameter_names(module, optimizers),
-            "statistics": self._statistics.state_dict(),
+            "observation": self._observation.state_dict(),
             "report": self.report.to_dict(),
             "restart": restart
             and {"schedule": vars(restart.schedule).copy(), "taken": restart.taken},
             "rng": platform.rng_state(),
-            "generator": self._generator.get_state(),
             "times": {name: list(spent) for name, spent in self._times.items()},
         }
 
@@ -282,7 +255,6 @@ class Factorize(pl.Callback):
         self._loaded = state_dict
         self._stage = state_dict["stage"]
         self.report = Report.from_dict(state_dict["report"])
-        self._generator.set_state(state_dict["generator"].cpu())
         self._times = {name: list(spent) for name, spent in state_dict["times"].items()}
 
     # The course of a fit
@@ -293,11 +265,12 @@ class Factorize(pl.Callback):
         self._at_steps = [point.step(total, per_epoch) for point in self.points]
         if sorted(set(self._at_steps)) != self._at_steps:
             raise SettingError(f"points must rise, got {self.at!r}, steps {self._at_steps}")
-        if self._stage == len(self._at_steps):
+        step = self._next
+        if step is None:
             return
-        point, step = self.points[self._stage], self._at_steps[self._stage]
+        point = self.points[self._stage]
         now = platform.steps_done(trainer)
-        blind = bool(self._kinds) and not self._statistics.steps and step == now
+        blind = self.sampling.kinds and not self._observation.statistics.steps and step == now
         if step < now or blind:
             lies = "lies in the past" if step < now else "leaves no step to observe before it"
             raise SettingError(
@@ -305,27 +278,14 @@ class Factorize(pl.Callback):
             )
         total_window = total if self._window.unit == "fraction" else float("inf")
         self._window_steps = max(1, self._window.step(total_window, per_epoch))
-        self._build_recorder(pl_module)
+        nbytes = self._observation.watch(pl_module, self.settings[self._stage])
+        if nbytes and self.verbose:
+            rank_zero_info(f"lrcompress: statistics will take at most {nbytes / 2**20:.0f} MiB")
 
-    def _build_recorder(self, module: nn.Module) -> None:
-        settings = self.settings[self._stage]
-        names = settings.select(module).names
-        self._recorder = Recorder(
-            module,
-            names,
-            self._kinds,
-            statistics=self._statistics,
-            offload=self.offload,
-            shared=settings.shared,
-            name=type(self).__name__,
-        )
-        if self.fisher == "model" and set(self._kinds) & set(OUTPUT_KINDS):
-            self._tap = LogitsTap(module, self.logits)
-        if self._kinds and self.verbose:
-            rank_zero_info(
-                f"lrcompress: statistics of {len(names)} layers will take at most "
-                f"{self._recorder.nbytes / 2**20:.0f} MiB"
-            )
+    @property
+    def _next(self) -> int | None:
+        """The step of the next point, if there is one."""
+        return self._at_steps[self._stage] if self._stage < len(self._at_steps) else None
 
     @override
     def on_train_batch_start(
@@ -336,47 +296,22 @@ class Factorize(pl.Callback):
                 platform.set_rng_state(self._loaded["rng"])
             self._loaded = None
         now = platform.steps_done(trainer)
-        if self._stage < len(self._at_steps):
-            if now >= self._at_steps[self._stage] and platform.between_steps(trainer):
-                self._factor(trainer, pl_module, now)
-            if self._is_observed(now):
-                self._open_step(batch)
-        watching = self._recorder is not None and self._recorder.watching
-        self._started = None if watching else time.perf_counter()
-
-    def _is_observed(self, now: int) -> bool:
-        if self._stage == len(self._at_steps) or self._recorder is None:
-            return False
-        ahead = self._at_steps[self._stage] - now
-        previous = self._at_steps[self._stage - 1] if self._stage else 0
-        length = min(self._window_steps, self._at_steps[self._stage] - previous)
-        sampled = ahead % min(self.every_n_steps, length) == 0
-        full = self.max_tokens is not None and self._statistics.tokens >= self.max_tokens
-        return bool(self._kinds) and 0 < ahead <= length and sampled and not full
-
-    def _open_step(self, batch: Any) -> None:
-        assert self._recorder is not None
-        mask, missing = batch_mask(batch, self.mask, type(self).__name__)
-        self._examples = batch_examples(batch)
-        self._step_hooks.enter_context(self._recorder.step(mask, missing=missing))
-        if self._tap is not None:
-            self._step_hooks.enter_context(self._tap.listening())
+        if self._next is not None and now >= self._next and platform.between_steps(trainer):
+            self._factor(trainer, pl_module, now)
+        if self._next is not None:
+            previous = self._at_steps[self._stage - 1] if self._stage else 0
+            window = min(self._window_steps, self._next - previous)
+            if self._observation.due(self._next - now, window):
+                self._observation.open_step(batch)
+        self._started = None if self._observation.watching else time.perf_counter()
 
     @override
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        recorder = self._recorder
-        if recorder is None or not recorder.watching:
-            return
-        finite, factor = bool(loss.isfinite()), platform.loss_factor(trainer)
-        recorder.commit(self._examples / factor, finite=finite)
-        if self._tap is None:
-            return
-        if finite:  # in the loss scale's range, so that half-precision gradients do not vanish
-            drawn = drawn_loss(self._tap.take(), self._generator) * factor
-            torch.autograd.grad(drawn, recorder.outputs, retain_graph=True, allow_unused=True)
-        recorder.arm(False)
+        if self._observation.watching:
+            finite = bool(loss.isfinite())
+            self._observation.before_backward(finite, platform.loss_factor(trainer))
 
     @override
     def on_train_batch_end(
@@ -387,7 +322,7 @@ class Factorize(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._step_hooks.close()
+        self._observation.close_step()
         if self._started is not None:
             spent = self._times["factored" if self._stage else "dense"]
             spent[0] += 1
@@ -396,25 +331,17 @@ class Factorize(pl.Callback):
 
     def _factor(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         settings = self.settings[self._stage]
-        if METHODS[settings.method].kinds and not self._statistics.steps:
-            raise ObservationError(
-                f"nothing was observed before point {self.points[self._stage]}: "
-                f"{self._statistics.skipped} steps were skipped as not finite; "
-                "widen window= or lower every_n_steps="
-            )
+        self._observation.check(self.points[self._stage])
         before = platform.validate(trainer) if self.validate else {}
-        record = factor_(
-            module, self._statistics, settings, optimizers=trainer.optimizers, step=now
-        )
+        statistics = self._observation.statistics
+        record = factor_(module, statistics, settings, optimizers=trainer.optimizers, step=now)
         after = platform.validate(trainer) if self.validate else {}
         record.metrics = {"before": before, "after": after}
         self.report.points.append(record)
         self._stage += 1
-        self._statistics = Statistics()
-        if self._stage < len(self._at_steps):
-            self._build_recorder(module)
-        else:
-            self._recorder = None
+        self._observation.forget()
+        if self._next is not None:
+            self._observation.watch(module, self.settings[self._stage])
         platform.reset_best(trainer)
         total, _ = platform.lengths(trainer)
         steps = self.restart_steps if self.restart_steps >= 1 else self.restart_steps * total
@@ -422,8 +349,8 @@ class Factorize(pl.Callback):
             self._begin_restart(Warmup(int(steps), self.restart_scale), 0)
         self._save_report(trainer)
         if self.verbose:
-            _show(trainer, point_table(record))
-        self._log(trainer)
+            platform.show(trainer, point_table(record))
+        platform.log(trainer, record.figures())
 
     def _begin_restart(self, schedule: Warmup, taken: int) -> None:
         assert self._live is not None
@@ -432,19 +359,6 @@ class Factorize(pl.Callback):
             return
         self._restart = Restart(schedule, taken)
         self._restart.attach(self._live[1], self._hooks)
-
-    def _log(self, trainer: pl.Trainer) -> None:
-        record = self.report.points[-1]
-        values = {
-            "keep": record.keep,
-            "keep_model": record.model_after / record.model_before,
-            "seconds": record.seconds,
-        }
-        if record.predicted_loss is not None:
-            values["predicted_loss"] = record.predicted_loss
-        for when, figures in record.metrics.items():
-            values |= {f"{when}/{name}": figure for name, figure in figures.items()}
-        platform.log(trainer, values)
 
     # The end
 
@@ -489,27 +403,20 @@ class Factorize(pl.Callback):
         self._close()
 
     def _close(self) -> None:
-        self._step_hooks.close()
+        self._observation.close_step()
         self._hooks.close()
-        self._recorder, self._tap, self._restart = None, None, None
+        self._restart = None
 
     def preview(self, model: nn.Module) -> RenderableType:
         """Return what the first point would do to ``model``, as a table; nothing is changed."""
         settings = self.settings[0]
         records, selection, nbytes = preview(model, settings)
         title = f"Factorize: {settings.method}, keep {settings.keep}, at {self.points[0]}"
-        before, after = (sum(getattr(x, at) for x in records) for at in ("before", "after"))
-        whole = sum(p.numel() for p in model.parameters())
-        lines = [
-            f"targeted layers: {before:,} → {after:,} parameters ({after / before:.3f})",
-            f"whole model: {whole:,} → {whole - before + after:,} "
-            f"({(whole - before + after) / whole:.3f})",
-            f"statistics: at most {nbytes / 2**20:.1f} MiB",
-        ]
+        notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
         if settings.spread == "global":
-            lines.append("ranks are shown uniform; global allocation shares them out at the point")
-        lines += [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
-        return Group(ranks_table(records, title), Text("\n".join(lines)))
+            notes.append("ranks are shown uniform; global allocation shares them out at the point")
+        whole = sum(p.numel() for p in model.parameters())
+        return plan_table(records, title, whole, nbytes, notes)
 
 
 def _follow_checkpoint(
@@ -517,17 +424,3 @@ def _follow_checkpoint(
 ) -> None:
     """Give the module the structure of the state dict it is about to load."""
     Plan.matching(module, state_dict, prefix).apply_(module)
-
-
-def _show(trainer: pl.Trainer, table: RenderableType) -> None:
-    """Print above the progress bar, if there is one."""
-    if not trainer.is_global_zero:
-        return
-    console = Console()
-    bar = trainer.progress_bar_callback
-    if bar is None:
-        console.print(table)
-        return
-    with console.capture() as capture:
-        console.print(table)
-    bar.print(capture.get().rstrip())

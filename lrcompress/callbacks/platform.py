@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console, RenderableType
 from torch import nn
 from torch.optim import Optimizer
 
@@ -183,3 +184,17 @@ def log(trainer: pl.Trainer, values: dict[str, float]) -> None:
     named = {f"lrcompress/{name}": value for name, value in values.items()}
     for logger in trainer.loggers:
         logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def show(trainer: pl.Trainer, table: RenderableType) -> None:
+    """Print above the progress bar, if there is one."""
+    if not trainer.is_global_zero:
+        return
+    console = Console()
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    bar.print(capture.get().rstrip())

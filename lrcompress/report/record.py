@@ -76,6 +76,19 @@ class PointRecord:
         """Increase of the loss that the metric predicts, summed over layers."""
         return sum_or_none(layer.predicted_loss for layer in self.layers)
 
+    def figures(self) -> dict[str, float]:
+        """Return what a logger takes: one number a name."""
+        values = {
+            "keep": self.keep,
+            "keep_model": self.model_after / self.model_before,
+            "seconds": self.seconds,
+        }
+        if self.predicted_loss is not None:
+            values["predicted_loss"] = self.predicted_loss
+        for when, metrics in self.metrics.items():
+            values |= {f"{when}/{name}": figure for name, figure in metrics.items()}
+        return values
+
 
 @dataclass
 class Report:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -20,12 +20,13 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     shared = _shared_path(kinds)
     table = _table(title + (f"; layers of {shared}" if shared else ""))
     table.add_column("layer", no_wrap=True)
-    for heading in ("count", "out×in", "rank", "kept", "error", "loss +"):
+    for heading in ("n", "dense", "out×in", "rank", "kept", "error", "loss +"):
         table.add_column(heading, justify="right", no_wrap=True)
     for kind, members in kinds.items():
         table.add_row(
             kind[len(shared) :].removeprefix("."),
             str(len(members)),
+            str(sum(x.rank is None for x in members) or ""),
             f"{members[0].out_features}×{members[0].in_features}",
             _span(members),
             f"{sum(x.after for x in members) / sum(x.before for x in members):.3f}",
@@ -36,7 +37,14 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 def _shared_path(kinds: Iterable[str]) -> str:
@@ -44,6 +52,21 @@ def _shared_path(kinds: Iterable[str]) -> str:
     paths = [kind.split(".")[:-1] for kind in kinds]
     parts = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
     return ".".join(level[0] for level in parts)
+
+
+def plan_table(
+    layers: Sequence[LayerRecord], title: str, whole: int, nbytes: int, notes: Iterable[str]
+) -> RenderableType:
+    """Return what would become of the layers of a model of ``whole`` parameters."""
+    before, after = sum(x.before for x in layers), sum(x.after for x in layers)
+    smaller = whole - before + after
+    lines = [
+        f"targeted layers: {before:,} → {after:,} parameters ({after / before:.3f})",
+        f"whole model: {whole:,} → {smaller:,} ({smaller / whole:.3f})",
+        f"statistics: at most {nbytes / 2**20:.1f} MiB",
+        *notes,
+    ]
+    return Group(ranks_table(layers, title), Text("\n".join(lines)))
 
 
 def point_table(point: PointRecord) -> RenderableType:
@@ -116,11 +139,9 @@ def _change(point: PointRecord, name: str) -> float | None:
 
 def _span(members: list[LayerRecord]) -> str:
     ranks = [x.rank for x in members if x.rank is not None]
-    dense = len(members) - len(ranks)
     if not ranks:
-        return "dense"
-    span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
-    return span + (f" +{dense} dense" if dense else "")
+        return ""
+    return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
 
 
 def _figure(value: float | None) -> str:

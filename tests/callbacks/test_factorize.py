@@ -188,7 +188,7 @@ def _grab_statistics(callback: lrcompress.Factorize) -> list[Any]:
     factor = callback._factor
 
     def first(*args: Any) -> None:
-        grabbed.append(callback._statistics)
+        grabbed.append(callback._observation.statistics)
         factor(*args)
 
     callback._factor = first  # type: ignore[method-assign]
