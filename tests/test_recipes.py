@@ -47,7 +47,11 @@ def test_a_recipe_runs_on_stand_ins(
 ) -> None:
     overrides = stand_ins(yaml.safe_load(path.read_text()), tiny_bert, tmp_path)
     arguments = ["--config", str(path), *overrides, f"--trainer.default_root_dir={tmp_path}"]
-    quick = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    quick = [
+        "--data.max_length=32",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    ]
 
     assert main(["fit", *arguments, *quick, "--trainer.limit_val_batches=1"]) == 0, (
         capsys.readouterr().err

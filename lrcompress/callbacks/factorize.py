@@ -192,7 +192,9 @@ class Factorize(pl.Callback):
             self._hooks.close()
             self._reset()
             platform.refuse(trainer, type(self).__name__)
-        follow = pl_module.register_load_state_dict_pre_hook(_follow_checkpoint)
+        follow = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _follow_checkpoint
+        )
         self._hooks.callback(follow.remove)
 
     @override

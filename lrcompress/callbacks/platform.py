@@ -102,15 +102,18 @@ def _set_aside(trainer: pl.Trainer) -> Iterator[None]:
     """Let the trainer be validating, as trainer.validate would, and put everything back."""
     connector, loop = trainer._logger_connector, trainer.validate_loop
     held = (trainer.state.fn, trainer.state.stage, trainer.loggers, loop.verbose)
+    inference = loop.inference_mode
     inner = (connector._first_loop_iter, connector._current_fx)
     trainer.state.fn, trainer.state.stage = TrainerFn.VALIDATING, RunningStage.VALIDATING
     trainer.loggers, loop.verbose = [], False
     connector._first_loop_iter = None
+    loop.inference_mode = False  # or metrics would be left with tensors that training cannot update
     try:
         yield
     finally:
         trainer.state.fn, trainer.state.stage, trainer.loggers, loop.verbose = held
         connector._first_loop_iter, connector._current_fx = inner
+        loop.inference_mode = inference
 
 
 def reset_best(trainer: pl.Trainer) -> None:

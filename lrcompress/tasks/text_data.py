@@ -8,8 +8,6 @@ from lrcompress.errors import SettingError
 from lrcompress.tasks.classification_data import ClassificationData
 from lrcompress.tasks.tables import pick_columns, quiet, read_table
 
-BESIDE = {"val": ("val", "valid", "validation", "dev"), "test": ("test",)}
-
 
 class TextData(ClassificationData):
     """Labelled texts, or pairs of texts, from local files or from the hub.
@@ -94,9 +92,11 @@ class TextData(ClassificationData):
             "test": test_split,
         }
         if train is not None:
-            beside = {split: _beside(train, names) for split, names in BESIDE.items()}
-            self.sources = {"train": train} | beside
-            self.sources |= {k: v for k, v in (("val", val), ("test", test)) if v is not None}
+            self.sources = {
+                "train": train,
+                "val": val or _beside(train, ("val", "valid", "validation", "dev")),
+                "test": test or _beside(train, ("test",)),
+            }
 
     def read(self, split: str) -> Dataset | None:
         source = self.sources[split]
