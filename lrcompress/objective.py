@@ -147,7 +147,7 @@ def metric_of(
     sums = statistics.of(layer, chosen.kinds)
     values = {kind: sums.moment(kind).double() for kind in chosen.kinds}
     for kind, value in values.items():
-        if not value.isfinite().all():
+        if not value.sum().isfinite() and not value.isfinite().all():
             raise NotFiniteError(f"{kind} of layer {layer!r} holds a NaN or an infinity")
     tokens, examples = float(max(1, int(sums.tokens))), max(1, int(sums.examples))
     inner = values[chosen.input] if chosen.input else None

@@ -96,7 +96,7 @@ class Factorize(pl.Callback):
         keep_range: tuple[float, float] = (0.0, 1.0),
         align: int = 8,
         window: float | str = "epoch:1",
-        every_n_steps: int = 8,
+        every_n_steps: int = 10,
         max_tokens: int | None = None,
         also_observe: list[str] | None = None,
         fisher: str = "labels",

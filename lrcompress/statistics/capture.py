@@ -260,7 +260,7 @@ class Recorder:
         )
 
     def _add_inputs(self, name: str, xs: list[Tensor]) -> None:
-        tokens = torch.cat([self._tokens(x) for x in xs]) if len(xs) > 1 else self._tokens(xs[0])
+        tokens = self._joined(xs)
         sums = self.statistics.inputs.get(name)
         if sums is None:
             kept = {k: v for k, v in self._shapes[name].items() if k in (*INPUT_KINDS, "input_sum")}
@@ -272,6 +272,11 @@ class Recorder:
         assert self._pass is not None
         flat = x.reshape(-1, x.shape[-1])
         return flat[self._pass.mask] if self._is_masked(x) else flat
+
+    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
+        """Give the tokens of one tensor after another; of a single one without a further copy."""
+        tokens = [self._tokens(part) for part in parts]
+        return torch.cat(tokens) if len(tokens) > 1 else tokens[0]
 
     def _is_masked(self, x: Tensor) -> bool:
         assert self._pass is not None
@@ -286,7 +291,7 @@ class Recorder:
         if not current.armed:
             return
         parts = current.parts.setdefault(name, [])
-        parts.append((x, g.to(torch.float32) * current.scale))
+        parts.append((x, g))
         if len(parts) == current.calls[name]:
             self._add_gradients(name)
 
@@ -302,14 +307,15 @@ class Recorder:
                 kept = {k: v for k, v in self._shapes[name].items() if k not in inputs}
                 sums = Sums.zeros(kept, self._device(g))
                 self.statistics.outputs[name] = sums
+            scale = self._pass.scale
             if "output_moment" in sums.values:
-                tokens = torch.cat([self._tokens(g) for _, g in parts])
-                sums.add_gradients_(tokens, g.shape[0])
+                tokens = self._joined(g for _, g in parts)
+                sums.add_gradients_(tokens, g.shape[0], scale)
                 if "weighted_moment" in sums.values:
-                    xs = [self._tokens(x) for x, _ in parts if x is not None]
-                    sums.add_weighted_(torch.cat(xs), tokens)
+                    read = self._joined(x for x, _ in parts if x is not None)
+                    sums.add_weighted_(read, tokens, scale)
             if _FISHER & sums.values.keys():
-                sums.add_fisher_(*self._by_example(parts))
+                sums.add_fisher_(*self._by_example(parts), scale)
 
     def _by_example(self, parts: list[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
         """Give inputs and gradients as ``(examples, length, features)``, padding zero."""

@@ -82,8 +82,7 @@ class Sums:
         if x.ndim != 2 or x.shape[1] != features:
             raise ShapeError(f"expected tokens of shape (_, {features}), got {tuple(x.shape)}")
         x = x.detach().to(torch.float32)  # low-precision sums stall
-        finite = x.sum().isfinite()
-        x = torch.where(finite, x, 0.0)
+        finite, x = _finite_or_zero(x)
         if "input_moment" in self.values:
             _add_gram(self.values["input_moment"], x)
         if "input_abs" in self.values:
@@ -91,38 +90,39 @@ class Sums:
         self.values["input_sum"] += x.sum(0).to(self.tokens.device)
         self._count(finite, x.shape[0], 0)
 
-    def add_gradients_(self, g: Tensor, examples: int) -> None:
+    def add_gradients_(self, g: Tensor, examples: int, scale: float = 1.0) -> None:
         """Add one step's gradients at the output to ``output_moment``.
 
         A step with a gradient that is not finite is counted as skipped and adds nothing.
 
         Args:
-            g: ``(tokens, out)`` gradients of the summed loss.
+            g: ``(tokens, out)``; times ``scale`` the gradients of the summed loss.
             examples: how many examples the tokens are from.
+            scale: see ``g``.
         """
-        finite = g.sum().isfinite()
-        _add_gram(self.values["output_moment"], torch.where(finite, g, 0.0))
+        finite, g = _finite_or_zero(g.to(torch.float32))
+        _add_gram(self.values["output_moment"], g, scale)
         self._count(finite, g.shape[0], examples)
 
-    def add_weighted_(self, x: Tensor, g: Tensor) -> None:
+    def add_weighted_(self, x: Tensor, g: Tensor, scale: float = 1.0) -> None:
         """Add one step's inputs, each token weighted by its squared gradient ``‖g‖²``.
 
         A step that is not finite adds nothing.
 
         Args:
             x: ``(tokens, in)`` what the layer read.
-            g: ``(tokens, out)`` gradients of the summed loss at the same tokens.
+            g: ``(tokens, out)``; times ``scale`` the gradients of the summed loss there.
+            scale: see ``g``.
         """
-        share = g.square().sum(1, keepdim=True)
-        scaled = x.float() * share.sqrt()
-        finite = scaled.sum().isfinite()
-        share, scaled = torch.where(finite, share, 0.0), torch.where(finite, scaled, 0.0)
+        norm = scale * g.float().norm(dim=1, keepdim=True)
+        finite, scaled = _finite_or_zero(x.float() * norm)
+        norm = torch.where(finite, norm, 0.0)
         _add_gram(self.values["weighted_moment"], scaled)
         device = self.tokens.device
-        self.values["weighted_sum"] += (scaled * share.sqrt()).sum(0).to(device)
-        self.values["weight"] += share.sum().to(device)
+        self.values["weighted_sum"] += (norm.mT @ scaled).squeeze(0).to(device)
+        self.values["weight"] += norm.square().sum().to(device)
 
-    def add_fisher_(self, x: Tensor, g: Tensor) -> None:
+    def add_fisher_(self, x: Tensor, g: Tensor, scale: float = 1.0) -> None:
         """Add one step's per-example squared weight gradients, summed over either axis.
 
         With ``J_b = Σ_t g_bt x_btᵀ`` the gradient of example ``b``'s loss, adds
@@ -131,20 +131,22 @@ class Sums:
 
         Args:
             x: ``(examples, length, in)`` what the layer read, finite at padding.
-            g: ``(examples, length, out)`` gradients of the summed loss, zero at padding.
+            g: ``(examples, length, out)``, zero at padding; times ``scale`` the gradients of the
+                summed loss.
+            scale: see ``g``.
 
         Cost:
             ``2·examples·length²·(in + out)`` operations per sum while ``length`` is below
             ``in·out/(in + out)``, else ``2·examples·length·in·out``; no ``(out, in)`` gradient
             is stored for more than one example.
         """
-        x = x.float()
+        x, g = x.float(), g.float() * scale
         finite = g.sum().isfinite() & x.sum().isfinite()
         x, g = torch.where(finite, x, 0.0), torch.where(finite, g, 0.0)
-        squares = _per_example_squares(x, g)
-        for name, value in zip(("input_fisher", "output_fisher"), squares, strict=True):
+        # Σ_j J[i, j]² is Σ_i of the transposed gradient: one function serves both axes
+        for name, pair in (("input_fisher", (x, g)), ("output_fisher", (g, x))):
             if name in self.values:
-                self.values[name] += value.to(self.tokens.device)
+                self.values[name] += _per_example_squares(*pair).to(self.tokens.device)
         if "output_moment" not in self.values:
             self._count(finite, g.shape[0] * g.shape[1], g.shape[0])
 
@@ -186,28 +188,33 @@ class Sums:
         return self.tokens, self.examples, self.skipped
 
 
-def _add_gram(total: Tensor, x: Tensor) -> None:
+def _finite_or_zero(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether all of ``x`` is finite, and ``x`` or else zeros, without waiting for a GPU."""
+    finite = x.sum().isfinite()
+    if x.device.type == "cpu" and finite:
+        return finite, x  # spared a copy
+    return finite, torch.where(finite, x, 0.0)
+
+
+def _add_gram(total: Tensor, x: Tensor, scale: float = 1.0) -> None:
     if total.device == x.device:
-        add_gram_(total, x)
+        add_gram_(total, x, scale)
         return
     part = torch.zeros_like(total, device=x.device)  # offloaded: multiply where the tokens are
-    add_gram_(part, x)
+    add_gram_(part, x, scale)
     total += part.to(total.device)
 
 
-def _per_example_squares(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _per_example_squares(x: Tensor, g: Tensor) -> Tensor:
+    """Return ``Σ_b Σ_i (Σ_t g_bti x_btj)²`` for every ``j``."""
     length, fan_in, fan_out = x.shape[1], x.shape[2], g.shape[2]
     if length * (fan_in + fan_out) < fan_in * fan_out:
-        # Σ_i J[i, j]² = Σ_t x_tj (G Gᵀ X)_tj: the (out, in) gradient need not exist
-        by_input = ((g @ g.mT) @ x * x).sum(1).clamp(min=0).sum(0)
-        by_output = ((x @ x.mT) @ g * g).sum(1).clamp(min=0).sum(0)
-        return by_input, by_output
-    by_input, by_output = x.new_zeros(fan_in), x.new_zeros(fan_out)
+        # = Σ_t x_tj (G Gᵀ X)_tj: the (out, in) gradient need not exist
+        return ((g @ g.mT) @ x * x).sum(1).clamp(min=0).sum(0)
+    total = x.new_zeros(fan_in)
     for one_x, one_g in zip(x, g, strict=True):
-        squares = (one_g.mT @ one_x).square_()
-        by_input += squares.sum(0)
-        by_output += squares.sum(1)
-    return by_input, by_output
+        total += (one_g.mT @ one_x).square_().sum(0)
+    return total
 
 
 @dataclass

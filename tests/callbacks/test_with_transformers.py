@@ -75,6 +75,16 @@ def test_a_transformers_model_resumed_at_any_step_ends_bit_identical(
             assert torch.equal(resumed.state_dict()[name], value), (path.name, name)
 
 
+def test_a_transformers_model_resumed_between_epochs_ends_bit_identical(
+    bert: str, rows: Path, tmp_path: Path
+) -> None:
+    whole = fit(bert, rows, ModelCheckpoint(tmp_path / "saved", "{epoch}", save_top_k=-1))
+    for epoch in (0, 1):
+        resumed = fit(bert, rows, ckpt_path=tmp_path / "saved" / f"epoch={epoch}.ckpt")
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), (epoch, name)
+
+
 def test_load_from_checkpoint_needs_no_helper_with_the_ready_task(
     bert: str, rows: Path, tmp_path: Path
 ) -> None:
