@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -275,7 +275,8 @@ def _solve(model: nn.Module, name: str, statistics: Statistics, settings: Settin
         refit_bias=settings.refit_bias and layer.bias is not None,
         shrink=settings.shrink,
     )
-    return _Solved(truncate(layer.weight, metric.output, metric.input), metric)
+    truncation = truncate(layer.weight, metric.output, metric.input)
+    return _Solved(truncation, replace(metric, output=None, input=None))  # the large part is done
 
 
 def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
