@@ -173,7 +173,7 @@ def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Se
     asked = candidates(model, selection.names, settings, {})
     ranks = allocate(asked, settings.keep, "uniform", settings.align)
     records = [
-        LayerRecord(c.name, c.out_features, c.in_features, ranks[c.name], 0.0, None) for c in asked
+        LayerRecord(c.name, c.out_features, c.in_features, ranks[c.name], None, None) for c in asked
     ]
     recorder = Recorder(model, selection.names, METHODS[settings.method].kinds)
     return records, selection, recorder.nbytes

@@ -15,7 +15,7 @@ class LayerRecord:
         out_features: rows of its weight.
         in_features: columns of its weight.
         rank: of its factors; None if it was left dense.
-        error: relative error in the method's metric; 0 for a dense layer.
+        error: relative error in the method's metric; 0 for a dense layer, None before it is known.
         predicted_loss: increase of the loss per example that the metric predicts for this
             layer alone; None for metrics that do not know the loss.
         note: what was done about ill-conditioned statistics, or "".
@@ -25,7 +25,7 @@ class LayerRecord:
     out_features: int
     in_features: int
     rank: int | None
-    error: float
+    error: float | None
     predicted_loss: float | None
     note: str = ""
 

@@ -23,6 +23,7 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     for heading in ("n", "dense", "out×in", "rank", "kept", "error", "loss +"):
         table.add_column(heading, justify="right", no_wrap=True)
     for kind, members in kinds.items():
+        error = sum_or_none(x.error for x in members)
         table.add_row(
             kind[len(shared) :].removeprefix("."),
             str(len(members)),
@@ -30,7 +31,7 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
             f"{members[0].out_features}×{members[0].in_features}",
             _span(members),
             f"{sum(x.after for x in members) / sum(x.before for x in members):.3f}",
-            f"{sum(x.error for x in members) / len(members):.3f}",
+            "" if error is None else f"{error / len(members):.3f}",
             _loss(sum_or_none(x.predicted_loss for x in members)),
         )
     return table
