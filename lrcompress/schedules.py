@@ -43,7 +43,9 @@ class Point:
         try:
             fraction = float(str(text))  # float(False) is a number
         except ValueError:
-            raise SettingError(f"a point is {expected}, got {text!r}") from None
+            number = "".join(c for c in str(text) if c.isdigit())
+            hint = f"; did you mean 'epoch:{number}' or 'step:{number}'?" if number else ""
+            raise SettingError(f"a point is {expected}, got {text!r}{hint}") from None
         return cls.parse(fraction)
 
     def __str__(self) -> str:

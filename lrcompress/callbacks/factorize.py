@@ -34,7 +34,9 @@ class Factorize(pl.Callback):
 
     Before each point it accumulates statistics in some of the training steps; at the point it
     factors the targeted layers, carries the optimizer's state over and lets training go on. A
-    run that is interrupted at any step and resumed ends as the uninterrupted one.
+    run that is interrupted and resumed ends as the uninterrupted one, bit for bit on one CPU
+    device; within an epoch that takes a data loader with a ``state_dict``, since Lightning
+    starts any other one anew. What happened is in ``report``.
 
     Args:
         keep: Parameters that remain / parameters before, over the targeted layers, above 0 and
@@ -54,7 +56,8 @@ class Factorize(pl.Callback):
         align: Ranks are multiples of it, as far as no budget is lost by that.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
             ``"step:N"``.
-        every_n_steps: Observe every n-th step of the window.
+        every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
+            where that would be fewer than 16 steps.
         max_tokens: Stop observing after so many tokens, padding excluded.
         also_observe: Statistics to accumulate besides the method's own. A checkpoint that holds
             them can be resumed with other methods and other ``keep``.
@@ -96,7 +99,7 @@ class Factorize(pl.Callback):
         keep_range: tuple[float, float] = (0.0, 1.0),
         align: int = 8,
         window: float | str = "epoch:1",
-        every_n_steps: int = 10,
+        every_n_steps: int | None = None,
         max_tokens: int | None = None,
         also_observe: list[str] | None = None,
         fisher: str = "labels",
@@ -123,8 +126,8 @@ class Factorize(pl.Callback):
             raise SettingError("keep is missing: the share of parameters that remains, e.g. 0.3")
         if len(keeps_at) != len(self.points):
             raise SettingError(
-                f"keep and at must be as many, got {len(keeps_at)} keep {keep!r} "
-                f"for {len(self.points)} points {at!r}"
+                f"give one keep for every point, such as keep=[0.5, 0.2] for at=[0.3, 0.6]; "
+                f"got keep={keep!r} for at={at!r}"
             )
         if any(b >= a for a, b in pairwise(keeps_at) if a and b):
             raise SettingError(f"keep must fall from point to point, got {keep!r}")

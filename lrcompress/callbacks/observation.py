@@ -15,6 +15,8 @@ from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsTap, drawn_loss
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
 
+_EVERY, _FEWEST = 10, 16  # steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -22,7 +24,8 @@ class Sampling:
 
     Attributes:
         kinds: the statistics to accumulate.
-        every_n_steps: every n-th step before a point, counted back from it.
+        every_n_steps: every n-th step before a point, counted back from it; None is every 10th,
+            or more often where that would be fewer than 16 steps.
         max_tokens: enough is enough.
         fisher: ``"labels"`` or ``"model"``.
         logits: the submodule that returns the logits, for ``"model"``.
@@ -35,7 +38,7 @@ class Sampling:
     """
 
     kinds: Sequence[str]
-    every_n_steps: int
+    every_n_steps: int | None
     max_tokens: int | None
     fisher: str
     logits: str | None
@@ -100,7 +103,8 @@ class Observation:
 
     def due(self, ahead: int, window: int) -> bool:
         """Return whether to observe a step that is ``ahead`` steps before the point."""
-        sampled = ahead % min(self.sampling.every_n_steps, window) == 0
+        every = self.sampling.every_n_steps or min(_EVERY, max(1, window // _FEWEST))
+        sampled = ahead % min(every, window) == 0
         most = self.sampling.max_tokens
         full = most is not None and self.statistics.tokens >= most
         return bool(self.sampling.kinds) and 0 < ahead <= window and sampled and not full

@@ -80,11 +80,13 @@ if __name__ == "__main__":
     task = sys.argv[1]
     if not (Path("runs") / task / "epoch=1.ckpt").exists():
         assert main(["fit", f"--config=tests/benchmarks/{task}.yaml"]) == 0
-    for variants in (VARIANTS, MORE):
-        for keep in KEEPS:
-            for method, allocation in variants:
-                run(task, method, allocation, keep, retrain=False)
+    for keep in KEEPS:
+        for method, allocation in VARIANTS:
+            run(task, method, allocation, keep, retrain=False)
     for method, allocation in VARIANTS:
         for keep in RETRAINED:
             run(task, method, allocation, keep, retrain=True)
+    for keep in KEEPS:
+        for method, allocation in MORE:
+            run(task, method, allocation, keep, retrain=False)
     print(table(task))

@@ -230,6 +230,14 @@ def test_manual_optimization(tagger: Make, loader: Make, trainer: Make) -> None:
     assert sum(isinstance(m, LowRankLinear) for m in model.modules()) >= 3
 
 
+def test_a_short_window_is_observed_more_often_by_default(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    callback = factorize(every_n_steps=None, at="epoch:2", window="epoch:2")
+    trainer(callback).fit(tagger(), loader())
+    assert callback.report.points[0].observed["steps"] == 12
+
+
 def test_validation_and_sanity_batches_are_not_observed(
     tagger: Make, loader: Make, trainer: Make, batches: Make
 ) -> None:
@@ -415,7 +423,11 @@ def test_refuses_several_devices(tagger: Make, loader: Make, trainer: Make) -> N
         ({"keep": 1.5}, SettingError, r"got 1.5; did you mean 0.015"),
         ({"keep": float("nan")}, SettingError, r"got nan"),
         ({"keep": None}, SettingError, r"keep is missing"),
-        ({"keep": [0.5, 0.3]}, SettingError, r"as many, got 2 keep .* for 1 points"),
+        (
+            {"keep": [0.5, 0.3]},
+            SettingError,
+            r"one keep for every point, .* got keep=\[0.5, 0.3\] for at=0.5",
+        ),
         ({"keep": [0.3, 0.5], "at": [0.2, 0.4]}, SettingError, r"keep must fall"),
         ({"at": "eopch:1"}, SettingError, r"'epoch:N' or 'step:N', got 'eopch:1'"),
         ({"at": 2.0}, SettingError, r"got 2.0; did you mean 'epoch:2'"),
