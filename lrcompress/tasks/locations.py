@@ -24,7 +24,10 @@ def model_folder(path: str) -> str:
         return str(_inside_package(path))
     folder = Path(path).expanduser()
     if not folder.is_dir() and path.startswith(("/", "./", "../", "~")):
-        raise NoMatchError(f"there is no folder {folder}; expected one with a config.json in it")
+        raise NoMatchError(
+            f"there is no folder {folder} for the model's path or the tokenizer; expected one with "
+            "a config.json in it"
+        )
     return str(folder) if folder.is_dir() else path
 
 

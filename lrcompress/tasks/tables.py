@@ -48,7 +48,9 @@ def read_table(file: str, header: bool = True, quoting: bool | None = None) -> D
         )
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*") if p.is_file()]
-        near = nearest(path.name, siblings) or "none, the folder is empty or absent"
+        near = nearest(path.name, siblings) or (
+            "none" if path.parent.is_dir() else "none, nor its folder"
+        )
         raise NoMatchError(f"there is no file {path.absolute()}; nearest there: {near}")
     if path.stat().st_size == 0:
         raise SettingError(f"{file} is empty")
@@ -133,7 +135,8 @@ def _column(table: Dataset, column: int | str, where: str) -> str:
         return names[column]
     if column not in names:
         raise NoMatchError(
-            f"{where}: no column {column!r}; nearest: {nearest(column, names)}; all: {names}"
+            f"{where}: no column {column!r}; set text and label to columns there are: {names}, "
+            f"nearest: {nearest(column, names, 1)}"
         )
     return column
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 import lrcompress
@@ -181,6 +182,25 @@ def test_gradient_accumulation_does_not_change_what_is_observed(
             sums[1].of(name, ["input_moment"]).moment("input_moment"),
             sums[0].of(name, ["input_moment"]).moment("input_moment"),
         )
+
+
+def test_loss_scaling_does_not_change_what_is_observed(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    sums = []
+    for scaled in (False, True):
+        callback = factorize(every_n_steps=1, at="epoch:1", keep=0.5)
+        grabbed = _grab_statistics(callback)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        half = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        precision = {"plugins": [half]} if scaled else {}
+        model = tagger(lr=0.0, dropout=0.0)
+        trainer(callback, accumulate_grad_batches=2, **precision).fit(model, loader())
+        sums.append(grabbed[0])
+    for name in sums[0].outputs:
+        full, half = (one.outputs[name].moment("output_moment") for one in sums)
+        assert (half - full).norm() < 0.02 * full.norm()
+        assert sums[0].outputs[name].examples == sums[1].outputs[name].examples
 
 
 def _grab_statistics(callback: lrcompress.Factorize) -> list[Any]:

@@ -84,7 +84,7 @@ def test_names_the_nearest_file(tmp_path: Path) -> None:
     write(tmp_path / "train.tsv", "a\n")
     with pytest.raises(NoMatchError, match=r"no file .*trian.tsv; nearest there: train.tsv"):
         read_table(str(tmp_path / "trian.tsv"))
-    with pytest.raises(NoMatchError, match="nearest there: none, the folder is empty or absent"):
+    with pytest.raises(NoMatchError, match="nearest there: none, nor its folder"):
         read_table(str(tmp_path / "absent" / "train.tsv"))
 
 
@@ -120,7 +120,11 @@ def test_picks_columns_by_name_and_position() -> None:
 @pytest.mark.parametrize(
     ("text", "label", "message"),
     [
-        (["texte"], "label", r"a.csv: no column 'texte'; nearest: text; all: \['text', 'label'\]"),
+        (
+            ["texte"],
+            "label",
+            r"a.csv: no column 'texte'; set text .* \['text', 'label'\], nearest: text",
+        ),
         (["text"], 2, r"a.csv: no column at position 2, only 0 to 1: \['text', 'label'\]"),
         (["text"], -1, r"a.csv: no column at position -1"),
     ],
