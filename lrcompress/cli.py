@@ -199,6 +199,10 @@ def _quiet() -> Iterator[None]:
     """Keep back what Lightning and transformers say unasked; warnings that matter stay."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI causes them
+    spoken, shown = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -215,6 +219,9 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger in loggers:
                 logger.removeFilter(_is_asked_for)
+            transformers.logging.set_verbosity(spoken)
+            if shown:
+                transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _is_asked_for(record: logging.LogRecord) -> bool:
