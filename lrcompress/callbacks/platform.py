@@ -116,6 +116,17 @@ def _set_aside(trainer: pl.Trainer) -> Iterator[None]:
         loop.inference_mode = inference
 
 
+def announce(module: pl.LightningModule) -> None:
+    """Tell a module that wants to know that its structure is about to change for the first time.
+
+    It wants to if it has a method ``on_compression_start``, as distillation does, which keeps
+    a copy of the uncompressed model as its teacher.
+    """
+    hear = getattr(module, "on_compression_start", None)
+    if hear is not None:
+        hear()
+
+
 def reset_best(trainer: pl.Trainer) -> None:
     """Make checkpointing and early stopping forget the best score of another structure.
 

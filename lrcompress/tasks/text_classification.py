@@ -32,6 +32,8 @@ class TextClassification(L.LightningModule):
         num_labels: number of classes; 1 means regression on float labels.
         lr: peak learning rate of AdamW.
         weight_decay: of matrices; biases, norms and other vectors have none.
+        fused: let AdamW update in one kernel: a tenth of the step's time on a CPU. Lightning
+            refuses to clip gradients for it under mixed precision.
         warmup: share of all steps over which the learning rate rises to ``lr``, 0 to 1.
         schedule: what follows the warm-up: ``linear`` or ``cosine`` decay to zero, or
             ``constant``.
@@ -50,6 +52,7 @@ class TextClassification(L.LightningModule):
         num_labels: int = 2,
         lr: float = 1e-4,
         weight_decay: float = 0.0,
+        fused: bool = False,
         warmup: float = 0.06,
         schedule: Schedule = "linear",
         metrics: list[str] | None = None,
@@ -67,6 +70,7 @@ class TextClassification(L.LightningModule):
         self.num_labels = num_labels
         self.lr = lr
         self.weight_decay = weight_decay
+        self.fused = fused
         self.warmup = warmup
         self.schedule = schedule
         names = metrics or (["spearman"] if num_labels == 1 else ["accuracy"])
@@ -107,7 +111,8 @@ class TextClassification(L.LightningModule):
         restore_structure(self, checkpoint)  # for load_from_checkpoint, which knows no callback
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = torch.optim.AdamW(decay_groups(self.model, self.weight_decay), lr=self.lr)
+        groups = decay_groups(self.model, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=self.fused)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise SettingError(

@@ -205,13 +205,13 @@ def test_loss_scaling_does_not_change_what_is_observed(
 
 def _grab_statistics(callback: lrcompress.Factorize) -> list[Any]:
     grabbed: list[Any] = []
-    factor = callback._factor
+    change = callback._change
 
     def first(*args: Any) -> None:
         grabbed.append(callback._observation.statistics)
-        factor(*args)
+        change(*args)
 
-    callback._factor = first  # type: ignore[method-assign]
+    callback._change = first  # type: ignore[method-assign]
     return grabbed
 
 

@@ -1,0 +1,342 @@
+"""The course of a fit in which layers are replaced: what all such callbacks have in common."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lrcompress.callbacks import platform
+from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.callbacks.restart import Restart
+from lrcompress.engine import Settings
+from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
+from lrcompress.plan import Plan
+from lrcompress.report import PointRecord, Report
+from lrcompress.report.tables import point_table, summary_table
+from lrcompress.schedules import Point, Warmup
+from lrcompress.statistics.views import view
+
+VERSION = 1
+
+
+class Course(pl.Callback, ABC):
+    """Observes steps before each point, changes the model at it, and can be resumed anywhere.
+
+    Subclasses say what happens at a point. Everything that a run needs to go on is in
+    ``state_dict``; what happened is in ``report``.
+
+    Args:
+        points: when the structure changes.
+        sampling: which steps are observed before a point.
+        window: how long before a point to observe.
+        validate: run validation just before and just after each point, for the report.
+        report_path: file for the report.
+        verbose: print a table at each point and at the end.
+    """
+
+    def __init__(
+        self,
+        points: list[Point],
+        sampling: Sampling,
+        *,
+        window: Point,
+        validate: bool,
+        report_path: str | None,
+        verbose: bool,
+    ) -> None:
+        super().__init__()
+        self.points, self.sampling = points, sampling
+        self.validate, self.report_path, self.verbose = validate, report_path, verbose
+        self._window = window
+        self._hooks = ExitStack()  # for the fit
+        self._reset()
+
+    def _reset(self) -> None:
+        self.report = Report()
+        self._observation = Observation(self.sampling)
+        self._stage = 0  # points that are done
+        self._at_steps: list[int] = []
+        self._restart: Restart | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
+        self._times: dict[str, list[float]] = {}
+        self._started: float | None = None
+
+    # What a subclass says
+
+    @abstractmethod
+    def _settings_at(self, stage: int) -> Settings:
+        """Return how layers are chosen and measured at a point."""
+
+    @abstractmethod
+    def _observes(self, stage: int) -> bool:
+        """Return whether a point needs statistics."""
+
+    @abstractmethod
+    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        """Change the model at the point ``self._stage``."""
+
+    def _phase(self) -> str:
+        """Return what the time of a step now counts as."""
+        return "factored" if self._stage else "dense"
+
+    # Structure and state
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._hooks.close()
+            self._reset()
+            platform.refuse(trainer, type(self).__name__)
+        follow = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _follow_checkpoint
+        )
+        self._hooks.callback(follow.remove)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._live = (pl_module, trainer.optimizers)
+        for name in self._settings_at(0).select(pl_module).names:
+            if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
+                raise LayerError(
+                    f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
+                    "leave it out with exclude=, or call lrcompress.compress() on the model"
+                )
+        if self._loaded is not None:
+            self._resume(pl_module, trainer.optimizers, self._loaded)
+
+    def _resume(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
+    ) -> None:
+        plan, found = Plan.from_dict(state["plan"]), Plan.of(module)
+        if plan != found:
+            raise CheckpointError(
+                f"the checkpoint was written with {len(plan)} factored layers, the model has "
+                f"{len(found)} of other sizes or names; load it through Trainer.fit(ckpt_path=...)"
+            )
+        platform.reorder_(module, optimizers, state["param_names"])
+        device = next(module.parameters()).device
+        self._observation.load_state_dict(state["observation"], device)
+        platform.set_rng_state(state["rng"])  # the loader draws its order from here
+        if state["restart"] is not None:
+            self._begin_restart(Warmup(**state["restart"]["schedule"]), state["restart"]["taken"])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._live is None:
+            return {"version": VERSION, "stage": self._stage}
+        module, optimizers = self._live
+        restart = self._restart
+        return {
+            "version": VERSION,
+            "plan": Plan.of(module).to_dict(),
+            "stage": self._stage,
+            "param_names": platform.parameter_names(module, optimizers),
+            "observation": self._observation.state_dict(),
+            "report": self.report.to_dict(),
+            "restart": restart
+            and {"schedule": vars(restart.schedule).copy(), "taken": restart.taken},
+            "rng": platform.rng_state(),
+            "times": {name: list(spent) for name, spent in self._times.items()},
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != VERSION:
+            raise CheckpointError(
+                f"expected {type(self).__name__} state of version {VERSION}, "
+                f"got version {state_dict.get('version')!r}"
+            )
+        if "plan" not in state_dict:
+            return
+        self._loaded = state_dict
+        self._stage = state_dict["stage"]
+        self.report = Report.from_dict(state_dict["report"])
+        self._times = {name: list(spent) for name, spent in state_dict["times"].items()}
+
+    # The course of a fit
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._total, self._per_epoch = platform.lengths(trainer)
+        self._at_steps = [point.step(self._total, self._per_epoch) for point in self.points]
+        if any(after <= before for before, after in pairwise(self._at_steps)):
+            named = ", ".join(map(str, self.points))
+            raise SettingError(f"points must rise, got {named}: steps {self._at_steps}")
+        step = self._next
+        if step is None:
+            return
+        point, now = self.points[self._stage], platform.steps_done(trainer)
+        observes = self._observes(self._stage)
+        blind = observes and not self._observation.statistics.steps and step == now
+        if step < now or blind:
+            lies = "lies in the past" if step < now else "leaves no step to observe before it"
+            raise SettingError(
+                f"point {point} is step {step}, which {lies}: training starts at step {now}"
+            )
+        if observes:
+            self._watch(pl_module)
+
+    def _watch(self, module: nn.Module) -> None:
+        total = self._total if self._window.unit == "fraction" else float("inf")
+        self._window_steps = max(1, self._window.step(total, self._per_epoch))
+        nbytes = self._observation.watch(module, self._settings_at(self._stage))
+        if nbytes and self.verbose and not self._stage:
+            rank_zero_info(f"lrcompress: statistics will take at most {nbytes / 2**20:.0f} MiB")
+
+    @property
+    def _next(self) -> int | None:
+        """The step of the next point, if there is one."""
+        return self._at_steps[self._stage] if self._stage < len(self._at_steps) else None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._loaded is not None:
+            if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
+                platform.set_rng_state(self._loaded["rng"])
+            self._loaded = None
+        now = platform.steps_done(trainer)
+        if self._next is not None and now >= self._next and platform.between_steps(trainer):
+            self._reach(trainer, pl_module, now)
+        if self._next is not None and self._observes(self._stage):
+            previous = self._at_steps[self._stage - 1] if self._stage else 0
+            window = min(self._window_steps, self._next - previous)
+            if self._observation.due(self._next - now, window):
+                self._observation.open_step(batch)
+        self._started = None if self._observation.watching else time.perf_counter()
+
+    @override
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        if self._observation.watching:
+            finite = bool(loss.isfinite())
+            self._observation.before_backward(finite, platform.loss_factor(trainer))
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._observation.close_step()
+        if self._started is not None:
+            spent = self._times.setdefault(self._phase(), [0, 0.0])
+            spent[0] += 1
+            spent[1] += time.perf_counter() - self._started
+            self._started = None
+
+    def _reach(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        if self._observes(self._stage):
+            self._observation.check(self.points[self._stage])
+        if not self._stage:
+            platform.announce(module)
+        self._change(trainer, module, now)
+        self._stage += 1
+        self._observation.forget()
+        if self._next is not None and self._observes(self._stage):
+            self._watch(module)
+        platform.reset_best(trainer)
+        self._save_report(trainer)
+
+    def _record(self, trainer: pl.Trainer, record: PointRecord) -> None:
+        """Add what a point did to the report, the terminal and the loggers."""
+        self.report.points.append(record)
+        if self.verbose:
+            platform.show(trainer, point_table(record))
+        platform.log(trainer, record.figures())
+
+    def _rise(self, steps: float, scale: float) -> None:
+        """Let the learning rate rise again, over a number or a share of all steps."""
+        steps = steps if steps >= 1 else steps * self._total
+        if steps >= 1 or scale != 1:
+            self._begin_restart(Warmup(int(steps), scale), 0)
+
+    def _begin_restart(self, schedule: Warmup, taken: int) -> None:
+        assert self._live is not None
+        if self._restart is not None:
+            self._restart.schedule, self._restart.taken = schedule, taken
+            return
+        self._restart = Restart(schedule, taken)
+        self._restart.attach(self._live[1], self._hooks)
+
+    # The end
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, (steps, seconds) in self._times.items():
+            if steps:
+                self.report.seconds_per_step[name] = seconds / steps
+        metrics = self.report.points[-1].metrics if self.report.points else {}
+        known = [name for figures in metrics.values() for name in figures]
+        seen = trainer.callback_metrics
+        self.report.final = {name: float(seen[name]) for name in known if name in seen}
+        self._save_report(trainer)
+
+    def _save_report(self, trainer: pl.Trainer) -> None:
+        if self.report_path is not None and trainer.is_global_zero:
+            self.report.save(self.report_path)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.num_training_batches:
+            raise ObservationError(
+                f"{type(self).__name__} factored nothing: the training data has no batches"
+            )
+        missed = self.points[self._stage :]
+        if missed:
+            rank_zero_warn(
+                f"{type(self).__name__} did not reach point {missed[0]}: training ended at step "
+                f"{platform.steps_done(trainer)}, the point was step "
+                f"{self._at_steps[self._stage]}"
+            )
+        if self.report.points and self.verbose and trainer.is_global_zero:
+            Console().print(summary_table(self.report))
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._observation.close_step()
+        self._hooks.close()
+        self._restart = None
+
+
+def check_restart(steps: float, scale: float) -> None:
+    """Check how the learning rate is to rise after a point.
+
+    Raises:
+        SettingError: unless ``steps`` is at least 0 and ``scale`` above 0 and at most 10.
+    """
+    if not steps >= 0:
+        raise SettingError(f"restart_steps must not be negative, got {steps!r}")
+    if not 0 < scale <= 10:
+        raise SettingError(f"restart_scale must be above 0 and at most 10, got {scale!r}")
+
+
+def _follow_checkpoint(
+    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Give the module the structure of the state dict it is about to load."""
+    Plan.matching(module, state_dict, prefix).apply_(module)
