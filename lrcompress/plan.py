@@ -8,11 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import CheckpointError, NoMatchError, ShapeError, nearest
-from lrcompress.nn import LowRankLinear
+from lrcompress.nn import Factored, LowRankLinear, LowRankSparseLinear
 from lrcompress.statistics.views import is_linear, view
 from lrcompress.surgery import replace_
 
 VERSION = 1
+# Kind to the sizes it has beside ``in`` and ``out``.
+KINDS: dict[str, tuple[str, ...]] = {
+    "low_rank": ("rank",),
+    "low_rank_sparse": ("rank", "rows"),
+    "dense": (),
+}
 
 
 @dataclass(frozen=True)
@@ -21,8 +27,10 @@ class LayerPlan:
 
     Attributes:
         name: its path in the model.
-        kind: ``"low_rank"``, or ``"dense"`` for one that goes back to a plain layer.
-        sizes: ``in``, ``out`` and, for ``low_rank``, ``rank``.
+        kind: ``"low_rank"``, ``"low_rank_sparse"``, or ``"dense"`` for one that goes back to a
+            plain layer.
+        sizes: ``in`` and ``out``; with ``low_rank`` also ``rank``; with ``low_rank_sparse``
+            also ``rank`` and ``rows``.
     """
 
     name: str
@@ -56,9 +64,9 @@ class Plan:
         """Return the structure that ``model`` has now."""
         return cls(
             tuple(
-                LayerPlan(name, "low_rank", _sizes(module) | {"rank": module.rank})
+                _layer_plan(name, module)
                 for name, module in model.named_modules()
-                if isinstance(module, LowRankLinear)
+                if isinstance(module, Factored)
             )
         )
 
@@ -66,21 +74,17 @@ class Plan:
     def matching(cls, model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> "Plan":
         """Return what has to change in ``model`` before it can hold the tensors of ``state``.
 
-        The keys and shapes say it all: ``name.left.weight`` and ``name.right.weight`` stand
-        for factors, ``name.weight`` for a plain layer.
+        The keys and shapes say it all: ``name.left.weight`` beside ``name.right.weight`` stands
+        for factors, beside ``name.inner.weight`` for factors with rows, and ``name.weight`` for
+        a plain layer.
         """
         layers = []
         for name, module in model.named_modules():
-            if not is_linear(module):
-                continue
-            left, right = (state.get(f"{prefix}{name}.{side}.weight") for side in ("left", "right"))
-            factored = isinstance(module, LowRankLinear)
-            if left is not None and right is not None:
-                sizes = {"in": right.shape[1], "out": left.shape[0], "rank": right.shape[0]}
-                if not factored or module.rank != sizes["rank"]:
-                    layers.append(LayerPlan(name, "low_rank", sizes))
-            elif factored and f"{prefix}{name}.weight" in state:
-                layers.append(LayerPlan(name, "dense", _sizes(module)))
+            if is_linear(module):
+                now = _layer_plan(name, module)
+                wanted = _stored(now, state, f"{prefix}{name}.")
+                if wanted != now:
+                    layers.append(wanted)
         return cls(tuple(layers))
 
     def apply_(self, model: nn.Module) -> nn.Module:
@@ -136,6 +140,30 @@ def _sizes(module: nn.Module) -> dict[str, int]:
     return {"in": in_features, "out": out_features}
 
 
+def _layer_plan(name: str, module: nn.Module) -> LayerPlan:
+    sizes = _sizes(module)
+    if isinstance(module, LowRankSparseLinear):
+        sizes |= {"rank": module.rank, "rows": module.num_rows}
+        return LayerPlan(name, "low_rank_sparse", sizes)
+    if isinstance(module, LowRankLinear):
+        return LayerPlan(name, "low_rank", sizes | {"rank": module.rank})
+    return LayerPlan(name, "dense", sizes)
+
+
+def _stored(now: LayerPlan, state: Mapping[str, Tensor], prefix: str) -> LayerPlan:
+    """Return the layer as ``state`` holds it, or as it is where ``state`` does not."""
+    left, right, inner = (state.get(f"{prefix}{x}.weight") for x in ("left", "right", "inner"))
+    first = inner if right is None else right
+    if left is None or first is None:
+        plain = {side: now.sizes[side] for side in ("in", "out")}
+        return LayerPlan(now.name, "dense", plain) if f"{prefix}weight" in state else now
+    sizes = {"in": first.shape[1], "out": left.shape[0], "rank": left.shape[1]}
+    if right is None:
+        sizes["rows"] = first.shape[0] - left.shape[1]
+        return LayerPlan(now.name, "low_rank_sparse", sizes)
+    return LayerPlan(now.name, "low_rank", sizes)
+
+
 def _build(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module:
     if layer.name not in modules:
         raise NoMatchError(
@@ -143,27 +171,32 @@ def _build(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module:
             f"{nearest(layer.name, modules)}"
         )
     old = modules[layer.name]
-    sizes = _sizes(old) if is_linear(old) else {}
     view(old, layer.name)
+    sizes = _sizes(old)
     if any(sizes[side] != layer.sizes.get(side) for side in ("in", "out")):
         raise ShapeError(
             f"layer {layer.name!r} has sizes {sizes}, the plan gives it {dict(layer.sizes)}"
         )
-    if layer.kind == "dense":
-        return old.to_dense() if isinstance(old, LowRankLinear) else old
-    if layer.kind != "low_rank":
+    if layer.kind not in KINDS:
         raise CheckpointError(
-            f"layer {layer.name!r} is of kind {layer.kind!r}; known: low_rank, dense"
+            f"layer {layer.name!r} is of kind {layer.kind!r}; known: {', '.join(KINDS)}"
         )
-    rank = layer.sizes.get("rank", 0)
-    if not 1 <= rank <= min(sizes.values()):
-        raise ShapeError(
-            f"layer {layer.name!r} of sizes {sizes} cannot have rank {rank}; "
-            f"from 1 to {min(sizes.values())} it could"
-        )
-    if isinstance(old, LowRankLinear) and old.rank == rank:
-        return old
-    return LowRankLinear.in_place_of(old, rank)
+    for size in KINDS[layer.kind]:
+        least, most = (1, min(sizes.values())) if size == "rank" else (0, sizes["out"])
+        if not least <= layer.sizes.get(size, -1) <= most:
+            raise ShapeError(
+                f"layer {layer.name!r} of sizes {sizes} cannot have {size} "
+                f"{layer.sizes.get(size)}; from {least} to {most} it could"
+            )
+    return old if _layer_plan(layer.name, old) == layer else _made(layer, old)
+
+
+def _made(layer: LayerPlan, old: nn.Module) -> nn.Module:
+    if layer.kind == "low_rank_sparse":
+        return LowRankSparseLinear.in_place_of(old, layer.sizes["rank"], layer.sizes["rows"])
+    if layer.kind == "low_rank":
+        return LowRankLinear.in_place_of(old, layer.sizes["rank"])
+    return old.to_dense() if isinstance(old, Factored) else old
 
 
 def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:

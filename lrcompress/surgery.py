@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
+from lrcompress.nn import LowRankSparseLinear
 from lrcompress.statistics.views import is_linear, view
 
 # Optimizer state that is linear in past gradients, and state that is quadratic in them.
@@ -156,6 +157,7 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 Carry = Callable[[Sequence[Tensor], bool], list[Tensor]]
+Heirs = Mapping[int, Sequence[tuple[Tensor, str]]]
 
 
 def carry_dense(left: Tensor, right: Tensor, transposed: bool) -> Carry:
@@ -213,43 +215,94 @@ def carry_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Car
     return carry
 
 
+def carry_sparse(left: Tensor, right: Tensor, transposed: bool, *, rows: bool = True) -> Carry:
+    """Return how optimizer state of a dense weight becomes state of a split into two parts.
+
+    With ``W = left right + S`` the gradient of ``S`` is ``∂L/∂W``, so its state is the weight's
+    own, both moments exactly; that of the factors is as in :func:`carry_dense`.
+
+    Args:
+        left: ``(out, rank)``.
+        right: ``(rank, in)``.
+        transposed: whether the state is stored ``(in, out)``, as the weight was.
+        rows: whether there is an ``S``, a row for every output.
+
+    Returns:
+        ``carry([state of the weight], squared) -> [state of right and S stacked, of left]``.
+    """
+    factors = carry_dense(left, right, transposed)
+
+    def carry(state: Sequence[Tensor], squared: bool) -> list[Tensor]:
+        of_right, of_left = factors(state, squared)
+        whole = state[0].mT if transposed else state[0]
+        return [torch.cat([of_right, whole]) if rows else of_right, of_left]
+
+    return carry
+
+
+def carry_kept(layer: LowRankSparseLinear) -> Carry:
+    """Return how optimizer state of a pruned layer becomes state of its compacted one.
+
+    Every entry goes with the entry of the parameter it belongs to, so nothing is approximate.
+
+    Args:
+        layer: as it was compacted; later changes to it do not matter.
+
+    Returns:
+        ``carry([state of inner, state of left], squared) -> the same of the new layer``, whose
+        first is ``right`` where no row is left.
+    """
+    kept, rank = layer.kept.clone(), layer.rank
+
+    def carry(state: Sequence[Tensor], _squared: bool) -> list[Tensor]:
+        of_inner, of_left = state
+        return [of_inner[kept], of_left[:, kept[:rank]]]
+
+    return carry
+
+
 @torch.no_grad()
 def swap_parameters_(
     optimizers: Iterable[Optimizer],
     old: Sequence[Tensor],
     new: Sequence[Tensor],
-    carry: Carry,
+    carry: Carry | None,
     *,
+    names: Sequence[str] | None = None,
     staying: bool = False,
 ) -> None:
     """Put ``new`` where ``old`` stood in every optimizer's groups, their state carried over.
 
     The optimizer object, its groups and their options stay, so schedulers go on. State that is
-    not known to be linear or quadratic in gradients is dropped: the parameters start afresh.
+    not known to be linear or quadratic in gradients, and state that ``carry`` does not give the
+    shapes of ``new``, is dropped: the parameters start afresh.
 
     Args:
         optimizers: that may hold the parameters.
-        old: parameters that leave the model: a weight, or right and left factors.
-        new: the right and the left factor that take their place.
-        carry: turns state of ``old`` into state of ``new``.
+        old: parameters that leave the model: a weight, or an inner and a left factor.
+        new: what takes their place, a weight or two factors likewise.
+        carry: turns state of ``old`` into state of ``new``; None drops it.
+        names: of ``new`` within their layer, for groups that name their parameters; by default
+            ``weight`` for one, and ``right.weight`` and ``left.weight`` for two.
         staying: leave ``old`` in its groups too, for a tied weight that others still use.
     """
-    pairs = [(p, [q]) for p, q in zip(old, new, strict=True)] if len(old) > 1 else [(old[0], new)]
-    heirs = {id(p): list(q) for p, q in pairs}
+    if names is None:
+        names = ("right.weight", "left.weight") if len(new) > 1 else ("weight",)
+    coming = list(zip(new, names, strict=True))
+    heirs = {id(p): coming[i : i + 1] for i, p in enumerate(old)} if len(old) > 1 else {}
+    heirs = heirs or {id(old[0]): coming}
     for optimizer in optimizers:
         _swap_in_groups(optimizer.param_groups, heirs, staying)
         held = [optimizer.state.get(p, {}) for p in old]
         if not staying:
             for p in old:
                 optimizer.state.pop(p, None)
-        for parameter, state in zip(new, _carried(held, old, carry), strict=True):
+        for parameter, state in zip(new, _carried(held, old, new, carry), strict=True):
             if state:
                 optimizer.state[parameter] = state
 
 
-def _swap_in_groups(
-    groups: Sequence[dict[str, Any]], heirs: dict[int, list[Tensor]], staying: bool
-) -> None:
+def _swap_in_groups(groups: Sequence[dict[str, Any]], heirs: Heirs, staying: bool) -> None:
     renamed: dict[str, str] = {}
     for group in groups:
         renamed |= _swap_in_group(group, heirs, staying)
@@ -258,26 +311,26 @@ def _swap_in_groups(
             group["param_names"][:] = [renamed.get(name, name) for name in group["param_names"]]
 
 
-def _swap_in_group(
-    group: dict[str, Any], heirs: dict[int, list[Tensor]], staying: bool
-) -> dict[str, str]:
+def _swap_in_group(group: dict[str, Any], heirs: Heirs, staying: bool) -> dict[str, str]:
     """Swap in one group, and return what becomes of the names of biases."""
     params: list[Tensor] = []
     names: list[str] = []
     renamed: dict[str, str] = {}
+    num_new = sum(map(len, heirs.values()))
     given = group.get("param_names") or [""] * len(group["params"])
     for parameter, name in zip(group["params"], given, strict=True):
-        new = heirs.get(id(parameter), [])
-        if staying or not new:
+        if staying or id(parameter) not in heirs:
             params.append(parameter)
             names.append(name)
-        params += new
-        if len(new) == 1:
-            names.append(name)
-        elif new:
-            base = name.removesuffix("weight")
-            names += [f"{base}right.weight", f"{base}left.weight"]
-            renamed[f"{base}bias"] = f"{base}left.bias"
+        if id(parameter) in heirs:
+            path = name.split(".")[: -len(heirs)]  # a factor's name has one part more
+            base = "".join(f"{part}." for part in path)
+            params += [heir for heir, _ in heirs[id(parameter)]]
+            names += [base + named for _, named in heirs[id(parameter)]]
+            before, after = (
+                "left.bias" if count > 1 else "bias" for count in (len(heirs), num_new)
+            )
+            renamed[base + before] = base + after
     group["params"][:] = params
     if "param_names" in group:
         group["param_names"][:] = names
@@ -285,20 +338,27 @@ def _swap_in_group(
 
 
 def _carried(
-    states: Sequence[Mapping[str, object]], old: Sequence[Tensor], carry: Carry
+    states: Sequence[Mapping[str, object]],
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    carry: Carry | None,
 ) -> list[dict[str, object]]:
-    result: list[dict[str, object]] = [{}, {}]
-    for key in states[0]:
+    result: list[dict[str, object]] = [{} for _ in new]
+    for key in states[0] if carry else ():
         values = [state.get(key) for state in states]
         tensors = [value for value in values if isinstance(value, Tensor)]
         if key in _LINEAR | _SQUARED and [t.shape for t in tensors] == [p.shape for p in old]:
-            for entry, moved in zip(result, carry(tensors, key in _SQUARED), strict=True):
-                entry[key] = moved.contiguous()
+            assert carry is not None
+            moved = carry(tensors, key in _SQUARED)
+            if [t.shape for t in moved] != [p.shape for p in new]:
+                return [{} for _ in new]
+            for entry, value in zip(result, moved, strict=True):
+                entry[key] = value.contiguous()
         elif all(t.numel() == 1 for t in tensors) and not any(
             isinstance(value, list | dict | tuple) for value in values
         ):
             for entry in result:
                 entry[key] = tensors[0].clone() if tensors else values[0]
         else:
-            return [{}, {}]
+            return [{} for _ in new]
     return result

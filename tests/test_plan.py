@@ -12,13 +12,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from lrcompress.errors import CheckpointError, LayerError, NoMatchError, ShapeError
-from lrcompress.nn import LowRankLinear
+from lrcompress.nn import LowRankLinear, LowRankSparseLinear
 from lrcompress.plan import LayerPlan, Plan, restore_structure
 
 PLAN = Plan(
     (
         LayerPlan("0", "low_rank", {"in": 8, "out": 6, "rank": 2}),
         LayerPlan("2.inner", "low_rank", {"in": 6, "out": 6, "rank": 3}),
+    )
+)
+
+SPARSE = Plan(
+    (
+        LayerPlan("0", "low_rank_sparse", {"in": 8, "out": 6, "rank": 2, "rows": 3}),
+        LayerPlan("2.inner", "low_rank_sparse", {"in": 6, "out": 6, "rank": 3, "rows": 6}),
     )
 )
 
@@ -30,6 +37,17 @@ def dense() -> nn.Sequential:
 
 def factored() -> nn.Module:
     return PLAN.apply_(dense())
+
+
+def sparse() -> nn.Module:
+    """One layer compacted, its rows at the last outputs; one in the middle of pruning."""
+    model = SPARSE.apply_(dense())
+    compacted, pruned = (model.get_submodule(layer.name) for layer in SPARSE)
+    assert isinstance(compacted, LowRankSparseLinear)
+    assert isinstance(pruned, LowRankSparseLinear)
+    compacted.index.copy_(torch.tensor([3, 4, 5]))
+    pruned.prune_(torch.tensor([True, False, True, *[False, True] * 3]))
+    return model
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
@@ -48,6 +66,18 @@ def test_a_plan_gives_the_structure_it_names_and_is_read_back_from_it() -> None:
     assert isinstance(model[0], LowRankLinear)
     assert structure(model)["2.inner.left.weight"] == (6, 3)
     assert isinstance(model[2].plain, nn.Linear)  # type: ignore[union-attr]
+
+
+def test_a_plan_of_layers_with_rows_is_read_back_too() -> None:
+    model = SPARSE.apply_(dense())
+    assert Plan.of(model) == SPARSE == Plan.from_dict(json.loads(json.dumps(SPARSE.to_dict())))
+    layers = list(model.modules())
+    assert list(SPARSE.apply_(model).modules()) == layers
+    assert structure(model)["0.inner.weight"] == (5, 8)
+    assert Plan.of(Plan(SPARSE.layers[1:]).apply_(factored())).layers == (
+        PLAN.layers[0],
+        SPARSE.layers[1],
+    )
 
 
 def test_a_dense_model_has_an_empty_plan() -> None:
@@ -75,19 +105,21 @@ def test_a_plan_changes_the_rank_of_factors() -> None:
     assert Plan.of(model).layers == (*lower.layers, PLAN.layers[1])
 
 
-def test_a_plan_works_without_memory() -> None:
+@pytest.mark.parametrize(("plan", "made"), [(PLAN, factored), (SPARSE, sparse)])
+def test_a_plan_works_without_memory(plan: Plan, made: Any) -> None:
     with torch.device("meta"):
         model = dense()
-    PLAN.apply_(model)
-    assert Plan.of(model) == PLAN
+    plan.apply_(model)
+    assert Plan.of(model) == plan
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    filled = factored()
+    filled = made()
     model.load_state_dict(filled.state_dict(), assign=True)
     assert same(model, filled)
 
 
-def test_a_plan_goes_back_to_layers_of_the_type_that_stood_there() -> None:
-    model = factored()
+@pytest.mark.parametrize("made", [factored, sparse])
+def test_a_plan_goes_back_to_layers_of_the_type_that_stood_there(made: Any) -> None:
+    model = made()
     weight = model.get_submodule("2.inner").weight
     back = Plan(tuple(LayerPlan(x.name, "dense", x.sizes) for x in PLAN))
     back.apply_(model)
@@ -118,12 +150,23 @@ RIGHT = {"in": 6, "out": 6, "rank": 2}
             r"'2.plain' of sizes .* cannot have rank 7; from 1 to 6 it could",
         ),
         (LayerPlan("2.plain", "low_rank", RIGHT | {"rank": 0}), ShapeError, "cannot have rank 0"),
-        (LayerPlan("2.plain", "low_rank", {"in": 6, "out": 6}), ShapeError, "cannot have rank 0"),
+        (LayerPlan("2.plain", "low_rank", {"in": 6, "out": 6}), ShapeError, "have rank None"),
         (LayerPlan("2.plain", "low_rank", {}), ShapeError, "the plan gives it {}"),
+        (
+            LayerPlan("2.plain", "low_rank_sparse", RIGHT | {"rank": 7, "rows": 1}),
+            ShapeError,
+            "cannot have rank 7; from 1 to 6 it could",
+        ),
+        (
+            LayerPlan("2.plain", "low_rank_sparse", RIGHT | {"rows": 7}),
+            ShapeError,
+            r"'2.plain' of sizes .* cannot have rows 7; from 0 to 6 it could",
+        ),
+        (LayerPlan("2.plain", "low_rank_sparse", RIGHT), ShapeError, "cannot have rows None"),
         (
             LayerPlan("2.plain", "sparse", RIGHT),
             CheckpointError,
-            "'2.plain' is of kind 'sparse'; known: low_rank, dense",
+            "'2.plain' is of kind 'sparse'; known: low_rank, low_rank_sparse, dense",
         ),
     ],
 )
@@ -162,8 +205,8 @@ def test_what_is_no_plan_is_refused(data: dict[str, object], message: str) -> No
         Plan.from_dict(data)
 
 
-@pytest.mark.parametrize("have", [dense, factored], ids=["from dense", "from factored"])
-@pytest.mark.parametrize("want", [dense, factored], ids=["to dense", "to factored"])
+@pytest.mark.parametrize("have", [dense, factored, sparse])
+@pytest.mark.parametrize("want", [dense, factored, sparse])
 def test_a_state_says_what_has_to_change_before_it_fits(have: Any, want: Any) -> None:
     model, other = have(), want()
     plan = Plan.matching(model, other.state_dict())
@@ -192,7 +235,9 @@ def test_a_state_of_another_rank_changes_the_rank() -> None:
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["Lightning checkpoint", "state dict"])
 @pytest.mark.parametrize("in_file", [True, False], ids=["path", "loaded"])
-@pytest.mark.parametrize(("have", "want"), [(dense, factored), (factored, dense)])
+@pytest.mark.parametrize(
+    ("have", "want"), [(dense, factored), (factored, dense), (dense, sparse), (sparse, dense)]
+)
 def test_a_model_takes_the_structure_of_a_checkpoint(
     wrapped: bool, in_file: bool, have: Any, want: Any, tmp_path: Path
 ) -> None:
@@ -206,6 +251,15 @@ def test_a_model_takes_the_structure_of_a_checkpoint(
     assert restore_structure(model, checkpoint) is model
     assert Plan.of(model) == Plan.of(other)
     model.load_state_dict(other.state_dict())
+    assert same(model, other)
+    x = torch.randn(300, 8)
+    torch.testing.assert_close(model[0](x), other[0](x))
+
+
+def test_a_state_of_other_rows_changes_the_rows() -> None:
+    fewer = Plan((LayerPlan("0", "low_rank_sparse", {"in": 8, "out": 6, "rank": 2, "rows": 1}),))
+    other = fewer.apply_(sparse())
+    assert Plan.matching(sparse(), other.state_dict()) == fewer
 
 
 def test_a_checkpoint_of_another_width_is_refused() -> None:

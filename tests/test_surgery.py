@@ -12,10 +12,13 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
 from lrcompress.errors import LayerError, NoMatchError
-from lrcompress.nn import LowRankLinear
+from lrcompress.nn import LowRankLinear, LowRankSparseLinear
+from lrcompress.statistics.views import view
 from lrcompress.surgery import (
     carry_dense,
     carry_factors,
+    carry_kept,
+    carry_sparse,
     replace_,
     select,
     swap_parameters_,
@@ -186,9 +189,10 @@ def test_quantised_weights_are_left_alone(weight: nn.Parameter, found: str) -> N
     refused(model, "blocks.0.up", "its weight is quantised")
 
 
-def test_factored_layers_are_chosen_themselves_and_not_their_factors() -> None:
+@pytest.mark.parametrize("new", [LowRankLinear(4, 6, 2), LowRankSparseLinear(4, 6, 2, 3)])
+def test_factored_layers_are_chosen_themselves_and_not_their_factors(new: nn.Module) -> None:
     model = Model()
-    replace_(model, "blocks.0.up", LowRankLinear(4, 6, 2))
+    replace_(model, "blocks.0.up", new)
     assert select(model).names == BLOCKS
     assert select(model, ["*"]).names == (*BLOCKS, "pooler", "head")
 
@@ -315,6 +319,61 @@ def test_first_moments_of_factors_go_over_to_a_truncation_of_them(make: Any) -> 
                 assert (held.state[p][key] >= 0).all()
 
 
+@each_optimizer
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_sparse_part_remembers_all_that_the_weight_did(make: Any, transposed: bool) -> None:
+    left, right = parameter(OUT, RANK), parameter(RANK, IN)
+    weight = parameter(*((IN, OUT) if transposed else (OUT, IN)))
+    split, alone, factors = (
+        [parameter(n, IN), parameter(OUT, RANK)] for n in (RANK + OUT, RANK, RANK)
+    )
+    grads = [torch.randn(weight.shape, dtype=torch.float64) for _ in range(4)]
+    made = [stepped(make([weight]), [{weight: g} for g in grads]) for _ in range(3)]
+    before = dict(made[0].state[weight])
+    swap_parameters_([made[0]], [weight], split, carry_sparse(left, right, transposed))
+    swap_parameters_([made[1]], [weight], alone, carry_sparse(left, right, transposed, rows=False))
+    swap_parameters_([made[2]], [weight], factors, carry_dense(left, right, transposed))
+    for key, value in before.items():
+        inner, low, plain = (
+            o.state[new[0]][key] for o, new in zip(made, (split, alone, factors), strict=True)
+        )
+        if isinstance(value, Tensor) and value.ndim:
+            assert inner[RANK:].equal(value.mT if transposed else value)
+            assert inner[:RANK].equal(low)
+        assert torch.as_tensor(low).equal(torch.as_tensor(plain))
+        assert torch.as_tensor(made[0].state[split[1]][key]).equal(
+            torch.as_tensor(made[2].state[factors[1]][key])
+        )
+
+
+@each_optimizer
+@pytest.mark.parametrize("alive", [[0, 2, 4, 6], [1, 3], [0, 1]])
+def test_a_compacted_layer_trains_as_the_pruned_one_would_have(make: Any, alive: Any) -> None:
+    layer = LowRankSparseLinear(IN, OUT, RANK, OUT, dtype=torch.float64)
+    optimizer = make(list(layer.parameters()))
+
+    def train(layer: nn.Module, optimizer: Optimizer) -> None:
+        for step in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(4, IN, generator=torch.manual_seed(step), dtype=torch.float64)
+            layer(x).square().sum().backward()
+            optimizer.step()
+
+    train(layer, optimizer)
+    layer.prune_(torch.isin(torch.arange(RANK + OUT), torch.tensor(alive)))
+    train(layer, optimizer)
+    pruned, going_on = copy.deepcopy((layer, optimizer))
+    before = layer.weight.detach()
+    new = layer.compacted()
+    assert isinstance(new, LowRankLinear) == (max(alive) < RANK)
+    old = view(layer).parameters
+    swap_parameters_([optimizer], old, view(new).parameters, carry_kept(layer))
+    assert all(p in optimizer.state for p in view(new).parameters)
+    train(pruned, going_on)
+    train(new, optimizer)
+    torch.testing.assert_close(new.weight - before, pruned.weight - before, rtol=1e-6, atol=1e-12)
+
+
 class Trained:
     """A small model in the hands of an optimizer and a scheduler, some steps in."""
 
@@ -439,6 +498,56 @@ def test_names_of_parameters_follow() -> None:
         for p, name in zip(group["params"], group["param_names"], strict=True):
             assert parameters[name] is p
     run.train(1)
+
+
+def test_names_of_parameters_follow_to_a_sparse_part_and_back() -> None:
+    run = Trained(named=True)
+    inner, right = ["inner.weight", "left.weight"], ["right.weight", "left.weight"]
+    for make, names in (
+        (lambda old: LowRankSparseLinear.in_place_of(old, 2), inner),
+        (lambda old: LowRankSparseLinear.in_place_of(old, 1, 3), inner),
+        (lambda old: LowRankLinear.in_place_of(old, 1), right),
+        (lambda old: old.to_dense(), ["weight"]),
+        (lambda old: LowRankSparseLinear.in_place_of(old, 1), inner),
+        (lambda old: old.to_dense(), None),
+    ):
+        old = run.model[1]
+        new = make(old)
+        replace_(run.model, "1", new)
+        now = view(new).parameters
+        swap_parameters_([run.optimizer], view(old).parameters, now, None, names=names)
+        assert not any(p in run.optimizer.state for p in now)
+        matrices, biases = run.optimizer.param_groups
+        wanted = ["0.weight", *[f"1.{name}" for name in names or ["weight"]], "2.weight"]
+        assert matrices["param_names"] == wanted
+        assert biases["param_names"][1] == ("1.left.bias" if len(now) > 1 else "1.bias")
+        parameters = dict(run.model.named_parameters())
+        for group in (matrices, biases):
+            for p, name in zip(group["params"], group["param_names"], strict=True):
+                assert parameters[name] is p
+        run.train(1)
+        assert all(p in run.optimizer.state for p in now)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_weight_takes_the_place_of_factors_with_the_state_that_fits_it(fits: bool) -> None:
+    layer = LowRankSparseLinear(IN, OUT, RANK, OUT)
+    weight = nn.Parameter(layer.weight.detach())
+    optimizer = torch.optim.Adam([*layer.parameters()])
+    layer(torch.randn(4, IN)).square().sum().backward()
+    optimizer.step()
+    rows = optimizer.state[layer.inner.weight]["exp_avg"][RANK:].clone()
+
+    def carry(state: Sequence[Tensor], squared: bool) -> list[Tensor]:
+        return [state[0][RANK:]]
+
+    old = view(layer).parameters
+    swap_parameters_([optimizer], old, [weight], carry if fits else carry_kept(layer))
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(weight), id(layer.bias)}
+    assert len(optimizer.state) == 1 + fits
+    if fits:
+        assert optimizer.state[weight]["exp_avg"].equal(rows)
+        assert optimizer.state[weight]["step"] == 1
 
 
 def test_factors_in_different_groups_stay_there() -> None:

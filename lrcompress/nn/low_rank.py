@@ -1,12 +1,73 @@
 """A linear layer as two narrow ones."""
 
+from abc import ABC, abstractmethod
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from lrcompress.statistics import views
 
 
-class LowRankLinear(nn.Module):
+class Factored(nn.Module, ABC):
+    """What every factored layer can do: take the place of a layer, and go back to a plain one.
+
+    Attributes:
+        in_features: width of the input.
+        out_features: width of the output.
+        rank: columns of the left factor.
+        left: the left factor, whose bias is the layer's.
+        plain: the layer type it stands for, and can go back to.
+    """
+
+    left: nn.Linear
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.plain: type[nn.Module] = nn.Linear
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The product ``(out, in)``, for code that reads a linear layer's weight."""
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias ``(out,)``, kept on the left factor."""
+        return self.left.bias
+
+    def to_dense(self) -> nn.Module:
+        """Return a plain layer with the same product, bias, dtype and device.
+
+        It is a ``Conv1D`` where this layer took the place of one, so that dense checkpoints
+        fit, else an ``nn.Linear``.
+        """
+        factor, transposed = self.left.weight, self.plain is not nn.Linear
+        with torch.device(factor.device):
+            dense = (
+                self.plain(self.out_features, self.in_features)
+                if transposed
+                else nn.Linear(self.in_features, self.out_features, bias=False)
+            )
+        weight = self.weight.detach()
+        stored = weight.mT.contiguous() if transposed else weight
+        dense.weight = nn.Parameter(stored, requires_grad=factor.requires_grad)
+        dense.bias = self.left.bias
+        return dense.train(self.training)
+
+    def _take_over(self, layer: nn.Module, old: views.LinearView) -> Self:
+        self.left.bias = old.bias  # type: ignore[assignment]
+        if isinstance(layer, Factored):
+            self.plain = layer.plain
+        elif old.transposed:
+            self.plain = type(layer)
+        for child in self.children():
+            child.weight.requires_grad_(old.parameters[-1].requires_grad)
+        return self.train(layer.training)
+
+
+class LowRankLinear(Factored):
     """``y = left (right x) + bias``, a linear map of rank at most ``rank``.
 
     Takes and returns what the layer it replaces did. Costs ``rank·(in + out)`` multiply-adds a
@@ -31,11 +92,9 @@ class LowRankLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        super().__init__(in_features, out_features, rank)
         self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-        self.plain: type[nn.Module] = nn.Linear  # what it stands for, and can go back to
 
     @classmethod
     def in_place_of(cls, layer: nn.Module, rank: int) -> "LowRankLinear":
@@ -55,43 +114,11 @@ class LowRankLinear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        new.left.bias = old.bias  # type: ignore[assignment]
-        if isinstance(layer, LowRankLinear):
-            new.plain = layer.plain
-        elif old.transposed:
-            new.plain = type(layer)
-        for parameter in (new.right.weight, new.left.weight):
-            parameter.requires_grad_(weight.requires_grad)
-        return new.train(layer.training)
-
-    def to_dense(self) -> nn.Module:
-        """Return a plain layer with the same product, bias, dtype and device.
-
-        It is a ``Conv1D`` where this layer took the place of one, so that dense checkpoints
-        fit, else an ``nn.Linear``.
-        """
-        factor, transposed = self.left.weight, self.plain is not nn.Linear
-        with torch.device(factor.device):
-            dense = (
-                self.plain(self.out_features, self.in_features)
-                if transposed
-                else nn.Linear(self.in_features, self.out_features, bias=False)
-            )
-        weight = self.weight.detach()
-        stored = weight.mT.contiguous() if transposed else weight
-        dense.weight = nn.Parameter(stored, requires_grad=factor.requires_grad)
-        dense.bias = self.left.bias
-        return dense.train(self.training)
+        return new._take_over(layer, old)
 
     @property
     def weight(self) -> Tensor:
-        """The product ``(out, in)``, for code that reads a linear layer's weight."""
         return self.left.weight @ self.right.weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias ``(out,)``, kept on the left factor."""
-        return self.left.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the narrow factor first."""
