@@ -9,10 +9,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from lrcompress.errors import SettingError
+
+Key = TypeVar("Key")
 
 ALLOCATIONS = ("uniform", "global")
 
@@ -302,3 +306,95 @@ def match_bounds(
 def shares(candidates: Sequence[Candidate], ranks: Mapping[str, int | None]) -> float:
     """Return the keep that ``ranks`` amount to over all ``candidates``."""
     return sum(cost(c, ranks[c.name]) for c in candidates) / sum(c.dense for c in candidates)
+
+
+def kept_units(
+    scores: Mapping[Key, Tensor], costs: Mapping[Key, Tensor], budget: float
+) -> dict[Key, Tensor]:
+    """Return which units stay: the best of all layers together whose parameters fit a budget.
+
+    Units are taken in falling order of their scores, equal ones in the order of the layers,
+    until the next one would exceed the budget. A score of ``inf`` comes first whatever it
+    costs; one of ``-inf`` is never taken.
+
+    Args:
+        scores: ``(units,)`` of every layer, per parameter.
+        costs: ``(units,)`` of every layer, parameters of each unit.
+        budget: parameters that may stay.
+
+    Cost:
+        One sort of all units; where all cost the same, one selection, in linear time.
+
+    Example:
+        >>> scores = {"a": torch.tensor([0.5, 2.0]), "b": torch.tensor([1.0])}
+        >>> costs = {"a": torch.tensor([10, 10]), "b": torch.tensor([5])}
+        >>> {name: kept.tolist() for name, kept in kept_units(scores, costs, 16).items()}
+        {'a': [False, True], 'b': [True]}
+    """
+    flat = torch.cat(list(scores.values()))
+    price = torch.cat(list(costs.values())).to(flat.device)
+    kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    whole = math.floor(budget)  # a float would be compared in float32, exact to 2²⁴ only
+    if len(flat) and price.min() == price.max():
+        first, able = int((flat == math.inf).sum()), int((flat > -math.inf).sum())
+        count = min(able, max(first, whole // int(price[0])))
+        if count:
+            least = flat.topk(count, sorted=False).values.min()
+            kept = flat > least
+            equal = (flat == least).nonzero().squeeze(1)  # topk takes any of them
+            kept[equal[: count - int(kept.sum())]] = True
+    else:
+        order = flat.argsort(descending=True, stable=True)
+        fits = (price[order].cumsum(0) <= whole) | (flat[order] == math.inf)
+        kept[order[fits & (flat[order] > -math.inf)]] = True
+    sizes = [len(score) for score in scores.values()]
+    return dict(zip(scores, torch.split(kept, sizes), strict=True))
+
+
+def divide(
+    row_losses: Mapping[str, Tensor], units: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Return the rank of every layer that shares one budget best between ranks and rows.
+
+    A layer of rank ``r`` with rows ``K`` of the remainder kept whole is predicted to lose
+    ``Σ_{i∉K} e_l[r, i]`` and takes ``r·unit_l + |K|·in_l`` parameters. Minimises the sum of the
+    losses under the budget, by its Lagrangian: at a price ``λ`` of a parameter, the best rank
+    minimises ``λ·r·unit_l + Σ_i min(e_l[r, i], λ·in_l)``, and the least ``λ`` that fits is found
+    by bisection.
+
+    Args:
+        row_losses: ``(most + 1, out)`` of every layer, from
+            :func:`~lrcompress.solvers.residual.row_energies`, in one currency.
+        units: ``out + in`` of every layer.
+        budget: parameters for ranks and rows together.
+
+    Raises:
+        SettingError: if not even one rank a layer fits.
+
+    Cost:
+        ``O(Σ_l most_l · out_l)``, some 40 times.
+    """
+    least = sum(units.values())
+    if budget < least:
+        raise SettingError(
+            f"the budget of {budget:,} parameters is below one rank a layer, {least:,}"
+        )
+    losses = {name: loss[1:].float() for name, loss in row_losses.items()}  # rank 1 and up
+
+    def at(price: float) -> tuple[dict[str, int], int]:
+        ranks, spent = {}, 0
+        for name, loss in losses.items():
+            unit, width = units[name], units[name] - loss.shape[1]
+            rank = torch.arange(1, len(loss) + 1, device=loss.device)
+            total = price * unit * rank + loss.clamp(max=price * width).sum(1)
+            best = int(total.argmin())
+            ranks[name] = best + 1
+            spent += ranks[name] * unit + int((loss[best] > price * width).sum()) * width
+        return ranks, spent
+
+    high = max(float(loss.sum()) for loss in losses.values()) + torch.finfo(torch.float32).tiny
+    low = high * 1e-18
+    for _ in range(48):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if at(middle)[1] <= budget else (middle, high)
+    return at(high)[0]

@@ -1,5 +1,6 @@
 """Observe, plan, solve, replace: the whole method on a bare ``nn.Module``."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from lrcompress.budget import ALLOCATIONS, Candidate, allocate, check_keep, match_bounds
 from lrcompress.errors import NoMatchError, ObservationError, SettingError, nearest
-from lrcompress.nn import LowRankLinear
+from lrcompress.nn import Factored, LowRankLinear
 from lrcompress.objective import METHODS, Metric, method_named, metric_of
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.truncation import Factors, Truncation, truncate
@@ -240,7 +241,7 @@ def factor_(
     ranks = allocate(asked, settings.keep, settings.spread, settings.align)
     _check_falling(model, ranks)
     factors = {n: solved[n].truncation.factors(r) for n, r in ranks.items() if r is not None}
-    before = _dense_size(model)
+    before = dense_size(model)
     for name, found in factors.items():
         _put(model, name, found, solved[name].metric, tuple(optimizers))
     layers = [
@@ -255,15 +256,9 @@ def factor_(
         )
         for c in asked
     ]
-    observed = {
-        "steps": statistics.steps,
-        "tokens": statistics.tokens,
-        "skipped": statistics.num_skipped,
-        "bytes": statistics.nbytes,
-    }
     after = sum(p.numel() for p in model.parameters())
     seconds = time.perf_counter() - started
-    return PointRecord(settings.method, step, layers, before, after, observed, seconds)
+    return PointRecord(settings.method, step, layers, before, after, statistics.figures(), seconds)
 
 
 def _solve(model: nn.Module, name: str, statistics: Statistics, settings: Settings) -> _Solved:
@@ -287,13 +282,11 @@ def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
             ranks[name] = layer.rank
 
 
-def _dense_size(model: nn.Module) -> int:
+def dense_size(model: nn.Module) -> int:
+    """Return how many parameters ``model`` would have with its factored layers dense."""
     now = sum(p.numel() for p in model.parameters())
-    factored = [m for m in model.modules() if isinstance(m, LowRankLinear)]
-    saved = (
-        m.out_features * m.in_features - m.rank * (m.out_features + m.in_features) for m in factored
-    )
-    return now + sum(saved)
+    views = [view(module) for module in model.modules() if isinstance(module, Factored)]
+    return now + sum(math.prod(v.shape) - sum(p.numel() for p in v.parameters) for v in views)
 
 
 def _put(

@@ -16,7 +16,7 @@ LAYERS = [
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
     {"nn", "plan", "surgery"},
-    {"engine", "report", "export"},
+    {"engine", "pruning", "report", "export"},
     {"callbacks", "distill"},
     {"tasks", "cli", "recipe", "__main__"},
 ]

@@ -14,6 +14,8 @@ from lrcompress.budget import (
     allocate,
     check_keep,
     cost,
+    divide,
+    kept_units,
     match_bounds,
     shares,
 )
@@ -329,3 +331,222 @@ def test_useful_ranks_are_those_whose_factors_are_smaller() -> None:
 def test_shares_are_parameters_after_over_before() -> None:
     layers = [Candidate("a", 40, 40), Candidate("b", 10, 20)]
     assert shares(layers, {"a": 5, "b": None}) == pytest.approx((400 + 200) / 1800)
+
+
+# Units
+
+
+def taken(
+    scores: dict[str, Tensor], costs: dict[str, Tensor], budget: float
+) -> dict[str, list[bool]]:
+    """One unit after another, the best first, until one does not fit."""
+    units = [
+        (-float(score[i]), place, i, name)
+        for place, (name, score) in enumerate(scores.items())
+        for i in range(len(score))
+    ]
+    kept = {name: [False] * len(score) for name, score in scores.items()}
+    spent, full = 0, False
+    for falling, _, i, name in sorted(units):
+        price = int(costs[name][i])
+        full = full or spent + price > budget
+        if falling == -math.inf or (not full and falling < math.inf):
+            kept[name][i] = True
+            spent += price
+    return kept
+
+
+def some_scores(chance: random.Random, levels: int, infinite: bool) -> dict[str, Tensor]:
+    """Scores of a few layers; the fewer levels there are, the more of them are equal."""
+    scores = {}
+    for name in "abcd"[: chance.randint(1, 4)]:
+        values = [chance.randint(0, levels) / levels for _ in range(chance.choice([0, 1, 5, 30]))]
+        for i in range(len(values)):
+            if infinite and chance.random() < 0.2:
+                values[i] = chance.choice([math.inf, -math.inf, -math.inf])
+        scores[name] = torch.tensor(values)
+    return scores
+
+
+@each_seed
+@pytest.mark.parametrize("levels", [1, 4, 10**6], ids=["ties", "some_ties", "no_ties"])
+@pytest.mark.parametrize("infinite", [False, True])
+@pytest.mark.parametrize("alike", [False, True], ids=["prices", "one_price"])
+def test_kept_units_are_the_best_that_fit_one_after_another(
+    seed: int, levels: int, infinite: bool, alike: bool
+) -> None:
+    chance = random.Random(seed)
+    scores = some_scores(chance, levels, infinite)
+    costs = {
+        name: torch.tensor([7 if alike else chance.randint(1, 9) for _ in score]).long()
+        for name, score in scores.items()
+    }
+    everything = sum(int(cost.sum()) for cost in costs.values())
+    for budget in (0, 0.5, 6, 7, 7.5, everything / 3, everything / 2, everything - 1, everything):
+        found = kept_units(scores, costs, budget)
+        assert {n: kept.tolist() for n, kept in found.items()} == taken(scores, costs, budget)
+
+
+@pytest.mark.parametrize("prices", [(3, 3), (3, 5)], ids=["one_price", "prices"])
+def test_no_budget_keeps_what_is_beyond_price_and_no_more(prices: tuple[int, int]) -> None:
+    scores = {"a": torch.tensor([1.0, math.inf]), "b": torch.tensor([math.inf, -math.inf, 2.0])}
+    costs = {"a": torch.full((2,), prices[0]), "b": torch.full((3,), prices[1])}
+    for budget in (-4, 0, 1):
+        found = kept_units(scores, costs, budget)
+        assert found["a"].tolist() == [False, True]
+        assert found["b"].tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("prices", [(3, 3), (3, 5)], ids=["one_price", "prices"])
+def test_a_budget_of_everything_keeps_all_that_may_be(prices: tuple[int, int]) -> None:
+    scores = {"a": torch.tensor([0.0, -1.0]), "b": torch.tensor([-math.inf, 2.0])}
+    costs = {"a": torch.full((2,), prices[0]), "b": torch.full((2,), prices[1])}
+    found = kept_units(scores, costs, 2 * sum(prices))
+    assert found["a"].tolist() == [True, True]
+    assert found["b"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["prices", "one_price"])
+def test_budgets_that_float32_cannot_tell_apart_are_met_to_the_parameter(alike: bool) -> None:
+    whole = 2**26
+    prices = [whole // 4 + 1] * 4 if alike else [whole - 4, 1, 1, 1, 1, 1]
+    scores = {"a": torch.arange(len(prices), 0, -1).float()}
+    costs = {"a": torch.tensor(prices)}
+    for more in range(-3, 5):
+        kept = kept_units(scores, costs, float(whole + more))["a"]
+        assert kept.tolist() == taken(scores, costs, whole + more)["a"]
+
+
+def test_layers_without_units_are_no_obstacle() -> None:
+    nothing = {"a": torch.zeros(0)}
+    assert kept_units(nothing, {"a": torch.zeros(0, dtype=torch.int64)}, 5)["a"].tolist() == []
+
+
+# Ranks against rows
+
+
+def some_losses(
+    chance: random.Random, count: int
+) -> tuple[dict[str, Tensor], dict[str, int], dict[str, int]]:
+    """What rows lose at every rank from 0 on: less and less; and what ranks and rows cost."""
+    losses, units, widths = {}, {}, {}
+    for name in "abc"[:count]:
+        out, width, most = chance.randint(2, 4), chance.randint(2, 6), chance.randint(1, 3)
+        heights = torch.rand(out).double() ** chance.choice([1, 4]) * 10 ** chance.uniform(-2, 2)
+        falling = torch.rand(most + 1, out).double().cumprod(0)
+        losses[name] = heights * falling
+        units[name], widths[name] = out + width, width
+    return losses, units, widths
+
+
+def every_choice(
+    losses: dict[str, Tensor], units: dict[str, int], widths: dict[str, int], ranks: object = None
+) -> list[tuple[int, float]]:
+    """``(parameters, loss)`` of every set of rows at every tuple of ranks, or at one of them."""
+    per_layer = []
+    for name, loss in losses.items():
+        choices = []
+        for rank in range(1, len(loss)):
+            if isinstance(ranks, dict) and ranks[name] != rank:
+                continue
+            for kept in itertools.product([False, True], repeat=loss.shape[1]):
+                lost = sum(float(loss[rank, i]) for i, stays in enumerate(kept) if not stays)
+                choices.append((rank * units[name] + sum(kept) * widths[name], lost))
+        per_layer.append(choices)
+    return [
+        (sum(c[0] for c in choice), sum(c[1] for c in choice))
+        for choice in itertools.product(*per_layer)
+    ]
+
+
+def lower_hull(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The corners that the Lagrangian can reach, by rising parameters and falling loss."""
+    least = min(points)
+    hull = [least]
+    while True:
+        rest = [p for p in points if p[0] > hull[-1][0] and p[1] < hull[-1][1]]
+        if not rest:
+            return hull
+        cost, loss = hull[-1]
+        hull.append(max(rest, key=lambda p: ((loss - p[1]) / (p[0] - cost), p[0])))
+
+
+@each_seed
+@pytest.mark.parametrize("count", [1, 2])
+def test_ranks_and_rows_are_the_best_of_all_for_what_they_spend(seed: int, count: int) -> None:
+    """At every budget: the last corner of the convex hull of all there is that still fits."""
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    losses, units, widths = some_losses(chance, count)
+    points = every_choice(losses, units, widths)
+    hull = lower_hull(points)
+    least, most = sum(units.values()), max(cost for cost, _ in points)
+    for budget in range(least, most + 3, 2):
+        ranks = divide(losses, units, budget)
+        assert list(ranks) == list(losses)
+        within = [p for p in every_choice(losses, units, widths, ranks) if p[0] <= budget]
+        assert within, "the ranks alone are within the budget"
+        corner = max(p for p in hull if p[0] <= budget)
+        # with the rows that its parameters leave it, nothing of the same size loses less
+        found = min(loss for cost, loss in within if cost <= corner[0])
+        assert found <= corner[1] * (1 + 1e-5) + 1e-9
+        best = min(loss for cost, loss in points if cost <= budget)
+        after = [p for p in hull if p[0] > budget]
+        gap = corner[1] - after[0][1] if after else 0.0
+        assert min(loss for _, loss in within) <= best + gap + 1e-5 * corner[1] + 1e-9
+
+
+@each_seed
+def test_what_ranks_take_never_exceeds_the_budget(seed: int) -> None:
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    losses, units = {}, {}
+    for i in range(5):
+        out, width = chance.randint(5, 60), chance.randint(5, 60)
+        decay = torch.arange(1, 9).double()[:, None] ** -chance.uniform(0, 3)
+        losses[f"{i}"] = torch.rand(out) ** 3 * decay * 10 ** chance.uniform(-9, 9)
+        units[f"{i}"] = out + width
+    for share in (1.0, 1.1, 2.0, 5.0, 100.0):
+        budget = int(share * sum(units.values()))
+        ranks = divide(losses, units, budget)
+        assert sum(rank * units[name] for name, rank in ranks.items()) <= budget
+        assert all(1 <= rank <= 7 for rank in ranks.values())
+
+
+def test_where_ranks_save_more_than_rows_all_goes_to_ranks() -> None:
+    # 80 parameters: a rank saves 40·(2(10 − r) − 1), two rows at most 2·(10 − r)²
+    loss = (10 - torch.arange(21.0)).clamp(min=0).square()[:, None].expand(21, 40)
+    for rank in range(1, 11):
+        assert divide({"a": loss}, {"a": 80}, 80 * rank) == {"a": rank}
+        assert divide({"a": loss}, {"a": 80}, 80 * rank + 79) == {"a": rank}
+    assert divide({"a": loss}, {"a": 80}, 10**6) == {"a": 10}
+
+
+def test_where_a_few_rows_hold_the_loss_all_goes_to_rows() -> None:
+    loss = torch.zeros(21, 40)
+    loss[:, :5] = 100.0
+    assert divide({"a": loss}, {"a": 80}, 80 + 5 * 40) == {"a": 1}
+
+
+def test_layers_that_lose_nothing_have_one_rank() -> None:
+    losses = {"a": torch.zeros(6, 4), "b": torch.rand(6, 4).cumprod(0)}
+    assert divide(losses, {"a": 10, "b": 10}, 60)["a"] == 1
+    assert divide({"a": losses["a"]}, {"a": 10}, 60) == {"a": 1}
+
+
+def test_the_currency_of_the_losses_does_not_matter() -> None:
+    torch.manual_seed(0)
+    losses, units, _ = some_losses(random.Random(3), 3)
+    budget = 2 * sum(units.values())
+    plain = divide(losses, units, budget)
+    for scale in (1e-12, 1e12):
+        scaled = {name: scale * loss for name, loss in losses.items()}
+        assert divide(scaled, units, budget) == plain
+
+
+def test_a_budget_below_one_rank_a_layer_is_refused() -> None:
+    losses, units = {"a": torch.rand(3, 600), "b": torch.rand(3, 4)}, {"a": 1000, "b": 10}
+    assert divide(losses, units, 1010) == {"a": 1, "b": 1}
+    message = "the budget of 1,009 parameters is below one rank a layer, 1,010"
+    with pytest.raises(SettingError, match=message):
+        divide(losses, units, 1009)

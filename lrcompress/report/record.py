@@ -19,6 +19,8 @@ class LayerRecord:
         predicted_loss: increase of the loss per example that the metric predicts for this
             layer alone; None for metrics that do not know the loss.
         note: what was done about ill-conditioned statistics, or "".
+        rows: rows of its sparse part; None where there is none.
+        entries: entries of these rows that are not zero, where single ones were pruned.
     """
 
     name: str
@@ -28,6 +30,8 @@ class LayerRecord:
     error: float | None
     predicted_loss: float | None
     note: str = ""
+    rows: int | None = None
+    entries: int | None = None
 
     @property
     def before(self) -> int:
@@ -37,9 +41,11 @@ class LayerRecord:
     @property
     def after(self) -> int:
         """Parameters of what stands there now."""
-        return (
-            self.before if self.rank is None else self.rank * (self.out_features + self.in_features)
-        )
+        if self.rank is None:
+            return self.before
+        rows = (self.rows or 0) * self.in_features
+        sparse = rows if self.entries is None else self.entries
+        return self.rank * (self.out_features + self.in_features) + sparse
 
 
 @dataclass

@@ -20,19 +20,25 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     shared = _shared_path(kinds)
     table = _table(title + (f"; layers of {shared}" if shared else ""))
     table.add_column("layer", no_wrap=True)
-    for heading in ("n", "dense", "out×in", "rank", "kept", "error", "loss +"):
+    sparse = any(x.rows is not None for members in kinds.values() for x in members)
+    found = ("rows", "kept") if sparse else ("kept", "error", "loss +")
+    for heading in ("n", "dense", "out×in", "rank", *found):
         table.add_column(heading, justify="right", no_wrap=True)
     for kind, members in kinds.items():
         error = sum_or_none(x.error for x in members)
+        figures = [
+            "" if error is None else f"{error / len(members):.3f}",
+            _loss(sum_or_none(x.predicted_loss for x in members)),
+        ]
         table.add_row(
             kind[len(shared) :].removeprefix("."),
             str(len(members)),
             str(sum(x.rank is None for x in members) or ""),
             f"{members[0].out_features}×{members[0].in_features}",
-            _span(members),
+            _span(x.rank for x in members),
+            *([_span(x.rows for x in members)] if sparse else []),
             f"{sum(x.after for x in members) / sum(x.before for x in members):.3f}",
-            "" if error is None else f"{error / len(members):.3f}",
-            _loss(sum_or_none(x.predicted_loss for x in members)),
+            *([] if sparse else figures),
         )
     return table
 
@@ -138,11 +144,11 @@ def _change(point: PointRecord, name: str) -> float | None:
     return None if before is None or after is None else after - before
 
 
-def _span(members: list[LayerRecord]) -> str:
-    ranks = [x.rank for x in members if x.rank is not None]
-    if not ranks:
+def _span(sizes: Iterable[int | None]) -> str:
+    known = [size for size in sizes if size is not None]
+    if not known:
         return ""
-    return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+    return f"{min(known)}" if min(known) == max(known) else f"{min(known)}–{max(known)}"
 
 
 def _figure(value: float | None) -> str:

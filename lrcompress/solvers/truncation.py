@@ -63,6 +63,10 @@ class Truncation:
             self.error(rank),
         )
 
+    def basis(self, rank: int) -> Tensor:
+        """Return ``P⁻¹U``, the leading output directions, ``(out, rank)`` float64."""
+        return self._leading(rank)[0]
+
     def error(self, rank: int) -> float:
         """Return the relative error of the best truncation to ``rank``."""
         total = float(self.energies.sum())

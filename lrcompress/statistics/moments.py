@@ -285,6 +285,15 @@ class Statistics:
         layers = [sums.skipped.item() for sums in (*self.inputs.values(), *self.outputs.values())]
         return self.skipped + int(max(layers, default=0))
 
+    def figures(self) -> dict[str, int]:
+        """Return how much was seen, for a report."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "skipped": self.num_skipped,
+            "bytes": self.nbytes,
+        }
+
     def merge_(self, other: "Statistics") -> None:
         """Add everything ``other`` has seen: another rank, run or share of the data.
 

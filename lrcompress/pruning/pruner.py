@@ -1,0 +1,307 @@
+"""Prune split layers by the importance of their units, and compact what is left."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrcompress.budget import kept_units
+from lrcompress.importance import ROW_SCORES, Importance, component, entries
+from lrcompress.nn import LowRankSparseLinear
+from lrcompress.pruning.shares import Quota, Shares
+from lrcompress.report.record import LayerRecord
+from lrcompress.statistics.views import view
+from lrcompress.surgery import carry_kept, replace_, swap_parameters_
+
+_NAMES = ("inner.weight", "left.weight")
+
+
+class Pruner:
+    """Scores the units of split layers by their gradients, and prunes what matters least.
+
+    A unit that was pruned stays at zero, its optimizer state too; with ``revive`` it competes
+    again at every mask. Of each layer one rank component always stays.
+
+    Args:
+        model: its layers ``names`` are split.
+        names: of the layers.
+        quotas: what may stay.
+        shares: how units are scored.
+        importance: the averages of their scores.
+        means: mean inputs of layers whose bias takes up what pruning takes away.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        quotas: Sequence[Quota],
+        shares: Shares,
+        importance: Importance,
+        means: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.quotas, self.shares, self.importance = list(quotas), shares, importance
+        self.means = dict(means or {})
+        self.masks: dict[str, Tensor] = {}  # entries that stay, where single entries are pruned
+        self.layers: dict[str, LowRankSparseLinear] = {}
+        for name in names:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LowRankSparseLinear)
+            self.layers[name] = layer
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing to prune."""
+        return not self.quotas
+
+    def trained_by(self, optimizer: Optimizer) -> bool:
+        """Return whether ``optimizer`` holds the first of the layers."""
+        first = next(iter(self.layers.values())).inner.weight
+        return any(p is first for group in optimizer.param_groups for p in group["params"])
+
+    @property
+    def keep(self) -> float:
+        """Parameters that remain now, of those of the dense layers."""
+        dense = sum(layer.out_features * layer.in_features for layer in self.layers.values())
+        kept = 0
+        for name, layer in self.layers.items():
+            components, rows = layer.kept.tensor_split([layer.rank])
+            mask = self.masks.get(name)
+            sparse = rows.sum() * layer.in_features if mask is None else mask.sum()
+            kept += int(components.sum() * _unit(layer) + sparse)
+        return kept / dense
+
+    @torch.no_grad()
+    def observe(self, scale: float = 1.0) -> None:
+        """Add the scores of one step's gradients, as they stand in ``.grad``.
+
+        Args:
+            scale: what gradients are multiplied by to be those of the mean loss.
+        """
+        scored = {}
+        for name, layer in self.layers.items():
+            inner, left = layer.inner.weight, layer.left.weight
+            if inner.grad is None or left.grad is None:
+                continue
+            rows = self._score(inner[layer.rank :], inner.grad[layer.rank :])
+            parts = [component(left, left.grad) / _unit(layer), rows]
+            scored[name] = torch.cat(parts) * scale
+        if scored:
+            self.importance.add(scored)
+
+    @property
+    def _score(self) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.shares.granularity == "entries":
+            return entries
+        # beside components, which are scored as a whole, rows are too
+        return ROW_SCORES["group" if self.shares.competes else self.shares.row_score]
+
+    @torch.no_grad()
+    def prune_(self, share: float, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Prune down to the quotas.
+
+        Args:
+            share: of what has to go in the end, what may still stay: 1 at the start, 0 at the end.
+            optimizers: whose state of pruned units is set to zero.
+        """
+        if not self.importance.known or self.done:
+            return
+        scores, kept = self.importance.scores(), {}
+        for name, layer in self.layers.items():
+            kept[name] = self._units(name, layer)
+            if name not in scores:  # the loss never depended on it
+                scores[name] = torch.zeros(
+                    sum(map(len, kept[name].values())), device=layer.kept.device
+                )
+        chosen: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
+        left = 0.0
+        for quota in self.quotas:
+            left += quota.at(share)
+            stays, spent = self._chosen(quota, left, scores, kept)
+            left -= spent  # what components leave over goes to rows
+            for (part, name), units in stays.items():
+                chosen[name][part] = units
+        for name, layer in self.layers.items():
+            parts = kept[name] | chosen[name]
+            self._apply(name, layer, parts["components"], parts["rows"], tuple(optimizers))
+
+    def _units(self, name: str, layer: LowRankSparseLinear) -> dict[str, Tensor]:
+        rows = layer.kept[layer.rank :]
+        if self.shares.granularity == "entries":
+            rows = self.masks.get(name, rows.repeat_interleave(layer.in_features))
+        return {"components": layer.kept[: layer.rank], "rows": rows}
+
+    def _chosen(
+        self,
+        quota: Quota,
+        budget: float,
+        scores: Mapping[str, Tensor],
+        kept: Mapping[str, Mapping[str, Tensor]],
+    ) -> tuple[dict[tuple[str, str], Tensor], int]:
+        """Return which units of a quota stay, and the parameters they take."""
+        asked: dict[tuple[str, str], Tensor] = {}
+        costs: dict[tuple[str, str], Tensor] = {}
+        for name, layer in self.layers.items():
+            found = dict(zip(kept[name], scores[name].tensor_split([layer.rank]), strict=True))
+            for part in quota.parts:
+                score = found[part]
+                if part == "components" or not self.shares.revive:
+                    score = score.masked_fill(~kept[name][part], -math.inf)
+                if part == "components":
+                    score = score.index_fill(0, score.argmax(), math.inf)
+                asked[part, name] = score
+                costs[part, name] = self._costs(layer, part, score)
+        stays = kept_units(asked, costs, budget)
+        return stays, sum(int(costs[key][stays[key]].sum()) for key in stays)
+
+    def _costs(self, layer: LowRankSparseLinear, part: str, like: Tensor) -> Tensor:
+        if part == "components":
+            cost = _unit(layer)
+        else:
+            cost = 1 if self.shares.granularity == "entries" else layer.in_features
+        return torch.full(like.shape, cost, dtype=torch.int64, device=like.device)
+
+    def _apply(
+        self,
+        name: str,
+        layer: LowRankSparseLinear,
+        components: Tensor,
+        rows: Tensor,
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        if self.shares.granularity == "entries":
+            self.masks[name] = rows
+            rows = rows.view(layer.num_rows, -1).any(1)
+        kept = torch.cat([components, rows])
+        mean = self.means.get(name)
+        if mean is not None and layer.bias is not None:
+            layer.bias.add_(_output(layer, self._gone(name, layer, kept), mean))
+        if self.shares.revive:
+            layer.revive_(kept & ~layer.kept)
+        layer.prune_(kept)
+        for optimizer in optimizers:
+            _forget(optimizer, layer, kept)
+        self.hold_(optimizers, (name,))
+
+    def _gone(self, name: str, layer: LowRankSparseLinear, kept: Tensor) -> Tensor:
+        """Return ``inner.weight`` with zeros where it stays."""
+        gone = layer.inner.weight.masked_fill(kept[:, None], 0)
+        if name in self.masks:
+            mask = self.masks[name].view(layer.num_rows, layer.in_features)
+            gone[layer.rank :] = layer.inner.weight[layer.rank :].masked_fill(mask, 0)
+        return gone
+
+    @torch.no_grad()
+    def hold_(
+        self, optimizers: Iterable[Optimizer] = (), names: Iterable[str] | None = None
+    ) -> None:
+        """Put pruned entries back to zero, which a step has moved; rows stay by themselves."""
+        for name in self.masks if names is None else names:
+            if name not in self.masks:
+                continue
+            layer = self.layers[name]
+            mask = self.masks[name].view(layer.num_rows, layer.in_features)
+            weight = layer.inner.weight
+            for held in (weight, *_moments(optimizers, weight)):
+                held[layer.rank :].mul_(mask)
+
+    @torch.no_grad()
+    def compact_(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> list[LayerRecord]:
+        """Replace every layer by one of its surviving units, or by a dense one if that is smaller.
+
+        Args:
+            model: that holds the layers.
+            optimizers: whose parameters and state follow.
+
+        Returns:
+            What remains, layer by layer, counted from the new layers. Only those with single
+            entries pruned stay in ``layers``, to be held at zero.
+        """
+        records = []
+        for name, layer in tuple(self.layers.items()):
+            new: nn.Module = layer.compacted()
+            record = self._record(name, layer, new)
+            if record.rank is None:
+                new = layer.to_dense()
+            replace_(model, name, new)
+            old, fresh = view(layer).parameters, view(new).parameters
+            named = _NAMES if isinstance(new, LowRankSparseLinear) else None
+            swap_parameters_(optimizers, old, fresh, carry_kept(layer), names=named)
+            self._follow(name, layer, new)
+            records.append(record)
+        self.quotas, self.importance = [], Importance()  # of units that are no more
+        return records
+
+    def _record(self, name: str, layer: LowRankSparseLinear, new: nn.Module) -> LayerRecord:
+        rows = new.num_rows if isinstance(new, LowRankSparseLinear) else 0
+        single = int(self.masks[name].sum()) if name in self.masks and rows else None
+        sizes = (layer.out_features, layer.in_features)
+        record = LayerRecord(name, *sizes, new.rank, None, None, rows=rows, entries=single)  # type: ignore[arg-type]
+        if record.after < record.before:
+            return record
+        return replace(record, rank=None, rows=None, entries=None)
+
+    def _follow(self, name: str, layer: LowRankSparseLinear, new: nn.Module) -> None:
+        mask = self.masks.pop(name, None)
+        if mask is not None and isinstance(new, LowRankSparseLinear):
+            alive = layer.kept[layer.rank :]
+            self.masks[name] = mask.view(layer.num_rows, -1)[alive].flatten()
+            self.layers[name] = new
+        else:
+            del self.layers[name]
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what is not in the model, in plain types and tensors."""
+        quotas = [{"parts": list(q.parts), "start": q.start, "final": q.final} for q in self.quotas]
+        return {
+            "names": list(self.layers),
+            "quotas": quotas,
+            "means": dict(self.means),
+            "masks": dict(self.masks),
+            "importance": self.importance.state_dict(),
+        }
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Any], model: nn.Module, shares: Shares, importance: Importance
+    ) -> "Pruner":
+        """Return the pruner that :meth:`state_dict` described, for a model with its layers."""
+        quotas = [Quota(tuple(q["parts"]), q["start"], q["final"]) for q in state["quotas"]]
+        pruner = cls(model, state["names"], quotas, shares, importance)
+        device = next(model.parameters()).device
+        pruner.means = {name: mean.to(device) for name, mean in state["means"].items()}
+        pruner.masks = {name: mask.to(device) for name, mask in state["masks"].items()}
+        importance.load_state_dict(state["importance"], device)
+        return pruner
+
+
+def _output(layer: LowRankSparseLinear, inner: Tensor, x: Tensor) -> Tensor:
+    """Return what ``inner`` in place of the layer's own gives for an input ``(in,)``."""
+    parts = inner @ x.to(inner)
+    low_rank = layer.left.weight @ parts[: layer.rank]
+    return low_rank.index_add(0, layer.index, parts[layer.rank :])
+
+
+def _unit(layer: LowRankSparseLinear) -> int:
+    return layer.out_features + layer.in_features
+
+
+def _moments(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:
+    """Return the optimizers' state that has an entry for every entry of a parameter."""
+    return [
+        value
+        for optimizer in optimizers
+        for value in optimizer.state.get(parameter, {}).values()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    ]
+
+
+def _forget(optimizer: Optimizer, layer: LowRankSparseLinear, kept: Tensor) -> None:
+    for value in _moments([optimizer], layer.inner.weight):
+        value[~kept] = 0
+    for value in _moments([optimizer], layer.left.weight):
+        value[:, ~kept[: layer.rank]] = 0

@@ -1,0 +1,101 @@
+"""How the parameters that remain are shared out between ranks and rows."""
+
+from dataclasses import dataclass
+
+from lrcompress.budget import check_keep
+from lrcompress.errors import SettingError
+from lrcompress.importance import ROW_SCORES
+
+AUTO = "auto"
+GRANULARITIES = ("rows", "entries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How the parameters that remain are shared out; every entry is checked when it is made.
+
+    Attributes:
+        keep: parameters that remain / parameters before, over the targeted layers. At 1 nothing
+            is pruned.
+        low_rank_share: share of the kept parameters that go to the factors, the rest goes to
+            rows; 1 is low rank alone. ``"auto"`` lets ranks and rows compete.
+        initial_rank: share of the full rank that factors start with; their components are then
+            pruned too. None starts with the final rank.
+        row_score: ``"mean"`` or ``"group"``, of :mod:`lrcompress.importance`.
+        granularity: whether ``"rows"`` of the sparse part are pruned, or single ``"entries"``.
+        revive: let pruned units compete again at every mask.
+
+    Raises:
+        SettingError: if an entry is not what it may be, or two do not go together.
+    """
+
+    keep: float
+    low_rank_share: float | str = 0.25
+    initial_rank: float | None = None
+    row_score: str = "mean"
+    granularity: str = "rows"
+    revive: bool = False
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        share = self.low_rank_share
+        if share != AUTO and not (_is_number(share) and 0 < float(share) <= 1):
+            raise SettingError(
+                f"low_rank_share must be above 0 and at most 1, or 'auto', got {share!r}"
+            )
+        rank = self.initial_rank
+        if rank is not None and not (_is_number(rank) and 0 < rank <= 1):
+            raise SettingError(
+                f"initial_rank is a share of the full rank, above 0 and at most 1, got {rank!r}"
+            )
+        if self.row_score not in ROW_SCORES:
+            raise SettingError(
+                f"row_score must be one of {', '.join(ROW_SCORES)}, got {self.row_score!r}"
+            )
+        if self.granularity not in GRANULARITIES:
+            raise SettingError(
+                f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
+            )
+        if self.granularity == "entries" and self.low_rank_share in (1, AUTO):
+            raise SettingError(
+                "granularity='entries' prunes a sparse part of its own budget: "
+                f"low_rank_share must be a number below 1, got {share!r}"
+            )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether there is a sparse part at all."""
+        return self.low_rank_share != 1
+
+    @property
+    def start_rank(self) -> float | None:
+        """The share of the full rank that factors start with; None is their final rank."""
+        return 1.0 if not self.sparse and self.initial_rank is None else self.initial_rank
+
+    @property
+    def competes(self) -> bool:
+        """Whether rank components and rows are pruned from one budget."""
+        return self.low_rank_share == AUTO and self.initial_rank is not None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Parameters that units of some kind may take, while they are being pruned.
+
+    Attributes:
+        parts: which units: ``components``, ``rows``, or both.
+        start: parameters before pruning.
+        final: parameters after it.
+    """
+
+    parts: tuple[str, ...]
+    start: int
+    final: int
+
+    def at(self, share: float) -> float:
+        """Return the parameters left when ``share`` of what has to go is still there."""
+        return self.final + (self.start - self.final) * share

@@ -1,0 +1,212 @@
+"""Split dense layers into factors and the rows of the remainder, exactly."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrcompress.budget import Candidate, allocate, divide
+from lrcompress.engine import Settings
+from lrcompress.errors import LayerError, SettingError
+from lrcompress.nn import Factored, LowRankSparseLinear
+from lrcompress.objective import METHODS, Metric, metric_of
+from lrcompress.pruning.shares import AUTO, Quota, Shares
+from lrcompress.report.record import LayerRecord
+from lrcompress.solvers.residual import row_energies
+from lrcompress.solvers.truncation import Truncation, truncate
+from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.moments import Statistics
+from lrcompress.statistics.views import view
+from lrcompress.surgery import Selection, carry_sparse, replace_, swap_parameters_
+
+
+@dataclass(frozen=True)
+class _Solved:
+    weight: Tensor
+    truncation: Truncation
+    metric: Metric
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.weight.shape
+        return rows, columns
+
+
+@torch.no_grad()
+def split_(
+    model: nn.Module,
+    statistics: Statistics,
+    settings: Settings,
+    shares: Shares,
+    *,
+    optimizers: Iterable[Optimizer] = (),
+) -> tuple[dict[str, Tensor], list[Quota]]:
+    """Replace the targeted layers by factors plus all rows of the remainder: nothing is lost.
+
+    ``W = left right + S`` with ``left right`` the best matrix of its rank in the metric of
+    ``settings.method``. Without a sparse part the factors start with full rank; only there, with
+    an ``initial_rank`` below 1, is something lost.
+
+    Args:
+        model: changed in place.
+        statistics: of the targeted layers, of the kinds the method needs.
+        settings: which layers, and the metric.
+        shares: what will remain.
+        optimizers: whose parameters and state follow.
+
+    Returns:
+        The mean input ``(in,)`` of every layer whose bias can take up what pruning takes away,
+        and what may stay of the units.
+
+    Raises:
+        SettingError: if ``keep`` is less than one rank a layer takes, or ranks and rows shall
+            compete by predicted losses, which the method does not know.
+        LayerError: if a targeted layer is factored already.
+    """
+    names = settings.select(model).names
+    for name in names:
+        if isinstance(model.get_submodule(name), Factored):
+            raise LayerError(
+                f"layer {name!r} is factored already; LoSparse starts from dense layers: leave "
+                "it out with exclude=, or use one of Factorize and LoSparse"
+            )
+    solved = {name: _solve(model, name, statistics, settings) for name in names}
+    ranks = _ranks(solved, settings, shares)
+    for name, rank in ranks.items():
+        _put(model, name, solved[name], rank, shares, tuple(optimizers))
+    means = {name: one.metric.mean for name, one in solved.items() if one.metric.mean is not None}
+    return means, _quotas({name: one.shape for name, one in solved.items()}, ranks, shares)
+
+
+def _solve(model: nn.Module, name: str, statistics: Statistics, settings: Settings) -> _Solved:
+    layer = view(model.get_submodule(name))
+    refit = settings.refit_bias and layer.bias is not None
+    metric = metric_of(settings.method, statistics, name, refit_bias=refit, shrink=settings.shrink)
+    truncation = truncate(layer.weight, metric.output, metric.input)
+    return _Solved(layer.weight, truncation, metric)
+
+
+def _ranks(solved: Mapping[str, _Solved], settings: Settings, shares: Shares) -> dict[str, int]:
+    """Return the rank that every layer starts with.
+
+    Raises:
+        SettingError: if ``keep`` is less than one rank a layer takes.
+    """
+    sizes = {name: one.shape for name, one in solved.items()}
+    total = sum(map(math.prod, sizes.values()))
+    budget, least = math.floor(shares.keep * total + 1e-6), sum(map(sum, sizes.values()))
+    if budget < least:
+        raise SettingError(
+            f"keep={shares.keep:g} leaves {budget:,} of {total:,} parameters, but one rank and no "
+            f"row in each of {len(sizes)} layers take {least:,}; the least keep is "
+            f"{math.ceil(least / total * 1e4) / 1e4:.4f}"
+        )
+    if shares.start_rank is not None:
+        return {n: math.ceil(shares.start_rank * min(s) - 1e-9) or 1 for n, s in sizes.items()}
+    if shares.low_rank_share == AUTO:
+        return _divided(solved, settings, budget)
+    part = shares.keep * float(shares.low_rank_share)
+    ranks = {n: math.ceil(part * math.prod(s) / sum(s) - 1e-9) or 1 for n, s in sizes.items()}
+    if settings.spread == "uniform" and sum(r * sum(sizes[n]) for n, r in ranks.items()) <= budget:
+        return ranks
+    asked = [
+        Candidate(name, *one.shape, energies=_curve(one), highest=(min(one.shape) + 1) // 2)
+        for name, one in solved.items()
+    ]
+    shared = allocate(asked, max(part, least / total), settings.spread)
+    return {name: rank or 1 for name, rank in shared.items()}
+
+
+def _curve(one: _Solved) -> Tensor:
+    scale = one.metric.loss_scale
+    return one.truncation.energies * (1.0 if scale is None else scale)
+
+
+def _divided(solved: Mapping[str, _Solved], settings: Settings, budget: int) -> dict[str, int]:
+    if not METHODS[settings.method].comparable:
+        comparable = ", ".join(name for name, m in METHODS.items() if m.comparable)
+        raise SettingError(
+            "low_rank_share='auto' compares predicted losses of ranks and rows, which "
+            f"{settings.method!r} does not know; use one of {comparable}, or give initial_rank="
+        )
+    losses = {}
+    for name, one in solved.items():
+        most = max(1, math.prod(one.shape) // sum(one.shape))
+        metric, scale = one.metric, one.metric.loss_scale or 0.0
+        rows = row_energies(one.weight, metric.output, metric.input, one.truncation, most)
+        losses[name] = 0.5 * scale * rows
+    return divide(losses, {name: sum(one.shape) for name, one in solved.items()}, budget)
+
+
+def _put(
+    model: nn.Module,
+    name: str,
+    solved: _Solved,
+    rank: int,
+    shares: Shares,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    layer = model.get_submodule(name)
+    old = view(layer)
+    factors = solved.truncation.factors(rank)
+    new = LowRankSparseLinear.in_place_of(layer, rank, None if shares.sparse else 0)
+    new.left.weight.copy_(factors.left)
+    new.right.copy_(factors.right)
+    if shares.sparse:
+        new.rows.copy_(old.weight.double() - factors.left.double() @ factors.right.double())
+    carry = carry_sparse(factors.left, factors.right, old.transposed, rows=shares.sparse)
+    replace_(model, name, new)
+    tied = any(parameter is old.parameters[0] for parameter in model.parameters())
+    fresh = (new.inner.weight, new.left.weight)
+    swap_parameters_(
+        optimizers,
+        old.parameters,
+        fresh,
+        carry,
+        names=("inner.weight", "left.weight"),
+        staying=tied,
+    )
+
+
+def _quotas(
+    sizes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], shares: Shares
+) -> list[Quota]:
+    dense = sum(map(math.prod, sizes.values()))
+    factors = sum(rank * sum(sizes[name]) for name, rank in ranks.items())
+    budget = math.floor(shares.keep * dense + 1e-6)
+    if shares.keep == 1:
+        return []
+    if shares.competes:
+        return [Quota(("components", "rows"), factors + dense, budget)]
+    quotas = []
+    low_rank = factors
+    if shares.start_rank is not None:
+        share = 1.0 if not shares.sparse else shares.low_rank_share
+        low_rank = min(factors, math.floor(budget * float(share) + 1e-6))
+        quotas.append(Quota(("components",), factors, low_rank))
+    if shares.sparse:
+        quotas.append(Quota(("rows",), dense, max(0, budget - low_rank)))
+    return quotas
+
+
+def outlook(
+    model: nn.Module, settings: Settings, shares: Shares
+) -> tuple[list[LayerRecord], Selection, int]:
+    """Return what would remain if every layer kept the same share, and bytes of statistics.
+
+    Nothing is observed or changed. Scores share the same parameters out otherwise.
+    """
+    selection = settings.select(model)
+    share = 0.5 if shares.low_rank_share == AUTO else float(shares.low_rank_share)
+    records = []
+    for name in selection.names:
+        out_features, in_features = view(model.get_submodule(name)).shape
+        kept, unit = shares.keep * out_features * in_features, out_features + in_features
+        rank = max(1, round(share * kept / unit))
+        rows = min(out_features, max(0, int((kept - rank * unit) / in_features)))
+        records.append(LayerRecord(name, out_features, in_features, rank, None, None, rows=rows))
+    recorder = Recorder(model, selection.names, METHODS[settings.method].kinds)
+    return records, selection, recorder.nbytes
