@@ -40,9 +40,10 @@ from lightning.pytorch.utilities import disable_possible_user_warnings
 from typing_extensions import override
 
 import lrcompress.callbacks  # noqa: F401  so that recipes may say Factorize
+import lrcompress.distill  # noqa: F401  and Distilled
 import lrcompress.tasks  # noqa: F401  and TextClassification
 from lrcompress.errors import LRCompressError, RecipeError, nearest
-from lrcompress.recipe import LINKED, find_faults
+from lrcompress.recipe import LINKED, find_faults, linked_from
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
 UNASKED = ("Seed set to", "GPU available", "TPU available", "HPU available", "💡 Tip")
@@ -141,6 +142,7 @@ class _RecipeCLI(LightningCLI):
             raise RecipeError(
                 f"expected a verb, found {args[0]!r}; nearest valid: {nearest(args[0], verbs)}"
             )
+        self._options = args[1:]
         settings = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             args=args,
@@ -161,8 +163,16 @@ class _RecipeCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for target, source in LINKED.items():
-            keys = [key.replace(".", ".init_args.") for key in (target, source)]
+            where = linked_from(source, self._options)
+            keys = [key.replace(".", ".init_args.") for key in (target, where)]
             parser.link_arguments(tuple(keys), keys[0], compute_fn=_first_given)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Let the recipe and the command line say what the model is, not a checkpoint's notes.
+
+        Lightning would let those win over both, without a word.
+        """
 
     @override
     def instantiate_trainer(self, **kwargs: object) -> Trainer:

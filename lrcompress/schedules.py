@@ -1,7 +1,9 @@
 """When things happen: points in training and ``step -> value`` schedules."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lrcompress.errors import SettingError
 
@@ -66,19 +68,109 @@ class Point:
             >>> Point.parse(0.5).step(total_steps=30, steps_per_epoch=10)
             15
         """
-        length = {"fraction": total_steps, "epoch": steps_per_epoch, "step": 1}[self.unit]
-        if math.isinf(length):
-            raise SettingError(
-                f"point {self} cannot be placed: the run's length is not known in advance; "
-                "set max_steps on the Trainer or write 'step:N'"
-            )
-        step = math.floor(self.value * length + 1e-9)
+        step = self.place(total_steps, steps_per_epoch)
         if step >= total_steps:
             raise SettingError(
                 f"point {self} is step {step}, at or beyond the end of training "
                 f"({total_steps:g} steps): nothing would be trained after it"
             )
         return step
+
+    def place(self, total_steps: float, steps_per_epoch: float) -> int:
+        """Return the same, for a moment that may also be the end of training or lie beyond it.
+
+        Raises:
+            SettingError: if the run's length is needed and not known in advance.
+        """
+        length = {"fraction": total_steps, "epoch": steps_per_epoch, "step": 1}[self.unit]
+        if math.isinf(length):
+            raise SettingError(
+                f"point {self} cannot be placed: the run's length is not known in advance; "
+                "set max_steps on the Trainer or write 'step:N'"
+            )
+        return math.floor(self.value * length + 1e-9)
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """A value that changes in the course of training: linear between points, constant outside.
+
+    Attributes:
+        points: moments with the value just before and the value from there on, which differ
+            where the value jumps.
+    """
+
+    points: tuple[tuple[Point, float, float], ...]
+
+    @classmethod
+    def parse(cls, value: object, name: str = "value") -> "Piecewise":
+        """Read a number, or a mapping from points to numbers such as ``{0: 0.0, 0.5: 1.0}``.
+
+        A pair in place of a number is a jump: ``{"epoch:3": [1.0, 0.0]}`` is 1 before the
+        fourth epoch and 0 from there on. ``1.0`` as a point is the end of training.
+
+        Args:
+            value: of which every number must be finite and not negative.
+            name: what messages call the value.
+
+        Raises:
+            SettingError: if it is none of these.
+
+        Example:
+            >>> [Piecewise.parse({0: 0.0, 0.5: 1.0}).at(step, 20, 5) for step in (0, 5, 10, 15)]
+            [0.0, 0.5, 1.0, 1.0]
+        """
+        if isinstance(value, Mapping):
+            if not value:
+                raise SettingError(f"{name} is a mapping without a point, such as {{0.5: 1.0}}")
+            return cls(tuple((_moment(at), *_sides(one, name)) for at, one in value.items()))
+        return cls(((Point("fraction", 0.0), *_sides(value, name)),))
+
+    @property
+    def constant(self) -> float | None:
+        """The value, if it is the same all the time."""
+        values = {value for _, *sides in self.points for value in sides}
+        return values.pop() if len(values) == 1 else None
+
+    def at(self, step: int, total_steps: float, steps_per_epoch: float) -> float:
+        """Return the value at ``step``, counted from 0; the other arguments are as for `Point`.
+
+        Raises:
+            SettingError: if points do not rise, or cannot be placed in this run.
+        """
+        if self.constant is not None:
+            return self.constant
+        placed = [point.place(total_steps, steps_per_epoch) for point, _, _ in self.points]
+        if sorted(set(placed)) != placed:
+            names = ", ".join(str(point) for point, _, _ in self.points)
+            raise SettingError(f"points of a schedule must rise, got {names}: steps {placed}")
+        later = next((i for i, place in enumerate(placed) if place > step), len(placed))
+        if later == 0:
+            return self.points[0][1]
+        if later == len(placed):
+            return self.points[-1][2]
+        start, end = placed[later - 1 : later + 1]
+        first, last = self.points[later - 1][2], self.points[later][1]
+        return first + (last - first) * (step - start) / (end - start)
+
+
+def _moment(text: object) -> Point:
+    """Return the point; other than for a change of structure it may be the end of training."""
+    if text in (1, 1.0, "1", "1.0") and not isinstance(text, bool):
+        return Point("fraction", 1.0)
+    return Point.parse(text)  # type: ignore[arg-type]
+
+
+def _sides(value: Any, name: str) -> tuple[float, float]:
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    for side in sides:
+        number = isinstance(side, int | float) and not isinstance(side, bool)
+        if not number or not 0 <= side < math.inf:
+            raise SettingError(
+                f"{name} must be a number that is not negative, a mapping from points to such "
+                f"numbers, or there a pair of them for a jump; got {value!r}"
+            )
+    return float(sides[0]), float(sides[1])
 
 
 @dataclass(frozen=True)
@@ -96,3 +188,32 @@ class Warmup:
     def __call__(self, step: int) -> float:
         """Return the factor at ``step``, counted from 0."""
         return self.scale * min(1.0, (step + 1) / max(1, self.steps))
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """What is kept while pruning: 1 until ``start``, ``final`` from ``stop`` on.
+
+    Between them ``final + (1 − final)·(1 − (step − start)/(stop − start))³``: fast while
+    much is left to choose from, slow towards the end.
+
+    Source:
+        Zhu & Gupta, "To prune, or not to prune" (2017); used by LoSparse (2023).
+
+    Example:
+        >>> [Cubic(10, 20, 0.2)(step) for step in (10, 15, 20, 99)]
+        [1.0, 0.30000000000000004, 0.2, 0.2]
+    """
+
+    start: int
+    stop: int
+    final: float
+
+    def __call__(self, step: int) -> float:
+        """Return the share kept after ``step`` steps."""
+        if step < self.start:
+            return 1.0
+        if step >= self.stop:
+            return self.final
+        left = 1 - (step - self.start) / (self.stop - self.start)
+        return self.final + (1 - self.final) * left**3

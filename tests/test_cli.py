@@ -265,3 +265,23 @@ def test_python_dash_m_says_nothing_unasked(recipe: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "`Trainer.fit` stopped: `max_steps=2` reached.\n"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_on_resuming_the_recipe_says_what_the_model_is(tiny_bert: Path, tmp_path: Path) -> None:
+    quickstart = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+    arguments = [
+        *("--config", quickstart, f"--model.path={tiny_bert}", "--trainer.accelerator=cpu"),
+        *("--data.train_size=64", "--data.val_size=12", "--data.test_size=12"),
+        *(f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"),
+        "--trainer.enable_checkpointing=true",
+        "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
+        *(f"--trainer.callbacks.dirpath={tmp_path / 'saved'}", "--trainer.callbacks.filename=last"),
+        "--trainer.max_epochs=1",
+    ]
+    assert main(["fit", *arguments, "--model.lr=0.001"]) == 0
+    checkpoint = f"--ckpt_path={tmp_path / 'saved' / 'last.ckpt'}"
+    again = [f"--trainer.callbacks.dirpath={tmp_path / 'again'}", "--trainer.max_epochs=2"]
+    assert main(["fit", *arguments, *again, "--model.lr=0.5", checkpoint]) == 0
+    saved = torch.load(tmp_path / "again" / "last.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["lr"] == 0.5

@@ -1,11 +1,12 @@
 """Points in training and schedules."""
 
+import itertools
 import math
 
 import pytest
 
 from lrcompress.errors import SettingError
-from lrcompress.schedules import Point, Warmup
+from lrcompress.schedules import Cubic, Piecewise, Point, Warmup
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,92 @@ def test_a_warmup_rises_in_even_steps_to_its_scale_and_stays() -> None:
 
 def test_a_warmup_of_no_steps_is_its_scale() -> None:
     assert Warmup(0, 0.5)(0) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"),
+    [
+        (0, 1.0),
+        (9, 1.0),
+        (10, 1.0),
+        (11, 0.2 + 0.8 * 0.95**3),
+        (15, 0.2 + 0.8 * 0.75**3),
+        (20, 0.2 + 0.8 * 0.125),
+        (29, 0.2 + 0.8 * 0.05**3),
+        (30, 0.2),
+        (31, 0.2),
+        (10**9, 0.2),
+    ],
+)
+def test_a_cubic_keeps_all_until_it_starts_and_its_final_share_once_it_stops(
+    step: int, kept: float
+) -> None:
+    assert Cubic(10, 30, 0.2)(step) == pytest.approx(kept, abs=1e-15)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 50), (7, 8), (3, 1000)])
+@pytest.mark.parametrize("final", [0.0, 0.1, 0.3, 1.0])
+def test_a_cubic_falls_without_a_jump_ever_more_slowly_to_exactly_its_end(
+    start: int, stop: int, final: float
+) -> None:
+    cubic = Cubic(start, stop, final)
+    values = [cubic(step) for step in range(stop + 3)]
+    assert values[: start + 1] == [1.0] * (start + 1)
+    assert values[stop:] == [final] * 3
+    falls = [before - after for before, after in itertools.pairwise(values[start:])]
+    assert all(fall >= -1e-15 for fall in falls)
+    assert all(later <= fall + 1e-12 for fall, later in itertools.pairwise(falls))
+    # the steepest slope is at the start: thrice that of a straight line
+    assert max(falls) <= 3 * (1 - final) / (stop - start) + 1e-12
+
+
+def test_a_cubic_that_starts_where_it_stops_is_a_jump() -> None:
+    assert [Cubic(5, 5, 0.3)(step) for step in (4, 5, 6)] == [1.0, 0.3, 0.3]
+
+
+def values(given: object, *steps: int) -> list[float]:
+    return [Piecewise.parse(given).at(step, 100, 25) for step in steps]
+
+
+def test_a_value_is_linear_between_points_and_constant_outside() -> None:
+    assert values(0.3, 0, 99) == [0.3, 0.3]
+    assert values({0.2: 1.0, "step:40": 3.0, "epoch:2": 2.0}, 0, 20, 30, 40, 45, 50, 99) == [
+        *(1.0, 1.0, 2.0, 3.0, 2.5, 2.0, 2.0)
+    ]
+
+
+def test_a_pair_is_a_jump() -> None:
+    assert values({"epoch:1": [0.0, 1.0]}, 0, 24, 25, 99) == [0.0, 0.0, 1.0, 1.0]
+    assert values({0: 0, "step:10": (1.0, 5), "step:20": 6}, 5, 10, 15, 30) == [0.5, 5.0, 5.5, 6.0]
+
+
+@pytest.mark.parametrize("end", [1, 1.0, "1.0", "step:100", "epoch:4"])
+def test_the_last_point_may_be_the_end_of_training_or_beyond(end: float | str) -> None:
+    assert values({0: 0.0, end: 1.0}, 0, 25, 99) == [0.0, 0.25, 0.99]
+    assert values({0: 0.0, "step:200": 1.0}, 50) == [0.25]
+
+
+def test_a_value_that_never_changes_needs_no_length() -> None:
+    for given in (0.5, {0.5: 0.5}, {"epoch:1": [0.5, 0.5], "epoch:2": 0.5}):
+        assert Piecewise.parse(given).constant == 0.5
+        assert Piecewise.parse(given).at(7, math.inf, math.inf) == 0.5
+    assert Piecewise.parse({0.5: [0.5, 1]}).constant is None
+    with pytest.raises(SettingError, match=r"point 0.5 cannot be placed"):
+        Piecewise.parse({0.5: [0.5, 1]}).at(7, math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    "given", [-1, math.inf, math.nan, True, None, "1", [1, 2, 3], {0.5: -1}, {0.5: [1]}, {0: "a"}]
+)
+def test_what_is_no_value_is_refused(given: object) -> None:
+    with pytest.raises(SettingError, match=r"task must be a number that is not negative.* got "):
+        Piecewise.parse(given, "task")
+
+
+def test_points_of_a_value_that_are_wrong() -> None:
+    with pytest.raises(SettingError, match=r"task is a mapping without a point, such as \{0.5"):
+        Piecewise.parse({}, "task")
+    with pytest.raises(SettingError, match=r"must rise, got epoch:1, step:25: steps \[25, 25\]"):
+        values({"epoch:1": 1.0, "step:25": 2.0}, 0)
+    with pytest.raises(SettingError, match="did you mean 'epoch:2'"):
+        Piecewise.parse({2: 1.0})

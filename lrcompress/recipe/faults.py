@@ -20,6 +20,7 @@ from yaml import MappingNode, Node, SequenceNode
 from lrcompress.recipe.tree import (
     CLASS_KEYS,
     INHERITED,
+    NOWHERE,
     STRING,
     Recipe,
     as_mapping,
@@ -39,6 +40,20 @@ from lrcompress.recipe.words import (
 )
 
 LINKED = {"data.tokenizer": "model.path"}  # an option that, if not given, is what another one is
+
+
+def linked_from(source: str, args: Sequence[str]) -> str:
+    """Return where a recipe has the source of a link: in the student of a model that has one.
+
+    Example:
+        >>> linked_from("model.path", ["--model=lrcompress.Distilled", "--model.student=Mine"])
+        'model.student.path'
+    """
+    top, *rest = source.split(".")
+    model = as_mapping(entries_of(Recipe(args).root).get(top), NOWHERE)
+    init_args = as_mapping(entries_of(model).get("init_args"), NOWHERE)
+    inside = ["student"] if "student" in entries_of(init_args) else []
+    return ".".join((top, *inside, *rest))
 
 
 def find_faults(parser: ArgumentParser, args: Sequence[str], *, refused: bool) -> list[str]:

@@ -19,7 +19,7 @@ COMMAND_LINE = "command line"
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 INHERITED = "inherited"  # the style of keys whose class a later line replaced by another
 STRING, SEQUENCE, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
-_HERE = Mark(COMMAND_LINE, 0, 0, 0, None, None)
+NOWHERE = Mark(COMMAND_LINE, 0, 0, 0, None, None)
 
 
 class Recipe:
@@ -47,14 +47,14 @@ class Recipe:
                     root = _merged(root, self._read_recipe(Path(path)))
                 case _:
                     root = self._overridden(root, option.split("."), _override(value))
-        self.root = as_mapping(root, _HERE)
+        self.root = as_mapping(root, NOWHERE)
 
     def _overridden(self, root: Node | None, keys: list[str], value: Node) -> Node | None:
         node = value if keys[1:] else self._included(value, Path())
         return _placed(root, keys, node) if node else root
 
     def _read_recipe(self, path: Path) -> MappingNode:
-        contents = self._read(path) or as_mapping(None, _HERE)
+        contents = self._read(path) or as_mapping(None, NOWHERE)
         included = [(key, self._included(value, path.parent)) for key, value in contents.value]
         contents.value = [(key, value) for key, value in included if value]
         return contents
@@ -127,7 +127,7 @@ def _override(value: str) -> Node:
         node = None
     if isinstance(node, MappingNode | SequenceNode):
         return node
-    return ScalarNode(STRING, value, _HERE)
+    return ScalarNode(STRING, value, NOWHERE)
 
 
 def _repeated_keys(node: Node, where: str) -> Iterator[str]:

@@ -1,0 +1,314 @@
+"""What a distilled module remembers: its settings, its teacher, and the terms of each step."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lrcompress.distill.cache import Cache, example_keys
+from lrcompress.distill.capture import Call, CallTap, OutputTap
+from lrcompress.distill.losses import LOGITS, DistillationLoss, Features
+from lrcompress.distill.teacher import Teacher, copy_of, load_copy, read_checkpoint
+from lrcompress.errors import ObservationError, SettingError, ShapeError, nearest
+from lrcompress.schedules import Piecewise
+from lrcompress.statistics.batches import batch_mask
+
+START = "start"
+Terms = list[tuple[DistillationLoss, float]]
+
+
+class Distillation:
+    """The state of one distillation. The arguments are those of ``Distilled``."""
+
+    def __init__(
+        self,
+        teacher: str | nn.Module,
+        losses: Sequence[DistillationLoss],
+        task: object,
+        call: str | None,
+        logits: str | None,
+        mask: str | None,
+        teacher_dir: str | None,
+        cache: str | None,
+    ) -> None:
+        self.source = teacher
+        self.losses = losses
+        self.task = Piecewise.parse(task, "task")
+        self.logits, self.mask = logits, mask
+        self.folder = teacher_dir
+        self.cache = Cache(cache) if cache is not None else None
+        self.tap = CallTap(call, logits)
+        self.teacher: Teacher | None = None
+        self._layers: dict[int, tuple[str, ...]] = {}
+        self._checked: set[int] = set()
+        _check_source(teacher)
+        for loss in losses:
+            if not isinstance(loss, DistillationLoss):
+                raise SettingError(
+                    f"losses are objects such as lrcompress.distill.Logits(), got {loss!r}"
+                )
+
+    def reset(self) -> None:
+        """Begin a fit."""
+        self.tap = CallTap(self.tap.call, self.logits)
+        self._layers, self._checked = {}, set()
+        if self.source == START:
+            self.teacher = None
+
+    # The teacher
+
+    def freeze(self, student: nn.Module) -> None:
+        """Take the student as it is now for the teacher."""
+        self._begin(student, copy_of(student), whole=True)
+
+    def restore(self, student: nn.Module, module: nn.Module) -> None:
+        """Go on with a teacher that was frozen before the run was interrupted."""
+        self._begin(student, module, whole=True)
+
+    def appoint(self, student: nn.Module) -> None:
+        """Get the teacher that is no copy of the student at the start, or move one there is."""
+        if isinstance(self.source, nn.Module):
+            self._begin(student, self.source, isinstance(self.source, pl.LightningModule))
+        elif self.source != START and self.teacher is None:
+            path = Path(self.source)
+            module = load_copy(student, read_checkpoint(path), str(path))
+            self._begin(student, module, whole=True)
+        elif self.teacher is not None:
+            self.teacher.follow_(student)
+
+    def _begin(self, student: nn.Module, module: nn.Module, whole: bool) -> None:
+        self.teacher = Teacher(module, whole=whole)
+        self.teacher.follow_(student)
+
+    def record(self) -> dict[str, Any] | None:
+        """Return what a checkpoint says of a teacher that no one else keeps."""
+        if self.source != START or self.teacher is None:
+            return None
+        return {"version": 1, "file": self.teacher.file, "hash": self.teacher.fingerprint}
+
+    def save(self, folder: Path) -> None:
+        """Write the teacher into a file of its own, unless it is there."""
+        assert self.teacher is not None
+        self.teacher.save(folder)
+
+    # The course of a step
+
+    def weights(self, trainer: pl.Trainer) -> tuple[float, Terms]:
+        """Return the weight of the student's own loss, and the terms that count in this step."""
+        lengths = _Lengths(trainer)
+        step = trainer.global_step
+        terms = [(loss, lengths.value(loss.weight, step)) for loss in self.losses]
+        return lengths.value(self.task, step), [(loss, weight) for loss, weight in terms if weight]
+
+    def step(
+        self, student: pl.LightningModule, batch: Any, terms: Terms, run: Callable[[], Any]
+    ) -> tuple[Any, list[Tensor]]:
+        """Return what the student's own step gives, and the value of every term."""
+        names = [self._names(student, loss) for loss, _ in terms]
+        needed = tuple(dict.fromkeys(name for some in names for name in some))
+        tap = OutputTap(student, self._tapped(needed))
+        with ExitStack() as stack:
+            stack.enter_context(self.tap.listening(student))
+            stack.enter_context(tap.listening())
+            output = run()
+        if output is None:  # the student skips this batch
+            return None, []
+        call = self.tap.take()
+        mine = self._features(tap.take(), call, needed)
+        mask = self._mask(call, batch, required=any(loss.needs_mask for loss, _ in terms))
+        _check_graph(mine)
+        theirs = self._teach(student, call, mine, mask)
+        values = [
+            loss({n: mine[n] for n in some}, {n: theirs[n] for n in some}, mask)
+            for (loss, _), some in zip(terms, names, strict=True)
+        ]
+        return output, values
+
+    def _names(self, student: nn.Module, loss: DistillationLoss) -> tuple[str, ...]:
+        if id(loss) not in self._layers:
+            self._layers[id(loss)] = loss.layers(student)
+        return self._layers[id(loss)]
+
+    def _tapped(self, needed: Iterable[str]) -> list[str]:
+        """Return the submodules to listen to, the logits' own among them if there is one."""
+        names = [self.logits if name == LOGITS else name for name in needed]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def _features(
+        self, outputs: Mapping[str, Tensor], call: Call, needed: Iterable[str]
+    ) -> dict[str, Tensor]:
+        logits = call.logits if self.logits is None else outputs.get(self.logits)
+        if logits is None and LOGITS in needed:
+            raise ObservationError(
+                f"the call of {call.name or 'the module itself'!r} gives a "
+                f"{type(call.output).__name__} without .logits; name the submodule that "
+                "returns them with logits="
+            )
+        return {n: outputs[n] if n != LOGITS else cast("Tensor", logits) for n in needed}
+
+    def _mask(self, call: Call, batch: Any, *, required: bool) -> Tensor | None:
+        if self.mask is None:
+            return None
+        for source in (call.kwargs, *call.args, batch):
+            if isinstance(source, Mapping) and self.mask in source:
+                found: Tensor = source[self.mask]
+                return found
+        mask, complaint = batch_mask(batch, self.mask, "Distilled")
+        if complaint is not None and required:
+            raise ObservationError(complaint)
+        return mask
+
+    @torch.no_grad()
+    def _teach(
+        self, student: nn.Module, call: Call, mine: Features, mask: Tensor | None
+    ) -> Features:
+        """Return the teacher's features for a call, from the cache or from the teacher.
+
+        Raises:
+            ObservationError: if the cache cannot keep them.
+        """
+        assert self.teacher is not None
+        self._compare(student, call)
+        if self.cache is None:
+            return self._run(call, tuple(mine))
+        size = next(iter(mine.values())).shape[0]
+        for name, feature in mine.items():
+            if feature.shape[0] != size:
+                raise ObservationError(
+                    f"the cache keeps features per example, but {_shown(name)} is "
+                    f"{tuple(feature.shape)}, not {size} examples; leave cache= out"
+                )
+        keys = example_keys(call, size, mask, f"{self.teacher.fingerprint} {sorted(mine)}")
+        known: Features | None = self.cache.read(keys, mine, mask)
+        if known is None:
+            known = self._run(call, tuple(mine))
+            self.cache.write(keys, known, mask)
+        return known
+
+    def _run(self, call: Call, needed: Sequence[str]) -> dict[str, Tensor]:
+        assert self.teacher is not None
+        model = self.teacher.called(call.name)
+        tap = OutputTap(model, self._tapped(needed), _prefix(call))
+        with tap.listening():
+            output = model(*call.args, **call.kwargs)
+        return self._features(tap.take(), Call(call.name, (), {}, output), needed)
+
+    def _compare(self, student: nn.Module, call: Call) -> None:
+        """Check once for every loss that it finds the same layers in student and teacher.
+
+        Raises:
+            SettingError: if one looks at layers that are not in what is called.
+        """
+        assert self.teacher is not None
+        for loss in self.losses:
+            if id(loss) in self._checked or id(loss) not in self._layers:
+                continue
+            names = [name for name in self._layers[id(loss)] if name != LOGITS]
+            outside = [name for name in names if not name.startswith(_prefix(call))]
+            if outside:
+                raise SettingError(
+                    f"layer {outside[0]!r} is not in {call.name!r}, whose call is repeated on the "
+                    "teacher; choose layers in it, or another call="
+                )
+            loss.check(student, self.teacher.called(call.name), _prefix(call))
+            self._checked.add(id(loss))
+
+    def check_vocabulary(self, student: pl.LightningModule, tokenizer: object) -> None:
+        """Raise for a teacher that numbers its tokens otherwise.
+
+        Raises:
+            ShapeError: if its embedding has another size than the student's.
+            SettingError: if the data's tokenizer has more tokens than it.
+        """
+        if self.teacher is None or self.source == START:
+            return
+        mine, theirs = _vocabulary(student), _vocabulary(self.teacher.module)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise ShapeError(
+                f"the teacher has an input embedding of {theirs} tokens, the student one of "
+                f"{mine}: distillation gives both the same token numbers; take a teacher with "
+                "the student's tokenizer"
+            )
+        size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+        if theirs is not None and not isinstance(tokenizer, str) and size > theirs:
+            raise SettingError(
+                f"the data's tokenizer knows {size} tokens, the teacher {theirs}; "
+                "take a teacher with the same tokenizer"
+            )
+
+    def labels(self) -> Iterator[str]:
+        """Yield what each term is called in logs."""
+        seen: dict[str, int] = {}
+        for loss in self.losses:
+            seen[loss.name] = seen.get(loss.name, 0) + 1
+            number = seen[loss.name]
+            yield f"distill_{loss.name}" + (f"_{number}" if number > 1 else "")
+
+
+class _Lengths:
+    """The lengths of a run, asked for only by schedules that change."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trainer = trainer
+
+    def value(self, weight: Piecewise, step: int) -> float:
+        if weight.constant is not None:
+            return weight.constant
+        per_epoch = float(self.trainer.num_training_batches)
+        if not math.isinf(per_epoch):
+            per_epoch = max(1, math.ceil(per_epoch / self.trainer.accumulate_grad_batches))
+        return weight.at(step, float(self.trainer.estimated_stepping_batches), per_epoch)
+
+
+def _check_source(teacher: object) -> None:
+    if isinstance(teacher, nn.Module):
+        return
+    expected = "teacher is 'start', a checkpoint file or a module"
+    if not isinstance(teacher, str):
+        raise SettingError(f"{expected}, got {teacher!r}")
+    path = Path(teacher)
+    if teacher == START or path.is_file():
+        return
+    if path.is_dir():
+        raise SettingError(
+            f"{expected}, got the folder {teacher!r}; for a transformers model give a module "
+            "that loads it, such as lrcompress.tasks.TextClassification(path=...)"
+        )
+    files = [str(file) for file in path.parent.glob("*") if file.is_file()]
+    raise SettingError(
+        f"{expected}, got {teacher!r}, which is none; nearest: {nearest(teacher, [START, *files])}"
+    )
+
+
+def _prefix(call: Call) -> str:
+    """Return what the names of everything in the called submodule begin with."""
+    return f"{call.name}." if call.name else ""
+
+
+def _check_graph(features: Features) -> None:
+    if torch.is_grad_enabled() and not any(f.requires_grad for f in features.values()):
+        raise ObservationError(
+            f"the student's {', '.join(map(_shown, features))} came without a gradient: is "
+            "all before them frozen, or checkpointed with use_reentrant=True?"
+        )
+
+
+def _shown(name: str) -> str:
+    return "logits" if name == LOGITS else repr(name)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return how many tokens the input embedding has, if there is a plain one."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings
+        get = getattr(module, "get_input_embeddings", None)
+        if get is not None:
+            found = get()
+            return found.num_embeddings if isinstance(found, nn.Embedding) else None
+    return None

@@ -1,0 +1,117 @@
+"""How far a student is from its teacher: pure functions of tensors, in float32."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrcompress.errors import ShapeError
+
+
+def soft_divergence(
+    student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """Return ``T²·KL(softmax(teacher / T) ‖ softmax(student / T))``, the mean over examples.
+
+    With a single logit, which is a score and no class, it is the mean squared error.
+
+    Args:
+        student: logits, ``(batch, classes)`` or ``(batch, tokens, classes)``.
+        teacher: logits of the same shape.
+        temperature: ``T``, above 0. ``T²`` keeps the size of the gradient.
+        mask: ``(batch, tokens)``; where it is zero, tokens are left out.
+
+    Source:
+        G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network" (2015).
+
+    Example:
+        >>> float(soft_divergence(torch.zeros(1, 2), torch.zeros(1, 2), 2.0))
+        0.0
+    """
+    student, teacher = student.float(), teacher.float()
+    if student.ndim == 3 and mask is not None and mask.shape == student.shape[:2]:
+        student, teacher = student[mask.bool()], teacher[mask.bool()]
+    if student.ndim < 2 or student.shape[-1] == 1:
+        return F.mse_loss(student, teacher)
+    log_student, log_teacher = (
+        (logits.reshape(-1, logits.shape[-1]) / temperature).log_softmax(-1)
+        for logits in (student, teacher)
+    )
+    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+    return temperature**2 * divergence
+
+
+def relative_gap(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return ``‖H_s − H_t‖² / ‖H_t‖²`` over the real positions.
+
+    Args:
+        student: ``H_s``, ``(batch, tokens, width)``; of any shape without a mask.
+        teacher: ``H_t``, of the same shape.
+        mask: ``(batch, tokens)``; where it is zero, positions are left out.
+
+    Raises:
+        ShapeError: if the mask is not for these positions.
+
+    Example:
+        >>> float(relative_gap(torch.full((1, 2, 3), 3.0), torch.full((1, 2, 3), 2.0)))
+        0.25
+    """
+    student, teacher = student.float(), teacher.float()
+    if mask is not None and student.ndim > 2:
+        if mask.shape != student.shape[:2]:
+            raise ShapeError(
+                f"the mask is {tuple(mask.shape)}, which does not fit the first two sizes of "
+                f"features of {tuple(student.shape)}; name the right one with mask="
+            )
+        student, teacher = student[mask.bool()], teacher[mask.bool()]
+    size = teacher.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return (student - teacher).square().sum() / size
+
+
+def relation_gap(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    heads: tuple[int, int],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return ``KL(softmax(A_t B_tᵀ/√d) ‖ softmax(A_s B_sᵀ/√d))``, the mean over rows and heads.
+
+    ``A`` and ``B`` are queries and keys, or twice the values. Widths may differ between
+    student and teacher, numbers of heads may not.
+
+    Args:
+        student: ``A_s`` and ``B_s``, each ``(batch, tokens, heads·d)``.
+        teacher: ``A_t`` and ``B_t``.
+        heads: of ``A`` and of ``B``; where ``B`` has fewer, each serves several of ``A``.
+        mask: ``(batch, tokens)``; padding is neither a row nor a column.
+
+    Raises:
+        ShapeError: if the mask is not for these positions.
+
+    Source:
+        W. Wang et al., "MiniLM: deep self-attention distillation for task-agnostic compression
+        of pre-trained transformers" (2020).
+    """
+    batch, tokens = student[0].shape[:2]
+    real = torch.ones(batch, tokens, device=student[0].device) if mask is None else mask
+    if real.shape != (batch, tokens):
+        raise ShapeError(
+            f"the mask is {tuple(real.shape)}, which does not fit relations of "
+            f"{(batch, tokens)} positions; name the right one with mask="
+        )
+    rows = real.bool()
+    log_student, log_teacher = (_relations(*pair, heads, rows) for pair in (student, teacher))
+    each = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)  # (batch, heads, tokens)
+    return each.transpose(1, 2)[rows].mean()
+
+
+def _relations(first: Tensor, second: Tensor, heads: tuple[int, int], real: Tensor) -> Tensor:
+    """Return the logarithms of relations, ``(batch, heads, tokens, tokens)``."""
+    one, other = (
+        part.float().reshape(*part.shape[:2], count, -1).transpose(1, 2)
+        for part, count in zip((first, second), heads, strict=True)
+    )
+    other = other.repeat_interleave(heads[0] // heads[1], dim=1)
+    scores = one @ other.mT / one.shape[-1] ** 0.5
+    # Not -inf: 0 · (−inf − −inf) is a NaN, where 0 · 0 is meant.
+    least = torch.finfo(scores.dtype).min
+    return F.log_softmax(scores.masked_fill(~real[:, None, None, :], least), dim=-1)
