@@ -7,8 +7,11 @@ __version__ = "0.1.0"
 
 # Name to module: Lightning and transformers are imported when a name that needs them is used.
 _PUBLIC = {
+    "Distilled": "distill",
     "Factorize": "callbacks",
+    "LoSparse": "callbacks",
     "LowRankLinear": "nn",
+    "LowRankSparseLinear": "nn",
     "Plan": "plan",
     "Report": "report",
     "compress": "engine",

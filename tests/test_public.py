@@ -8,8 +8,11 @@ import pytest
 import lrcompress
 
 NAMES = [
+    "Distilled",
     "Factorize",
+    "LoSparse",
     "LowRankLinear",
+    "LowRankSparseLinear",
     "Plan",
     "Report",
     "__version__",

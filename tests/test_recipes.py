@@ -17,9 +17,14 @@ def test_every_recipe_is_found() -> None:
     assert [path.stem for path in FOUND] == [
         "cola_kfac",
         "mnli_fwsvd",
+        "mnli_losparse_distil",
         "mrpc_drone",
+        "mrpc_losparse",
+        "mrpc_svd_then_distil",
         "quickstart",
         "sst2_kfac",
+        "sst2_kfac_distil",
+        "sst2_losparse",
         "stsb_row_fisher",
     ]
 
@@ -30,7 +35,9 @@ def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
     if recipe["data"]["class_path"].endswith("DocstringData"):
         rows = ["--data.train_size=96", "--data.val_size=12", "--data.test_size=12"]
         return [f"--model.path={model}", *rows]
-    classes = recipe["model"]["init_args"]["num_labels"]
+    given = recipe["model"]["init_args"]
+    inner = "student." if "student" in given else ""
+    classes = (given["student"]["init_args"] if inner else given)["num_labels"]
     for name, count in (("train", 96), ("dev", 12), ("test", 12)):
         with (folder / f"{name}.tsv").open("w", newline="") as file:
             table = csv.writer(file, delimiter="\t")
@@ -38,7 +45,7 @@ def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
             for row in range(count):
                 texts = [f"a very {('good', 'dull')[row % 2]} film" for _ in data["text"]]
                 table.writerow([*texts, row % classes if classes > 1 else row / 4])
-    return [f"--model.path={model}", f"--data.train={folder / 'train.tsv'}"]
+    return [f"--model.{inner}path={model}", f"--data.train={folder / 'train.tsv'}"]
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)

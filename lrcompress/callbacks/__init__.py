@@ -1,5 +1,6 @@
 """Which Lightning hook calls which verb; besides tasks and cli only this knows Lightning."""
 
 from lrcompress.callbacks.factorize import Factorize
+from lrcompress.callbacks.losparse import LoSparse
 
-__all__ = ["Factorize"]
+__all__ = ["Factorize", "LoSparse"]

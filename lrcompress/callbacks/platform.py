@@ -83,6 +83,17 @@ def loss_factor(trainer: pl.Trainer) -> float:
     return factor
 
 
+def gradient_factor(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """Return what turns ``.grad`` before the optimizer's step into the mean loss's gradient.
+
+    Lightning has unscaled it by then, but for optimizers that do so themselves.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return 1.0 / float(scaler.get_scale())
+
+
 def validate(trainer: pl.Trainer) -> dict[str, float]:
     """Return the figures of one pass over the validation data, and leave no other trace.
 

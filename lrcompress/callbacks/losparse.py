@@ -1,0 +1,358 @@
+"""The callback that prunes a sparse part beside a low-rank one during a fine-tune."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import RenderableType
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lrcompress.callbacks import platform
+from lrcompress.callbacks.course import Course
+from lrcompress.callbacks.observation import Sampling
+from lrcompress.engine import Settings, dense_size
+from lrcompress.errors import SettingError
+from lrcompress.importance import Importance
+from lrcompress.objective import METHODS
+from lrcompress.pruning import Pruner, Shares, outlook, split_
+from lrcompress.report import PointRecord
+from lrcompress.report.tables import plan_table
+from lrcompress.schedules import Cubic, Point
+from lrcompress.statistics.batches import MASK
+
+_FROM, _UNTIL = 0.1, 0.6  # of the way from `at` to the end
+
+
+class LoSparse(Course):
+    """Prune layers, ``W = left right + S``, to low rank plus few rows in the course of a fit.
+
+    At ``at`` each targeted layer is split by a truncated SVD and its remainder, so that nothing
+    is lost. Then the rows of all ``S`` together are pruned gradually, those first on which the
+    loss depends least: a row's score is the mean of ``|p·∂L/∂p|``, averaged over windows of
+    ``mask_every`` steps and between them with ``beta1``; the share of ``S`` that stays falls from
+    1 to its final value by a cubic schedule. A pruned row stays at zero. Where pruning ends,
+    layers are replaced by compact ones of the surviving rows, faster and exactly as large as
+    ``keep`` says, and training goes on. With default arguments this is the algorithm of
+    LoSparse; the others go beyond it. A run can be resumed at any step as with
+    :class:`~lrcompress.Factorize`.
+
+    Args:
+        keep: Parameters that remain / parameters before, over the targeted layers. At 1 layers
+            are split and nothing is pruned.
+        low_rank_share: Share of the kept parameters that go to the factors, the rest to rows.
+            1: low rank alone, whose rank falls in the course of training. ``auto``: ranks and
+            rows compete for one budget by the loss that each is predicted to save a parameter.
+        at: When to split: a fraction of all steps, ``"epoch:N"`` or ``"step:N"``; 0 is before
+            the first step.
+        init: What the truncated SVD measures errors in, one of ``Factorize``'s methods; all but
+            ``svd`` are observed in training, so ``at`` must not be 0.
+        prune_from: When pruning starts; by default a tenth of the way from ``at`` to the end.
+        prune_until: When it ends; by default at six tenths.
+        fix_at: When structure is fixed and layers are compacted; by default where pruning ends,
+            or half of the way from there to the end if pruned units may be revived.
+        initial_rank: Share of the full rank that factors start with; rank components are then
+            pruned as well, by ``|σ·∂L/∂σ|``, under the same schedule. By default factors have
+            their final rank from the start, full rank where there is no sparse part.
+        mask_every: Steps between two masks, over which scores are averaged.
+        beta1: Of the moving average of scores.
+        beta2: Of PLATON's uncertainty, which multiplies the scores; 1 leaves it out.
+        row_score: ``mean`` of ``|p·∂L/∂p|`` over a row, or ``group``: ``|Σ p·∂L/∂p|``, what the
+            loss is predicted to change by.
+        granularity: Prune ``rows``, or single ``entries``, which makes nothing faster.
+        revive: Let pruned rows compete again at every mask, until ``fix_at``, with the averages
+            they were pruned with, which fade.
+        targets: Patterns of layer names such as ``*.attention.*``. By default all linear layers
+            of numbered blocks: attention and feed-forward layers, not poolers and heads.
+        exclude: Patterns of layers to leave out.
+        allocation: ``uniform``: every layer's factors have the same share of it; ``global``:
+            ranks go where the predicted loss is; the default where ``init`` knows it.
+        refit_bias: Let biases take up the mean of what is pruned, where ``init`` knows the inputs.
+        window: How long before ``at`` to observe.
+        every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
+            where that would be fewer than 16 steps.
+        max_tokens: Stop observing after so many tokens, padding excluded.
+        also_observe: Statistics to accumulate besides those of ``init``.
+        fisher: Whose gradients to observe: of ``labels``, or of labels drawn from the ``model``.
+        logits: For ``fisher: model``, the name of the submodule that returns the logits.
+        mask: Key of the batch's padding mask; None if nothing is padded.
+        offload: Device for the statistics; by default each layer's own.
+        shrink: Shares of their mean diagonal mixed into the input and the output metric.
+        validate: Run validation before splitting and after compacting, for the report.
+        report_path: File to write the report to, as JSON.
+        verbose: Print a table where structure is fixed and at the end.
+
+    Raises:
+        SettingError: If an argument is not what it may be, or two do not go together.
+
+    Source:
+        Li et al., "LoSparse", ICML 2023, arXiv 2306.11222.
+
+    Example:
+        >>> callback = LoSparse(keep=0.2, low_rank_share=0.25)
+        >>> callback.shares.granularity, callback.settings.method
+        ('rows', 'svd')
+    """
+
+    def __init__(
+        self,
+        keep: float,
+        low_rank_share: float | str = 0.25,
+        at: float | str = 0.0,
+        init: str = "svd",
+        prune_from: float | str | None = None,
+        prune_until: float | str | None = None,
+        fix_at: float | str | None = None,
+        initial_rank: float | None = None,
+        mask_every: int = 10,
+        beta1: float = 0.85,
+        beta2: float = 1.0,
+        row_score: str = "mean",
+        granularity: str = "rows",
+        revive: bool = False,
+        targets: list[str] | None = None,
+        exclude: list[str] | None = None,
+        allocation: str | None = None,
+        refit_bias: bool = True,
+        window: float | str = "epoch:1",
+        every_n_steps: int | None = None,
+        max_tokens: int | None = None,
+        also_observe: list[str] | None = None,
+        fisher: str = "labels",
+        logits: str | None = None,
+        mask: str | None = MASK,
+        offload: str | None = None,
+        shrink: tuple[float, float] = (0.0, 0.1),
+        validate: bool = True,
+        report_path: str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        self.keep, self.low_rank_share, self.at, self.init = keep, low_rank_share, at, init
+        self.prune_from, self.prune_until, self.fix_at = prune_from, prune_until, fix_at
+        self.mask_every, self.beta1, self.beta2 = mask_every, beta1, beta2
+        self.shares = Shares(
+            keep=keep,
+            low_rank_share=low_rank_share,
+            initial_rank=initial_rank,
+            row_score=row_score,
+            granularity=granularity,
+            revive=revive,
+        )
+        self.settings = Settings(
+            method=init,
+            keep=keep,
+            targets=targets,
+            exclude=exclude or (),
+            allocation=allocation,
+            refit_bias=refit_bias,
+            shrink=shrink,
+        )
+        if low_rank_share == "auto" and initial_rank is None and not METHODS[init].comparable:
+            comparable = ", ".join(name for name, m in METHODS.items() if m.comparable)
+            raise SettingError(
+                "low_rank_share='auto' compares predicted losses of ranks and rows, which "
+                f"init={init!r} does not know; use one of {comparable}, or give initial_rank="
+            )
+        if not isinstance(mask_every, int) or mask_every < 1:
+            raise SettingError(f"mask_every must be a whole number from 1, got {mask_every!r}")
+        Importance(beta1, beta2)  # checks them
+        kinds = dict.fromkeys((*METHODS[init].kinds, *(also_observe or ())))
+        sampling = Sampling(
+            kinds=tuple(kinds),
+            every_n_steps=every_n_steps,
+            max_tokens=max_tokens,
+            fisher=fisher,
+            logits=logits,
+            mask=mask,
+            offload=offload,
+            owner=type(self).__name__,
+        )
+        self._given = {
+            name: None if value is None else Point.parse(value)
+            for name, value in (
+                ("prune_from", prune_from),
+                ("prune_until", prune_until),
+                ("fix_at", fix_at),
+            )
+        }
+        super().__init__(
+            [Point.parse(at)],
+            sampling,
+            window=Point.parse(window),
+            validate=validate,
+            report_path=report_path,
+            verbose=verbose,
+        )
+
+    @override
+    def _reset(self) -> None:
+        super()._reset()
+        self._pruner: Pruner | None = None
+        self._split_record: dict[str, Any] = {"metrics": {}, "observed": {}}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        settings = self.settings
+        return self._generate_state_key(
+            at=self.at, targets=settings.targets, exclude=list(settings.exclude)
+        )
+
+    @override
+    def _settings_at(self, stage: int) -> Settings:
+        return self.settings
+
+    @override
+    def _observes(self, stage: int) -> bool:
+        return stage == 0 and bool(self.sampling.kinds)
+
+    @override
+    def _phase(self) -> str:
+        return ("dense", "pruning", "factored")[self._stage]
+
+    def _importance(self) -> Importance:
+        return Importance(self.beta1, self.beta2, self.mask_every)
+
+    # Structure and state
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = set(self.settings.select(pl_module).names)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, Course) and other is not self:
+                both = sorted(names & set(other._settings_at(0).select(pl_module).names))
+                if both:
+                    raise SettingError(
+                        f"LoSparse and {type(other).__name__} both target layer {both[0]!r}; "
+                        "leave it to one of them with targets= and exclude="
+                    )
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def _resume(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
+    ) -> None:
+        super()._resume(module, optimizers, state)
+        self._split_record = dict(state["split"])
+        if state["pruner"] is not None:
+            self._pruner = Pruner.from_state(
+                state["pruner"], module, self.shares, self._importance()
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._live is None:
+            return state
+        pruner = None if self._pruner is None else self._pruner.state_dict()
+        return state | {"pruner": pruner, "split": self._split_record}
+
+    # The course of a fit
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        total, per_epoch = platform.lengths(trainer)
+        start = self.points[0].step(total, per_epoch)
+
+        def step(name: str, after: int, share: float) -> int:
+            given = self._given[name]
+            if given is None:  # a fraction of unknown length raises
+                Point("fraction", share).step(total, per_epoch)
+                return after + round(share * (total - after))
+            return given.step(total, per_epoch)
+
+        begin, end = step("prune_from", start, _FROM), step("prune_until", start, _UNTIL)
+        fixed = step("fix_at", end, 0.5 if self.shares.revive else 0.0)
+        if not start <= begin < end <= fixed < total:
+            raise SettingError(
+                "phases must follow each other, at ≤ prune_from < prune_until ≤ fix_at < end; got "
+                f"steps {start}, {begin}, {end}, {fixed} of {total:g}"
+            )
+        self._schedule = Cubic(begin, end, 0.0)
+        self.points = [self.points[0], Point("step", fixed)]
+        super().on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        now, pruner = platform.steps_done(trainer), self._pruner
+        if pruner is None or self._stage != 1 or not platform.between_steps(trainer):
+            return
+        if now >= self._schedule.start and pruner.importance.steps == 0:
+            pruner.prune_(self._schedule(now), trainer.optimizers)
+            platform.log(trainer, {"keep": pruner.keep})
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        pruner = self._pruner
+        if pruner is None or self._stage != 1 or pruner.done or not pruner.trained_by(optimizer):
+            return
+        if self.shares.revive or platform.steps_done(trainer) < self._schedule.stop:
+            pruner.observe(platform.gradient_factor(trainer, optimizer))
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._pruner is not None:
+            self._pruner.hold_(trainer.optimizers)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        if self._stage == 0:
+            self._split(trainer, module, now)
+        else:
+            self._fix(trainer, module, now)
+
+    def _split(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        names, statistics = self.settings.select(module).names, self._observation.statistics
+        self._split_record = {
+            "metrics": platform.validate(trainer) if self.validate and now else {},
+            "observed": statistics.figures(),
+        }
+        means, quotas = split_(
+            module, statistics, self.settings, self.shares, optimizers=trainer.optimizers
+        )
+        self._pruner = Pruner(module, names, quotas, self.shares, self._importance(), means)
+
+    def _fix(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        assert self._pruner is not None
+        started = time.perf_counter()
+        if not self._pruner.importance.known:  # fewer steps than one window
+            self._pruner.importance.close()
+        self._pruner.prune_(0.0, trainer.optimizers)
+        before = dense_size(module)
+        layers = self._pruner.compact_(module, trainer.optimizers)
+        after = sum(p.numel() for p in module.parameters())
+        seconds = time.perf_counter() - started
+        method = "LoSparse" if self.init == "svd" else f"LoSparse from {self.init}"
+        observed = self._split_record["observed"]
+        record = PointRecord(method, now, layers, before, after, observed, seconds)
+        record.metrics = {
+            "before": self._split_record["metrics"],
+            "after": platform.validate(trainer) if self.validate else {},
+        }
+        self._record(trainer, record)
+        if not self._pruner.masks:
+            self._pruner = None
+
+    def preview(self, model: nn.Module) -> RenderableType:
+        """Return what would become of ``model``, as a table; nothing is changed."""
+        records, selection, nbytes = outlook(model, self.settings, self.shares)
+        title = f"LoSparse: init {self.init}, keep {self.keep}, split at {self.at}"
+        notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
+        notes.append("ranks and rows are shown uniform; training shares them out by their scores")
+        whole = sum(p.numel() for p in model.parameters())
+        return plan_table(records, title, whole, nbytes, notes)
