@@ -25,6 +25,7 @@ def test_every_recipe_is_found() -> None:
         "sst2_kfac",
         "sst2_kfac_distil",
         "sst2_losparse",
+        "sst2_losparse_then_distil",
         "stsb_row_fisher",
     ]
 

