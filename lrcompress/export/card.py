@@ -45,8 +45,8 @@ def model_card(model: PreTrainedModel, plan: Plan, report: Report | None) -> str
         "```",
         "",
         "Without the import loading ends in an error about sizes of weights. All parameters can be",
-        "trained on. `lrcompress.merge_dense(model)` gives an ordinary model of full size for tools",
-        "that know nothing of factors.",
+        "trained on. `lrcompress.merge_dense(model)` gives an ordinary model of full size for",
+        "tools that know nothing of factors.",
         "",
     ]
     return "\n".join(lines)
