@@ -25,7 +25,7 @@ NOTICE = "to load this model: import lrcompress.export"
 
 
 @register_quantization_config(METHOD)
-class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CompressionConfig(QuantizationConfigMixin):
     """The entry ``quantization_config`` of a ``config.json``.
 
     Args:
@@ -40,7 +40,7 @@ class CompressionConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self, plan: Mapping[str, object], version: int = VERSION, quant_method: str = METHOD
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.version = check_version(version, "config.json")
         self.plan = check_read(plan, "config.json").to_dict()
 
@@ -89,7 +89,7 @@ def check_read(plan: object, where: str) -> Plan:
 
 
 @register_quantizer(METHOD)
-class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
+class CompressionQuantizer(HfQuantizer):
     """Gives a model its structure while it is still without memory; nothing is quantised."""
 
     requires_calibration = True
@@ -116,7 +116,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.to(module.kept.device)  # so that it looks at what `kept` now holds
         align_(model)
         # every parameter is a plain float tensor: .half(), .float() and training may go on
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]
         return model
 
     def get_state_dict_and_metadata(
@@ -144,9 +144,9 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return that ``torch.compile`` may be used."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, **_: Any) -> Any:
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> Any:
         back = (LayerPlan(x.name, "dense", x.sizes) for x in Plan.of(model))
-        return Plan(tuple(back)).apply_(model)
+        return Plan(tuple(back)).apply_(model).to(dtype)
 
 
 def markers(plan: Plan) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ from lrcompress.plan import Plan
 from lrcompress.report import PointRecord, Report
 
 # Arguments of from_pretrained that load_pretrained fixes.
-_FIXED = ("config", "trust_remote_code", "use_safetensors", "local_files_only", "subfolder")
-_FIXED += ("output_loading_info", "state_dict", "quantization_config")
+_FIXED = {"config", "trust_remote_code", "use_safetensors", "local_files_only", "subfolder"}
+_FIXED |= {"output_loading_info", "state_dict", "quantization_config"}
 
 
 def save_pretrained(
@@ -100,7 +100,8 @@ def _marked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     config = model.config
     before = getattr(config, "quantization_config", None), getattr(model, "hf_quantizer", None)
     entry = CompressionConfig(plan.to_dict())
-    config.quantization_config, model.hf_quantizer = entry, CompressionQuantizer(entry)
+    config.quantization_config = entry
+    model.__dict__["hf_quantizer"] = CompressionQuantizer(entry)
     try:
         yield
     finally:
@@ -108,7 +109,7 @@ def _marked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         if before[0] is not None:
             config.quantization_config = before[0]
         if before[1] is not None:
-            model.hf_quantizer = before[1]
+            model.__dict__["hf_quantizer"] = before[1]
 
 
 def load_pretrained(folder: str | Path, model_class: Any = None, **kwargs: Any) -> PreTrainedModel:
@@ -128,7 +129,7 @@ def load_pretrained(folder: str | Path, model_class: Any = None, **kwargs: Any) 
         CheckpointError: if the folder is not as it was written, or not by this package.
         SettingError: if ``kwargs`` has what is fixed here.
     """
-    fixed = [name for name in _FIXED if name in kwargs]
+    fixed = sorted(_FIXED & kwargs.keys())
     if fixed:
         raise SettingError(f"{fixed[0]} is fixed in load_pretrained; use from_pretrained for it")
     contents = read_folder(folder)

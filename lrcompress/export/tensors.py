@@ -147,14 +147,14 @@ def _parts(layer: LayerPlan, where: str) -> dict[str, tuple[int, ...]]:
         if layer.kind == "dense":
             return {}
         sizes["rank"] = layer.sizes["rank"]
-        left = {"left.weight": (sizes["out"], sizes["rank"])}
+        left: dict[str, tuple[int, ...]] = {"left.weight": (sizes["out"], sizes["rank"])}
         if layer.kind == "low_rank":
             return left | {"right.weight": (sizes["rank"], sizes["in"])}
         if layer.kind == "low_rank_sparse":
             rows = layer.sizes["rows"]
             components = sizes["rank"] + rows
-            inner = {"inner.weight": (components, sizes["in"]), "kept": (components,)}
-            return left | inner | {"index": (rows,)}
+            buffers = {"kept": (components,), "index": (rows,)}
+            return left | {"inner.weight": (components, sizes["in"])} | buffers
     except KeyError as error:
         raise CheckpointError(
             f"{where}: the plan gives layer {layer.name!r} no size {error}"
