@@ -15,8 +15,11 @@ _PUBLIC = {
     "Plan": "plan",
     "Report": "report",
     "compress": "engine",
+    "load_pretrained": "export",
+    "merge_dense": "export",
     "observe": "engine",
     "restore_structure": "plan",
+    "save_pretrained": "export",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 

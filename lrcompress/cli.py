@@ -6,6 +6,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   validate   run once over the validation data
   test       run once over the test data
   plan       print which layers the recipe would replace, without training
+  export     write the model of a checkpoint to a folder that transformers loads:
+             lrcompress export CKPT FOLDER --config RECIPE --format transformers|dense
 
 A recipe is a LightningCLI file with trainer, model and data; every key of it can be
 given on the command line too, and what comes later wins. All of them: lrcompress fit --help
@@ -42,6 +44,7 @@ from typing_extensions import override
 import lrcompress.callbacks  # noqa: F401  so that recipes may say Factorize
 import lrcompress.distill  # noqa: F401  and Distilled
 import lrcompress.tasks  # noqa: F401  and TextClassification
+from lrcompress.conversion import export
 from lrcompress.errors import LRCompressError, RecipeError, nearest
 from lrcompress.recipe import LINKED, find_faults, linked_from
 
@@ -63,7 +66,7 @@ def main(args: list[str] | None = None) -> int:
         sys.path.append("")  # modules beside the recipe, as under `python -m`
     try:
         with _quiet():
-            _RecipeCLI(args)
+            export(args[1:]) if args[0] == "export" else _RecipeCLI(args)
     except Exception as error:
         expected = _unwrapped(error)
         if not isinstance(expected, EXPECTED):
@@ -139,9 +142,8 @@ class _RecipeCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         verbs = self.subcommands()
         if args[0] not in verbs:
-            raise RecipeError(
-                f"expected a verb, found {args[0]!r}; nearest valid: {nearest(args[0], verbs)}"
-            )
+            near = nearest(args[0], [*verbs, "export"])
+            raise RecipeError(f"expected a verb, found {args[0]!r}; nearest valid: {near}")
         self._options = args[1:]
         settings = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(

@@ -17,8 +17,11 @@ NAMES = [
     "Report",
     "__version__",
     "compress",
+    "load_pretrained",
+    "merge_dense",
     "observe",
     "restore_structure",
+    "save_pretrained",
 ]
 HEAVY = ("lightning", "transformers", "datasets", "torchmetrics", "jsonargparse")
 

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerC
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
 
+import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
 from lrcompress.errors import SettingError, nearest
 from lrcompress.plan import restore_structure
 from lrcompress.tasks.classification_data import ClassificationData
@@ -28,7 +29,7 @@ class TextClassification(L.LightningModule):
 
     Args:
         path: hub name, local folder, or ``package:name/folder`` for a folder inside an
-            installed Python package.
+            installed Python package. A folder of ``lrcompress.save_pretrained`` goes on factored.
         num_labels: number of classes; 1 means regression on float labels.
         lr: peak learning rate of AdamW.
         weight_decay: of matrices; biases, norms and other vectors have none.

@@ -1,0 +1,46 @@
+"""Back to plain layers, for tools that know nothing of factors."""
+
+import copy
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lrcompress.nn import Factored
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def merge_dense(model: Model) -> Model:
+    """Return a copy of ``model`` with a plain layer in place of every factored one.
+
+    It computes the same to rounding. Layers and parameters that are shared stay shared, each
+    layer is of the type that stood there before factoring, and ``save_pretrained`` of
+    ``transformers`` writes it as an ordinary model. ``model`` itself is not changed.
+
+    Args:
+        model: any module; what is not factored is copied as it is.
+
+    Example:
+        >>> from lrcompress.nn import LowRankLinear
+        >>> merge_dense(nn.Sequential(LowRankLinear(6, 4, rank=2)))
+        Sequential(
+          (0): Linear(in_features=6, out_features=4, bias=True)
+        )
+    """
+    memo: dict[int, Any] = {}
+    for layer in [module for module in model.modules() if isinstance(module, Factored)]:
+        plain = layer.to_dense()
+        plain.bias = copy.deepcopy(layer.bias, memo)  # type: ignore[assignment]
+        memo[id(layer)] = plain  # deepcopy takes it for the copy it has already made
+    merged = copy.deepcopy(model, memo)
+    forget_structure_(merged)
+    return merged
+
+
+def forget_structure_(model: nn.Module) -> None:
+    """Take off what marks a ``transformers`` model as compressed."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for holder, name in ((module, "hf_quantizer"), (config, "quantization_config")):
+            if name in getattr(holder, "__dict__", {}):
+                delattr(holder, name)

@@ -1,0 +1,213 @@
+"""An exported folder, read and checked as files before a model is built from it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lrcompress.errors import CheckpointError
+from lrcompress.export.plugin import METHOD, CompressionConfig, check_read, check_version
+from lrcompress.export.tensors import Entry, check_plan, read_headers
+from lrcompress.plan import Plan
+
+CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "lrcompress.json"
+INDEX = f"{WEIGHTS}.index.json"
+# Entries of a config.json that make transformers fetch or run something, or read other files.
+_REFUSED = re.compile(r"auto_map|custom_\w+|\w+_implementation|transformers_weights|_\w+")
+_PLAIN = re.compile(r"[\w-][\w.-]*\.safetensors")
+_REFUSED_FILES = ("adapter_config.json",)
+_SIZE = re.compile(r"num_|n_|_size|_dim|dim$|length|positions|ratio|factor|size$|depth|layers")
+_COUNT = re.compile(r"layers?$|blocks?$|depths?$")
+_LEAST = 2**20  # sizes up to it are harmless, however small the file
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds.
+
+    Attributes:
+        path: the folder.
+        config: its ``config.json``.
+        plan: the structure.
+        tensors: what its weight files hold, by name.
+        nbytes: of the weight files.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    plan: Plan
+    tensors: dict[str, Entry]
+    nbytes: int
+
+
+def read_folder(folder: str | Path) -> Contents:
+    """Return what an exported folder holds; everything is checked, no tensor is loaded.
+
+    Raises:
+        CheckpointError: if it is no such folder, or anything in it does not fit together.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(
+            f"there is no folder {path}; for a repository on the hub: import lrcompress.export, "
+            "then from_pretrained"
+        )
+    config = read_json(path / CONFIG)
+    entry = config.get("quantization_config")
+    if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{path / CONFIG} has no quantization_config of quant_method {METHOD!r}: not a folder "
+            "of lrcompress.save_pretrained; load it with from_pretrained of transformers"
+        )
+    plan = Plan.from_dict(CompressionConfig.from_dict(entry).plan)
+    for name in _REFUSED_FILES:
+        if (path / name).exists():
+            raise CheckpointError(f"{path / name} would make transformers load another model")
+    files = _weight_files(path)
+    tensors = read_headers(files)
+    check_plan(plan, tensors, str(path))
+    nbytes = sum(file.stat().st_size for file in files)
+    _check_config(path / CONFIG, config, len(tensors), nbytes)
+    _check_record(path, plan)
+    return Contents(path, config, plan, tensors, nbytes)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping that a JSON file holds.
+
+    Raises:
+        CheckpointError: if it is not there or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error!r}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a mapping, got {type(data).__name__}")
+    return data
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Return the weight files, which all lie in the folder itself.
+
+    Raises:
+        CheckpointError: if there are none, or the index points anywhere else.
+    """
+    if (path / WEIGHTS).exists():
+        return [path / WEIGHTS]
+    if not (path / INDEX).exists():
+        raise CheckpointError(f"{path} has neither {WEIGHTS} nor {INDEX}")
+    shards = read_json(path / INDEX).get("weight_map")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    if not names or not all(_PLAIN.fullmatch(x) and (path / x).is_file() for x in names):
+        raise CheckpointError(
+            f"{path / INDEX}: weight_map must name files of this folder, got {str(shards)[:200]}"
+        )
+    return [path / name for name in sorted(names)]
+
+
+def _check_config(path: Path, config: Mapping[str, Any], num_tensors: int, nbytes: int) -> None:
+    """Check that the config asks for nothing that the weight files could not be about.
+
+    Raises:
+        CheckpointError: if it does.
+    """
+    for key, value in _entries(config):
+        if _REFUSED.fullmatch(key) and value is not None:
+            raise CheckpointError(
+                f"{path}: {key!r} is refused, it can make transformers run code or read other "
+                "files; take it out, or load with from_pretrained if you trust the folder"
+            )
+        most = num_tensors if _COUNT.search(key) else max(nbytes, _LEAST)
+        sized = _COUNT.search(key) or _SIZE.search(key)
+        if sized and isinstance(value, int | float) and not -most <= value <= most:
+            raise CheckpointError(
+                f"{path}: {key} is {value}, more than weights of {num_tensors} tensors and "
+                f"{nbytes} bytes can be about"
+            )
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield all keys and values of the config, those of nested configs too."""
+    for key, value in config.items():
+        if key == "quantization_config":
+            continue
+        for part in value if isinstance(value, list) else [value]:
+            yield key, part
+            if isinstance(part, dict):
+                yield from _entries(part)
+
+
+def _check_record(path: Path, plan: Plan) -> None:
+    """Check the files against what was noted of them when they were written.
+
+    There is no such note where ``transformers`` saved the folder.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    if not (path / RECORD).exists():
+        return
+    record = read_json(path / RECORD)
+    check_version(record.get("version"), str(path / RECORD))
+    if check_read(record.get("plan"), str(path / RECORD)) != plan:
+        raise CheckpointError(f"{path / RECORD} and {path / CONFIG} hold different plans")
+    noted = record.get("sha256")
+    if not isinstance(noted, dict) or CONFIG not in noted:
+        raise CheckpointError(f"{path / RECORD}: expected sha256 of the files, got {noted!r}")
+    for name, digest in noted.items():
+        if Path(name).name != name or not (path / name).is_file():
+            raise CheckpointError(f"{path / RECORD} notes a file that is not there: {name!r}")
+        if sha256(path / name) != digest:
+            raise CheckpointError(
+                f"{path / name} is not as it was exported: damaged on the way, edited, or saved "
+                f"over. If that was you, delete {RECORD}, or save with lrcompress.save_pretrained"
+            )
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_model(contents: Contents, own: Mapping[str, Tensor], beside: int, whole: bool) -> None:
+    """Check a model that is built but has no memory yet against the tensors there are.
+
+    Args:
+        contents: of the folder.
+        own: what the model would load, by the names the folder would have for it.
+        beside: bytes of what it would allocate and not load.
+        whole: whether nothing of ``own`` may be missing.
+
+    Raises:
+        CheckpointError: if a tensor has other sizes, or more would be allocated than is there.
+    """
+    found = {name: contents.tensors[name] for name in own if name in contents.tensors}
+    for name, entry in found.items():
+        if entry.shape != tuple(own[name].shape):
+            raise CheckpointError(
+                f"{contents.path}: by its config.json tensor {name!r} has sizes "
+                f"{list(own[name].shape)}, the weights have {list(entry.shape)}"
+            )
+    # some architectures are saved under other names than the model has, so names may differ
+    lacking = {name: tensor for name, tensor in own.items() if name not in found}
+    spare = sum(prod(x.shape) for name, x in contents.tensors.items() if name not in found)
+    asked = sum(prod(x.shape) for x in lacking.values())
+    if whole and asked > spare:
+        raise CheckpointError(
+            f"{contents.path}: the model of its config.json has tensors that are not in the "
+            f"weights, such as {next(iter(lacking))!r}"
+        )
+    beside += 0 if whole else sum(x.nbytes for x in lacking.values())
+    if beside > contents.nbytes + _LEAST:
+        raise CheckpointError(
+            f"{contents.path}: the model of its config.json would take {beside} bytes beside its "
+            f"weights, which have {contents.nbytes}"
+        )

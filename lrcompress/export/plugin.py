@@ -1,0 +1,225 @@
+"""What makes ``transformers`` build the factored layers before it loads their weights."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrcompress.errors import CheckpointError
+from lrcompress.export.tensors import check_plan, read_headers
+from lrcompress.nn import Factored, LowRankSparseLinear
+from lrcompress.plan import LayerPlan, Plan
+
+METHOD = "lrcompress"
+VERSION = 1
+_ALIGNED = 64  # bytes, as torch allocates
+# Named for who loads the folder without this package: the name stands in the error's report.
+NOTICE = "to load this model: import lrcompress.export"
+
+
+@register_quantization_config(METHOD)
+class CompressionConfig(QuantizationConfigMixin):
+    """The entry ``quantization_config`` of a ``config.json``.
+
+    Args:
+        plan: the structure, as :meth:`Plan.to_dict` gives it.
+        version: of this entry.
+        quant_method: always ``lrcompress``.
+
+    Raises:
+        CheckpointError: if the version is later than this package knows, or there is no plan.
+    """
+
+    def __init__(
+        self, plan: Mapping[str, object], version: int = VERSION, quant_method: str = METHOD
+    ) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.version = check_version(version, "config.json")
+        self.plan = check_read(plan, "config.json").to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return the entry that ``config_dict`` describes.
+
+        Raises:
+            CheckpointError: if it does not have the keys of one.
+        """
+        keys = {"quant_method", "version", "plan"}
+        if set(config_dict) != keys:
+            raise CheckpointError(
+                f"quantization_config of config.json must have the keys {', '.join(sorted(keys))}, "
+                f"got {', '.join(map(str, config_dict))}"
+            )
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def check_version(version: object, where: str) -> int:
+    """Return the version if this package can read it.
+
+    Raises:
+        CheckpointError: if it cannot.
+    """
+    if type(version) is int and version > VERSION:
+        raise CheckpointError(
+            f"{where} is of version {version}, this lrcompress reads {VERSION}; update it: "
+            "pip install -U lrcompress"
+        )
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{where} must have a version from 1 to {VERSION}, got {version!r}")
+    return version
+
+
+def check_read(plan: object, where: str) -> Plan:
+    """Return the plan that a file describes.
+
+    Raises:
+        CheckpointError: if it describes none.
+    """
+    if not isinstance(plan, Mapping):
+        raise CheckpointError(f"{where}: expected a plan, got {type(plan).__name__}")
+    return Plan.from_dict(plan)
+
+
+@register_quantizer(METHOD)
+class CompressionQuantizer(HfQuantizer):
+    """Gives a model its structure while it is still without memory; nothing is quantised."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.plan = Plan.from_dict(quantization_config.plan)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        if checkpoint_files is not None:
+            listed = read_headers(map(Path, checkpoint_files))
+            check_plan(self.plan, listed, str(Path(checkpoint_files[0]).parent))
+        shape_(model, self.plan)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, LowRankSparseLinear):
+                _check_index(name, module)
+                module.to(module.kept.device)  # so that it looks at what `kept` now holds
+        align_(model)
+        # every parameter is a plain float tensor: .half(), .float() and training may go on
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the model's tensors, and some that a loader without this package trips over."""
+        return {**model.state_dict(), **markers(Plan.of(model))}, {}
+
+    def is_serializable(self) -> bool:
+        """Return that ``save_pretrained`` may save the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Return that all parameters may be trained."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Return that training needs no adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Return that ``torch.compile`` may be used."""
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> Any:
+        back = (LayerPlan(x.name, "dense", x.sizes) for x in Plan.of(model))
+        return Plan(tuple(back)).apply_(model).to(dtype)
+
+
+def markers(plan: Plan) -> dict[str, Tensor]:
+    """Return tensors that make a dense model refuse the file in place of staying random.
+
+    Where the dense model has ``name.weight`` the file has one of size 1, which every loader
+    refuses as of the wrong size. A further one is named for what to do.
+    """
+    return {key: torch.zeros(1, dtype=torch.uint8) for key in marker_names(plan)}
+
+
+def marker_names(plan: Plan) -> list[str]:
+    """Return the names of the tensors that are no part of the model."""
+    return [NOTICE, *(f"{layer.name}.weight" for layer in plan)]
+
+
+def shape_(model: PreTrainedModel, plan: Plan) -> None:
+    """Give a model on any device the structure, wherever in its class the layers stand."""
+    own = renamed(plan, model)
+    own.apply_(model)
+    ignored = {f"{re.escape(name)}$" for name in marker_names(own)}
+    ignored |= {f"^{re.escape(name)}$" for name in marker_names(plan)}
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if not any(_is_factored(model, key) for key in (target, source))
+    }
+
+
+def align_(model: nn.Module) -> None:
+    """Move tensors on the CPU that lie at odd addresses, as those mapped from a file do.
+
+    Matrix kernels take other paths for them, and round otherwise: the same values would not
+    give the same logits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNED:
+            tensor.data = tensor.data.clone()
+
+
+def _is_factored(model: nn.Module, key: str) -> bool:
+    return isinstance(model.get_submodule(key.rpartition(".")[0]), Factored)
+
+
+def renamed(plan: Plan, model: PreTrainedModel) -> Plan:
+    """Return the plan for another class of the same body, as ``from_pretrained`` would load it.
+
+    ``encoder.layer.0`` of a BertModel is ``bert.encoder.layer.0`` of a classifier, and the other
+    way round. Layers of another class's head are left out.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+    has_body = any(layer.name.startswith(prefix) for layer in plan)
+    layers = []
+    for layer in plan:
+        of_body = layer.name.startswith(prefix)
+        other = layer.name.removeprefix(prefix) if of_body else prefix + layer.name
+        name = layer.name if layer.name in modules or other not in modules else other
+        if name in modules or of_body or not has_body:
+            layers.append(LayerPlan(name, layer.kind, layer.sizes))
+    return Plan(tuple(layers))
+
+
+def _check_index(name: str, layer: LowRankSparseLinear) -> None:
+    index, last = layer.index, layer.out_features - 1
+    if index.is_meta:
+        return
+    bounds = torch.tensor([-1, *index.tolist(), last + 1])
+    rising = bool((bounds[1:] > bounds[:-1]).all())
+    if not rising or index.dtype != torch.int64 or layer.kept.dtype != torch.bool:
+        raise CheckpointError(
+            f"the weights' {name}.index must be int64 that rise from 0 to at most {last}, beside "
+            f"bool kept; got {index.dtype} {index.tolist()[:8]} and {layer.kept.dtype}"
+        )

@@ -1,0 +1,206 @@
+"""Compressed ``transformers`` models into folders and back, bit for bit."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from lrcompress import __version__
+from lrcompress.errors import CheckpointError, LRCompressError, SettingError, nearest
+from lrcompress.export.card import model_card
+from lrcompress.export.dense import forget_structure_
+from lrcompress.export.folder import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    Contents,
+    check_model,
+    read_folder,
+    sha256,
+)
+from lrcompress.export.plugin import VERSION, CompressionConfig, CompressionQuantizer, shape_
+from lrcompress.plan import Plan
+from lrcompress.report import PointRecord, Report
+
+# Arguments of from_pretrained that load_pretrained fixes.
+_FIXED = {"config", "trust_remote_code", "use_safetensors", "local_files_only", "subfolder"}
+_FIXED |= {"output_loading_info", "state_dict", "quantization_config"}
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    report: Report | PointRecord | None = None,
+) -> None:
+    """Write a compressed ``transformers`` model to a folder, which holds all it takes to load it.
+
+    There are ``config.json`` with the plan in it, ``model.safetensors``, ``lrcompress.json`` with
+    plan, report and checksums, the tokenizer's files if one is given, and ``README.md``, a model
+    card with the figures of the report. Nothing of ``model`` is changed.
+
+    Args:
+        model: a ``transformers`` model whose layers may be factored, on any device.
+        folder: is made if need be; files of these names in it are written over.
+        tokenizer: or processor, whose own ``save_pretrained`` is called.
+        report: of the callback (``callback.report``), or what ``compress`` returned.
+
+    Raises:
+        SettingError: if ``model`` is no ``transformers`` model, or a quantised one.
+    """
+    checked = _checked(model)
+    path, plan = Path(folder), Plan.of(model)
+    with _marked(checked, plan):
+        checked.save_pretrained(path, max_shard_size="1000TB")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    report = Report([report]) if isinstance(report, PointRecord) else report
+    record = {
+        "version": VERSION,
+        "lrcompress": __version__,
+        "plan": plan.to_dict(),
+        "report": None if report is None else report.to_dict(),
+        "sha256": {name: sha256(path / name) for name in (CONFIG, WEIGHTS)},
+    }
+    (path / "README.md").write_text(model_card(checked, plan, report), encoding="utf-8")
+    (path / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _checked(model: nn.Module) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        inner = [name for name, child in model.named_children() if _is_pretrained(child)]
+        way = (
+            f"give its {inner[0]!r}"
+            if inner
+            else "keep its state_dict beside Plan.of(model).to_dict(), and give a new model its "
+            "structure with Plan.apply_ or restore_structure before load_state_dict"
+        )
+        raise SettingError(f"expected a transformers model, got a {type(model).__name__}; {way}")
+    other = getattr(model, "hf_quantizer", None)
+    if other is not None and not isinstance(other, CompressionQuantizer):
+        raise SettingError(
+            f"the model is quantised by {type(other).__name__}; export it before it is quantised"
+        )
+    return model
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel)
+
+
+@contextmanager
+def _marked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Have ``transformers`` save the model as what it is, and leave it as it was."""
+    config = model.config
+    before = getattr(config, "quantization_config", None), getattr(model, "hf_quantizer", None)
+    entry = CompressionConfig(plan.to_dict())
+    config.quantization_config = entry
+    model.__dict__["hf_quantizer"] = CompressionQuantizer(entry)
+    try:
+        yield
+    finally:
+        forget_structure_(model)
+        if before[0] is not None:
+            config.quantization_config = before[0]
+        if before[1] is not None:
+            model.__dict__["hf_quantizer"] = before[1]
+
+
+def load_pretrained(folder: str | Path, model_class: Any = None, **kwargs: Any) -> PreTrainedModel:
+    """Return the model of an exported folder, in evaluation mode, all its parameters trainable.
+
+    The folder is checked first: its files against their checksums, the plan against the sizes of
+    the tensors, the model of ``config.json`` against both. Nothing in it can run code, and
+    nothing is allocated that its own files could not fill.
+
+    Args:
+        folder: of :func:`save_pretrained`.
+        model_class: a class of ``transformers`` to load instead of the one that was saved, such
+            as ``AutoModelForSequenceClassification``, which may add a head of its own.
+        **kwargs: of ``from_pretrained``: ``dtype``, ``device_map``, …
+
+    Raises:
+        CheckpointError: if the folder is not as it was written, or not by this package.
+        SettingError: if ``kwargs`` has what is fixed here.
+    """
+    fixed = sorted(_FIXED & kwargs.keys())
+    if fixed:
+        raise SettingError(f"{fixed[0]} is fixed in load_pretrained; use from_pretrained for it")
+    contents = read_folder(folder)
+    try:
+        return _loaded(contents, model_class, kwargs)
+    except CheckpointError:
+        raise
+    except LRCompressError as error:
+        raise CheckpointError(f"{contents.path} does not fit together: {error}") from error
+    except Exception as error:  # whatever transformers makes of a strange config.json
+        raise CheckpointError(
+            f"transformers cannot load {contents.path}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _loaded(contents: Contents, model_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    given = {"local_files_only": True, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(contents.path, **given)
+    chosen = _saved_class(contents) if model_class is None else model_class
+    with torch.device("meta"):
+        is_model = isinstance(chosen, type) and issubclass(chosen, PreTrainedModel)
+        build = chosen if is_model else chosen.from_config
+        empty = build(config)
+        shape_(empty, contents.plan)
+    own = {_stored(name, empty, contents): x for name, x in _own(empty).items()}
+    state = empty.state_dict()
+    beside = sum(x.nbytes for name, x in empty.named_buffers() if name not in state)
+    check_model(contents, own, beside, whole=model_class is None)
+    model, found = chosen.from_pretrained(
+        contents.path,
+        config=config,
+        use_safetensors=True,
+        output_loading_info=True,
+        **given,
+        **kwargs,
+    )
+    if model_class is None and found["missing_keys"]:
+        raise CheckpointError(
+            f"{contents.path}: {len(found['missing_keys'])} tensors of the model are not in the "
+            f"weights, such as {min(found['missing_keys'])!r}"
+        )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _own(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what the model holds and would load, by name: what is tied only once."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _stored(name: str, model: PreTrainedModel, contents: Contents) -> str:
+    """Return the name in the folder, which may be that of another class of the same body."""
+    prefix = f"{model.base_model_prefix}."
+    names = (name, prefix + name, name.removeprefix(prefix))
+    return next((x for x in names if x in contents.tensors), name)
+
+
+def _saved_class(contents: Contents) -> Any:
+    """Return the class that ``config.json`` names.
+
+    Raises:
+        CheckpointError: if it is no model of ``transformers``.
+    """
+    names = contents.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        models = [x for x in dir(transformers) if "For" in x or x.endswith("Model")]
+        raise CheckpointError(
+            f"{contents.path / CONFIG}: architectures must name a model class of transformers, got "
+            f"{names!r}; nearest: {nearest(str(name), models)}"
+        )
+    return found
