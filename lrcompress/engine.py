@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -15,17 +15,21 @@ from torch.optim import Optimizer
 from lrcompress.budget import ALLOCATIONS, Candidate, allocate, check_keep, match_bounds
 from lrcompress.errors import NoMatchError, ObservationError, SettingError, nearest
 from lrcompress.nn import Factored, LowRankLinear
-from lrcompress.objective import METHODS, Metric, method_named, metric_of
+from lrcompress.objective import METHODS, Metric, method_named
+from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
-from lrcompress.solvers.truncation import Factors, Truncation, truncate
+from lrcompress.sharded import Dealt, share_, solve
+from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import KINDS, Statistics
 from lrcompress.statistics.views import view
 from lrcompress.surgery import (
+    Carry,
     Selection,
     carry_dense,
     carry_factors,
+    carry_later,
     replace_,
     select,
     swap_parameters_,
@@ -180,26 +184,6 @@ def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Se
     return records, selection, recorder.nbytes
 
 
-@dataclass(frozen=True)
-class _Solved:
-    """One targeted layer, measured, before anything is changed."""
-
-    truncation: Truncation
-    metric: Metric
-
-    @property
-    def curve(self) -> Tensor:
-        """What each further rank saves: of the loss, where the metric knows it."""
-        scale = self.metric.loss_scale
-        return self.truncation.energies * (1.0 if scale is None else scale)
-
-    def loss(self, rank: int | None) -> float | None:
-        if rank is None:
-            return 0.0
-        scale = self.metric.loss_scale
-        return None if scale is None else 0.5 * scale * float(self.truncation.energies[rank:].sum())
-
-
 @torch.no_grad()
 def factor_(
     model: nn.Module,
@@ -208,6 +192,7 @@ def factor_(
     *,
     optimizers: Iterable[Optimizer] = (),
     step: int | None = None,
+    team: Team = ALONE,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -220,6 +205,8 @@ def factor_(
         settings: what to do.
         optimizers: whose parameters and state follow.
         step: for the record.
+        team: the processes that do the same at the same time, with the same model, statistics and
+            settings. Each solves some of the layers; all end with the same values, bit for bit.
 
     Returns:
         What was done, layer by layer.
@@ -235,24 +222,30 @@ def factor_(
     """
     started = time.perf_counter()
     names = settings.select(model).names
-    solved = {name: _solve(model, name, statistics, settings) for name in names}
-    curves = {name: one.curve for name, one in solved.items()}
-    asked = candidates(model, names, settings, curves)
-    ranks = allocate(asked, settings.keep, settings.spread, settings.align)
+    refit, shrink = settings.refit_bias, settings.shrink
+    dealt = solve(
+        model, names, statistics, settings.method, refit_bias=refit, shrink=shrink, team=team
+    )
+    measured = dealt.measured
+    asked = candidates(model, names, settings, {n: one.curve for n, one in measured.items()})
+    ranks = team.decide(lambda: allocate(asked, settings.keep, settings.spread, settings.align))
     _check_falling(model, ranks)
-    factors = {n: solved[n].truncation.factors(r) for n, r in ranks.items() if r is not None}
+    chosen = {name: rank for name, rank in ranks.items() if rank is not None}
+    factors = _factors(dealt, chosen)
     before = dense_size(model)
-    for name, found in factors.items():
-        _put(model, name, found, solved[name].metric, tuple(optimizers))
+    for name, rank in chosen.items():
+        metric = dealt.own[name].metric if name in dealt.own else None
+        _put(model, name, rank, factors.get(name), metric, tuple(optimizers))
+    share_(model, {name: dealt.owner[name] for name in chosen}, tuple(optimizers), team)
     layers = [
         LayerRecord(
             c.name,
             c.out_features,
             c.in_features,
             ranks[c.name],
-            factors[c.name].error if c.name in factors else 0.0,
-            solved[c.name].loss(ranks[c.name]),
-            solved[c.name].metric.note,
+            measured[c.name].error(ranks[c.name]),
+            measured[c.name].loss(ranks[c.name]),
+            measured[c.name].note,
         )
         for c in asked
     ]
@@ -261,17 +254,17 @@ def factor_(
     return PointRecord(settings.method, step, layers, before, after, statistics.figures(), seconds)
 
 
-def _solve(model: nn.Module, name: str, statistics: Statistics, settings: Settings) -> _Solved:
-    layer = view(model.get_submodule(name))
-    metric = metric_of(
-        settings.method,
-        statistics,
-        name,
-        refit_bias=settings.refit_bias and layer.bias is not None,
-        shrink=settings.shrink,
-    )
-    truncation = truncate(layer.weight, metric.output, metric.input)
-    return _Solved(truncation, replace(metric, output=None, input=None))  # the large part is done
+def _factors(dealt: Dealt, ranks: Mapping[str, int]) -> dict[str, Factors]:
+    """Return the factors of the layers that this process has solved."""
+    found: dict[str, Factors] = {}
+
+    def work() -> None:
+        for name, one in dealt.own.items():
+            if name in ranks:
+                found[name] = one.truncation.factors(ranks[name])
+
+    dealt.team.attempt(work)
+    return found
 
 
 def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
@@ -290,11 +283,28 @@ def dense_size(model: nn.Module) -> int:
 
 
 def _put(
-    model: nn.Module, name: str, factors: Factors, metric: Metric, optimizers: Sequence[Optimizer]
+    model: nn.Module,
+    name: str,
+    rank: int,
+    factors: Factors | None,
+    metric: Metric | None,
+    optimizers: Sequence[Optimizer],
 ) -> None:
+    """Put factors in place of a layer; without any, a layer to receive them from elsewhere."""
     layer = model.get_submodule(name)
+    old, new = view(layer), LowRankLinear.in_place_of(layer, rank)
+    factored = (new.right.weight, new.left.weight)
+    carry = carry_later(factored)
+    if factors is not None and metric is not None:
+        carry = _set_(new, layer, factors, metric)
+    replace_(model, name, new)
+    tied = any(parameter is old.parameters[0] for parameter in model.parameters())
+    swap_parameters_(optimizers, old.parameters, factored, carry, staying=tied)
+
+
+def _set_(new: LowRankLinear, layer: nn.Module, factors: Factors, metric: Metric) -> Carry:
+    """Give ``new`` its values, and return how ``layer``'s optimizer state carries over."""
     old = view(layer)
-    new = LowRankLinear.in_place_of(layer, factors.left.shape[1])
     new.left.weight.copy_(factors.left)
     new.right.weight.copy_(factors.right)
     if metric.mean is not None and old.bias is not None:
@@ -302,13 +312,8 @@ def _put(
         old.bias.add_((lost @ metric.mean.to(lost)).to(old.bias))
     if isinstance(layer, LowRankLinear):
         held = (layer.left.weight, layer.right.weight)
-        carry = carry_factors(held, (factors.left, factors.right))
-    else:
-        carry = carry_dense(factors.left, factors.right, old.transposed)
-    replace_(model, name, new)
-    tied = any(parameter is old.parameters[0] for parameter in model.parameters())
-    factored = (new.right.weight, new.left.weight)
-    swap_parameters_(optimizers, old.parameters, factored, carry, staying=tied)
+        return carry_factors(held, (factors.left, factors.right))
+    return carry_dense(factors.left, factors.right, old.transposed)
 
 
 @contextmanager

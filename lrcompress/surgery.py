@@ -261,6 +261,18 @@ def carry_kept(layer: LowRankSparseLinear) -> Carry:
     return carry
 
 
+def carry_later(new: Sequence[Tensor]) -> Carry:
+    """Return how optimizer state gets the shapes of ``new``, for values that come from elsewhere.
+
+    Where layers are dealt over processes, only the one that solved a layer works out its state.
+    """
+
+    def carry(state: Sequence[Tensor], _squared: bool) -> list[Tensor]:
+        return [torch.zeros_like(parameter, dtype=state[0].dtype) for parameter in new]
+
+    return carry
+
+
 @torch.no_grad()
 def swap_parameters_(
     optimizers: Iterable[Optimizer],

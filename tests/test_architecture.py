@@ -12,11 +12,11 @@ import lrcompress
 
 ROOT = Path(lrcompress.__file__).parent
 LAYERS = [
-    {"errors", "linalg", "schedules"},
+    {"errors", "linalg", "parallel", "schedules"},
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
     {"nn", "plan", "surgery"},
-    {"engine", "pruning", "report", "export"},
+    {"engine", "sharded", "pruning", "report", "export"},
     {"callbacks", "distill"},
     {"tasks", "cli", "conversion", "recipe", "__main__"},
 ]

@@ -19,6 +19,7 @@ from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.restart import Restart
 from lrcompress.engine import Settings
 from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
+from lrcompress.parallel import ALONE
 from lrcompress.plan import Plan
 from lrcompress.report import PointRecord, Report
 from lrcompress.report.tables import point_table, summary_table
@@ -62,6 +63,7 @@ class Course(pl.Callback, ABC):
 
     def _reset(self) -> None:
         self.report = Report()
+        self._team = ALONE
         self._observation = Observation(self.sampling)
         self._stage = 0  # points that are done
         self._at_steps: list[int] = []
@@ -97,6 +99,9 @@ class Course(pl.Callback, ABC):
             self._hooks.close()
             self._reset()
             platform.refuse(trainer, type(self).__name__)
+            self._team = platform.team(trainer)
+            self._observation = Observation(self.sampling, self._team)
+            platform.check_same_module(pl_module, self._team)
         follow = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _follow_checkpoint
         )
@@ -105,6 +110,7 @@ class Course(pl.Callback, ABC):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._live = (pl_module, trainer.optimizers)
+        platform.refuse_optimizers(trainer.optimizers, type(self).__name__)
         for name in self._settings_at(0).select(pl_module).names:
             if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
                 raise LayerError(
@@ -113,6 +119,7 @@ class Course(pl.Callback, ABC):
                 )
         if self._loaded is not None:
             self._resume(pl_module, trainer.optimizers, self._loaded)
+            platform.rewrap_(trainer)
 
     def _resume(
         self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
@@ -126,12 +133,26 @@ class Course(pl.Callback, ABC):
         platform.reorder_(module, optimizers, state["param_names"])
         device = next(module.parameters()).device
         self._observation.load_state_dict(state["observation"], device)
-        platform.set_rng_state(state["rng"])  # the loader draws its order from here
+        self._draw_as_before(state)  # the loader draws its order from here
+        own = self._own(state)
+        if own is not None:
+            self._observation.set_draws(own["labels"])
         if state["restart"] is not None:
             self._begin_restart(Warmup(**state["restart"]["schedule"]), state["restart"]["taken"])
 
+    def _own(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return what a checkpoint holds of this process; None if there were fewer processes."""
+        processes = state["processes"]
+        return processes[self._team.index] if self._team.index < len(processes) else None
+
+    def _draw_as_before(self, state: Mapping[str, Any]) -> None:
+        own = self._own(state)
+        if own is not None:
+            platform.set_rng_state(own["rng"])
+
     @override
     def state_dict(self) -> dict[str, Any]:
+        """Return everything a run needs to go on; under DDP to be called by all processes."""
         if self._live is None:
             return {"version": VERSION, "stage": self._stage}
         module, optimizers = self._live
@@ -145,7 +166,9 @@ class Course(pl.Callback, ABC):
             "report": self.report.to_dict(),
             "restart": restart
             and {"schedule": vars(restart.schedule).copy(), "taken": restart.taken},
-            "rng": platform.rng_state(),
+            "processes": self._team.gather(
+                {"rng": platform.rng_state(), "labels": self._observation.draws()}
+            ),
             "times": {name: list(spent) for name, spent in self._times.items()},
         }
 
@@ -167,7 +190,7 @@ class Course(pl.Callback, ABC):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total, self._per_epoch = platform.lengths(trainer)
+        self._total, self._per_epoch = self._lengths(trainer)
         self._at_steps = [point.step(self._total, self._per_epoch) for point in self.points]
         if any(after <= before for before, after in pairwise(self._at_steps)):
             named = ", ".join(map(str, self.points))
@@ -177,7 +200,7 @@ class Course(pl.Callback, ABC):
             return
         point, now = self.points[self._stage], platform.steps_done(trainer)
         observes = self._observes(self._stage)
-        blind = observes and not self._observation.statistics.steps and step == now
+        blind = observes and not self._observation.started and step == now
         if step < now or blind:
             lies = "lies in the past" if step < now else "leaves no step to observe before it"
             raise SettingError(
@@ -185,6 +208,11 @@ class Course(pl.Callback, ABC):
             )
         if observes:
             self._watch(pl_module)
+
+    def _lengths(self, trainer: pl.Trainer) -> tuple[float, float]:
+        """Return optimizer steps in the whole run and per epoch, which all processes share."""
+        platform.check_same_lengths(trainer, self._team)
+        return platform.lengths(trainer)
 
     def _watch(self, module: nn.Module) -> None:
         total = self._total if self._window.unit == "fraction" else float("inf")
@@ -204,7 +232,7 @@ class Course(pl.Callback, ABC):
     ) -> None:
         if self._loaded is not None:
             if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
-                platform.set_rng_state(self._loaded["rng"])
+                self._draw_as_before(self._loaded)
             self._loaded = None
         now = platform.steps_done(trainer)
         if self._next is not None and now >= self._next and platform.between_steps(trainer):
@@ -242,6 +270,7 @@ class Course(pl.Callback, ABC):
 
     def _reach(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         if self._observes(self._stage):
+            self._observation.merge_()
             self._observation.check(self.points[self._stage])
         if not self._stage:
             platform.announce(module)
@@ -252,6 +281,11 @@ class Course(pl.Callback, ABC):
             self._watch(module)
         platform.reset_best(trainer)
         self._save_report(trainer)
+
+    def _settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Let training go on with the new structure, once all processes have the same."""
+        platform.check_identical(module, self._team)
+        platform.rewrap_(trainer)
 
     def _record(self, trainer: pl.Trainer, record: PointRecord) -> None:
         """Add what a point did to the report, the terminal and the loggers."""
@@ -311,6 +345,8 @@ class Course(pl.Callback, ABC):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        # others may never answer: what is saved now is this process's own
+        self._team = self._observation.team = ALONE
         self._close()
 
     @override

@@ -23,9 +23,10 @@ class Factorize(Course):
 
     Before each point it accumulates statistics in some of the training steps; at the point it
     factors the targeted layers, carries the optimizer's state over and lets training go on. A
-    run that is interrupted and resumed ends as the uninterrupted one, bit for bit on one CPU
-    device; within an epoch that takes a data loader with a ``state_dict``, since Lightning
-    starts any other one anew. What happened is in ``report``.
+    run that is interrupted and resumed ends as the uninterrupted one, bit for bit on the CPU;
+    within an epoch that takes a data loader with a ``state_dict``, since Lightning starts any
+    other one anew. Under DDP each process observes its own batches and factors some of the
+    layers. What happened is in ``report``.
 
     Args:
         keep: Parameters that remain / parameters before, over the targeted layers, above 0 and
@@ -175,7 +176,9 @@ class Factorize(Course):
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         settings, statistics = self.settings[self._stage], self._observation.statistics
         before = platform.validate(trainer) if self.validate else {}
-        record = factor_(module, statistics, settings, optimizers=trainer.optimizers, step=now)
+        optimizers, team = trainer.optimizers, self._team
+        record = factor_(module, statistics, settings, optimizers=optimizers, step=now, team=team)
+        self._settle(trainer, module)
         after = platform.validate(trainer) if self.validate else {}
         record.metrics = {"before": before, "after": after}
         self._record(trainer, record)

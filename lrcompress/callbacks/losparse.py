@@ -253,7 +253,7 @@ class LoSparse(Course):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        total, per_epoch = platform.lengths(trainer)
+        total, per_epoch = self._lengths(trainer)
         start = self.points[0].step(total, per_epoch)
 
         def step(name: str, after: int, share: float) -> int:
@@ -322,9 +322,11 @@ class LoSparse(Course):
             "metrics": platform.validate(trainer) if self.validate and now else {},
             "observed": statistics.figures(),
         }
+        optimizers, team = trainer.optimizers, self._team
         means, quotas = split_(
-            module, statistics, self.settings, self.shares, optimizers=trainer.optimizers
+            module, statistics, self.settings, self.shares, optimizers=optimizers, team=team
         )
+        self._settle(trainer, module)
         self._pruner = Pruner(module, names, quotas, self.shares, self._importance(), means)
 
     def _fix(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
@@ -333,8 +335,10 @@ class LoSparse(Course):
         if not self._pruner.importance.known:  # fewer steps than one window
             self._pruner.importance.close()
         self._pruner.prune_(0.0, trainer.optimizers)
+        platform.check_identical(module, self._team)  # the same units, before they are structure
         before = dense_size(module)
         layers = self._pruner.compact_(module, trainer.optimizers)
+        self._settle(trainer, module)
         after = sum(p.numel() for p in module.parameters())
         seconds = time.perf_counter() - started
         method = "LoSparse" if self.init == "svd" else f"LoSparse from {self.init}"

@@ -10,10 +10,12 @@ from torch import nn
 
 from lrcompress.engine import Settings
 from lrcompress.errors import ObservationError, SettingError, nearest
+from lrcompress.parallel import ALONE, Team
 from lrcompress.statistics.batches import batch_examples, batch_mask
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsTap, drawn_loss
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
+from lrcompress.statistics.reduction import all_reduce_, fold_
 
 _EVERY, _FEWEST = 10, 16  # steps
 
@@ -66,14 +68,17 @@ class Observation:
 
     Args:
         sampling: which steps, and whose gradients.
+        team: the processes that observe different batches at the same steps.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, team: Team = ALONE) -> None:
+        self.sampling, self.team = sampling, team
         self.statistics = Statistics()
         self._recorder: Recorder | None = None
         self._tap: LogitsTap | None = None
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(team.index)
+        self._device: torch.device | str = "cpu"
+        self._folded = (0, 0)  # steps and tokens of all processes, which the first holds
         self._step = ExitStack()
         self._examples = 1
 
@@ -84,6 +89,7 @@ class Observation:
 
     def watch(self, module: nn.Module, settings: Settings) -> int:
         """Get ready to observe the targeted layers; return the bytes it may take."""
+        self._device = self.sampling.offload or next(module.parameters()).device
         self._recorder = Recorder(
             module,
             settings.select(module).names,
@@ -100,14 +106,27 @@ class Observation:
     def forget(self) -> None:
         """Start anew after a point: what was seen was of other weights."""
         self.statistics, self._recorder, self._tap = Statistics(), None, None
+        self._folded = (0, 0)
 
     def due(self, ahead: int, window: int) -> bool:
         """Return whether to observe a step that is ``ahead`` steps before the point."""
         every = self.sampling.every_n_steps or min(_EVERY, max(1, window // _FEWEST))
         sampled = ahead % min(every, window) == 0
         most = self.sampling.max_tokens
-        full = most is not None and self.statistics.tokens >= most
+        full = most is not None and self._tokens >= most
         return bool(self.sampling.kinds) and 0 < ahead <= window and sampled and not full
+
+    @property
+    def started(self) -> bool:
+        """Whether any process has observed anything yet."""
+        return max(self.statistics.steps, self._folded[0]) > 0
+
+    @property
+    def _tokens(self) -> int:
+        """Tokens of all processes, those since the last fold as if others had seen as many."""
+        folded = self._folded[1]
+        since = self.statistics.tokens - (folded if self.team.index == 0 else 0)
+        return folded + since * self.team.size
 
     def open_step(self, batch: Any) -> None:
         """Observe the step that begins with this batch, until :meth:`close_step`."""
@@ -139,6 +158,10 @@ class Observation:
         """Take off all hooks."""
         self._step.close()
 
+    def merge_(self) -> None:
+        """Let every process have what all have seen, at the point."""
+        all_reduce_(self.statistics, self.team, self._device)
+
     def check(self, point: object) -> None:
         """Refuse to go on from nothing.
 
@@ -152,12 +175,30 @@ class Observation:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything in plain types and tensors."""
-        state = {"statistics": self.statistics.state_dict()}
-        return state | {"generator": self._generator.get_state()}
+        """Return what all processes have seen, in plain types and tensors.
+
+        The first process then holds it, here as in a run that goes on from the file, so that both
+        add up the same numbers in the same order.
+        """
+        if self.team.size > 1:
+            fold_(self.statistics, self.team, self._device)
+        seen = [self.statistics.steps, self.statistics.tokens]
+        steps, tokens = self.team.decide(lambda: seen)
+        self._folded = (steps, tokens)
+        return {"statistics": self.statistics.state_dict(), "folded": [steps, tokens]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Go on from what :meth:`state_dict` described."""
-        where = self.sampling.offload or device
-        self.statistics.load_state_dict(state["statistics"], where)
-        self._generator.set_state(state["generator"].cpu())
+        """Go on from what :meth:`state_dict` described, with any number of processes."""
+        steps, tokens = state["folded"]
+        self._folded = (steps, tokens)
+        if self.team.index == 0:
+            where = self.sampling.offload or device
+            self.statistics.load_state_dict(state["statistics"], where)
+
+    def draws(self) -> torch.Tensor:
+        """Return the state of this process's own random labels."""
+        return self._generator.get_state()
+
+    def set_draws(self, state: torch.Tensor) -> None:
+        """Go on with the random labels that :meth:`draws` described."""
+        self._generator.set_state(state.cpu())

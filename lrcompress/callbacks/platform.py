@@ -10,10 +10,13 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console, RenderableType
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lrcompress.errors import CheckpointError, PlatformError
+from lrcompress.nn import Factored
+from lrcompress.parallel import ALONE, Team, checksums
 
 # By name: the same classes exist twice, in lightning.pytorch and in pytorch_lightning.
 _REFUSED = {
@@ -21,6 +24,9 @@ _REFUSED = {
     "WeightAveraging": "keeps a copy of the dense weights to average into",
     "ModelPruning": "masks parameters that will have left the model",
 }
+# Strategies that are DDPStrategies by inheritance alone.
+_OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
 
 
 def _names(kind: type) -> set[str]:
@@ -39,13 +45,157 @@ def refuse(trainer: pl.Trainer, owner: str) -> None:
                 f"{owner} replaces layers while fit runs, and {name} {_REFUSED[name]}; "
                 f"remove {name}, or call lrcompress.compress() after the fit"
             )
-    strategy = type(trainer.strategy)
-    if "SingleDeviceStrategy" not in _names(strategy):
+    _refuse_strategy(trainer.strategy, owner)
+
+
+def _refuse_strategy(strategy: Any, owner: str) -> None:
+    names, name = _names(type(strategy)), type(strategy).__name__
+    if "SingleDeviceStrategy" in names:
+        return
+    if "DDPStrategy" not in names or names & _OTHER_THAN_DDP:
         raise PlatformError(
-            f"{owner} replaces layers while fit runs, which it can do on one device so far, not "
-            f"under {strategy.__name__}; use Trainer(devices=1), or call lrcompress.compress() "
-            "between two fits"
+            f"{owner} replaces layers while fit runs, which it can do on one device and under DDP "
+            f"so far, not under {name}; use strategy='ddp' or Trainer(devices=1), or call "
+            "lrcompress.compress() between two fits"
         )
+    method = getattr(strategy, "_start_method", "popen")
+    if method != "popen":
+        raise PlatformError(
+            f"{owner} changes the module in processes that {method} starts, and the object in "
+            "the process that called fit would stay dense; use strategy='ddp' in a script, or "
+            "torchrun. In a notebook, train on one device"
+        )
+    if getattr(strategy, "_model_averaging_period", None) is not None:
+        raise PlatformError(
+            f"{owner} needs the same parameters in all processes, which model averaging lets "
+            "drift apart between its periods; leave model_averaging_period out"
+        )
+
+
+def refuse_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
+    """Raise for optimizers whose state is not all here.
+
+    Raises:
+        PlatformError: with the way out.
+    """
+    for optimizer in optimizers:
+        if "ZeroRedundancyOptimizer" in _names(type(optimizer)):
+            raise PlatformError(
+                f"{owner} carries the optimizer's state over to new parameters, and "
+                "ZeroRedundancyOptimizer holds only a part of it in each process; use the "
+                "optimizer it wraps"
+            )
+
+
+def team(trainer: pl.Trainer) -> Team:
+    """Return the processes that train together."""
+    return Team.of() if trainer.world_size > 1 else ALONE
+
+
+def check_same_module(module: nn.Module, team: Team) -> None:
+    """Refuse processes that start from different modules.
+
+    Raises:
+        PlatformError: naming the first parameter that differs.
+    """
+    if team.size == 1:
+        return
+    found = team.differing(
+        {
+            name: f"{tuple(p.shape)} {'trained' if p.requires_grad else 'frozen'}"
+            for name, p in module.named_parameters()
+        }
+    )
+    if found is not None:
+        raise PlatformError(
+            f"parameter {found[0]!r} is not alike in all processes: {_each(found[1])}; build and "
+            "freeze the same module in every one"
+        )
+
+
+def check_same_lengths(trainer: pl.Trainer, team: Team) -> None:
+    """Refuse processes that would reach a point at different steps.
+
+    Raises:
+        PlatformError: with the batches that each has.
+    """
+    if team.size == 1:
+        return
+    found = team.differing(
+        {"batches": float(trainer.num_training_batches), "epochs": trainer.max_epochs}
+    )
+    if found is not None:
+        raise PlatformError(
+            f"training {found[0]} are not as many in all processes: {_each(found[1])}; they step "
+            "together, so give each the same number, as DistributedSampler does"
+        )
+
+
+def check_identical(module: nn.Module, team: Team) -> None:
+    """Compare all parameters and the structure over the processes.
+
+    Raises:
+        PlatformError: naming the first parameter that differs.
+    """
+    if team.size == 1:
+        return
+    ignored = set(getattr(module, _IGNORED, ()))
+    tensors = dict(module.named_parameters()) | dict(_structure_buffers(module))
+    found = team.differing(checksums({n: t for n, t in tensors.items() if n not in ignored}))
+    if found is not None:
+        name, sums = found
+        alike = [str(number) for number, one in enumerate(sums) if one == sums[0]]
+        raise PlatformError(
+            f"{name!r} is not the same in all {team.size} processes: those like the first are "
+            f"{', '.join(alike)}; something has changed it in one of them only"
+        )
+
+
+def _each(values: Sequence[object]) -> str:
+    return ", ".join(f"{value} in process {number}" for number, value in enumerate(values))
+
+
+def _structure_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, child in module.named_modules():
+        if isinstance(child, Factored):
+            yield from child.named_buffers(prefix)
+
+
+def rewrap_(trainer: pl.Trainer) -> None:
+    """Let DDP follow a change of structure: a new wrapper, with the strategy's own settings.
+
+    The old one's hooks come off, and gradients, which may be views of its buckets, are dropped.
+    Batch norms stay converted, as they are in the module itself.
+    """
+    strategy: Any = trainer.strategy
+    wrapper = strategy.model
+    if not isinstance(wrapper, DistributedDataParallel):
+        return
+    wrapper._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+    module = strategy.model = strategy.lightning_module
+    for parameter in module.parameters():
+        parameter.grad = None
+    _forget_buckets(strategy._ddp_comm_state)
+    strategy._pl_static_graph_delay_done = False
+    ignored = getattr(module, _IGNORED, None)
+    # indices and masks are the same everywhere; DDP would send them with every forward pass
+    ours = [name for name, _ in _structure_buffers(module)]
+    setattr(module, _IGNORED, [*(ignored or ()), *ours])
+    try:
+        strategy.configure_ddp()
+    finally:
+        if ignored is None:
+            delattr(module, _IGNORED)
+        else:
+            setattr(module, _IGNORED, ignored)
+
+
+def _forget_buckets(state: Any) -> None:
+    """Let a communication hook with a memory, as PowerSGD is, start anew with new buckets."""
+    for name in ("error_dict", "p_memory_dict", "q_memory_dict"):
+        getattr(state, name, {}).clear()
+    if hasattr(state, "error_dict"):
+        state.iter = 0
 
 
 def lengths(trainer: pl.Trainer) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +11,18 @@ from lrcompress.budget import Candidate, allocate, divide
 from lrcompress.engine import Settings
 from lrcompress.errors import LayerError, SettingError
 from lrcompress.nn import Factored, LowRankSparseLinear
-from lrcompress.objective import METHODS, Metric, metric_of
+from lrcompress.objective import METHODS
+from lrcompress.parallel import ALONE, Team
 from lrcompress.pruning.shares import AUTO, Quota, Shares
 from lrcompress.report.record import LayerRecord
+from lrcompress.sharded import Dealt, Solved, share_, solve
 from lrcompress.solvers.residual import row_energies
-from lrcompress.solvers.truncation import Truncation, truncate
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.surgery import Selection, carry_sparse, replace_, swap_parameters_
+from lrcompress.surgery import Selection, carry_later, carry_sparse, replace_, swap_parameters_
 
-
-@dataclass(frozen=True)
-class _Solved:
-    weight: Tensor
-    truncation: Truncation
-    metric: Metric
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.weight.shape
-        return rows, columns
+Sizes = Mapping[str, tuple[int, int]]
 
 
 @torch.no_grad()
@@ -43,6 +33,7 @@ def split_(
     shares: Shares,
     *,
     optimizers: Iterable[Optimizer] = (),
+    team: Team = ALONE,
 ) -> tuple[dict[str, Tensor], list[Quota]]:
     """Replace the targeted layers by factors plus all rows of the remainder: nothing is lost.
 
@@ -56,6 +47,7 @@ def split_(
         settings: which layers, and the metric.
         shares: what will remain.
         optimizers: whose parameters and state follow.
+        team: the processes that do the same at the same time, each of which solves some layers.
 
     Returns:
         The mean input ``(in,)`` of every layer whose bias can take up what pruning takes away,
@@ -73,29 +65,37 @@ def split_(
                 f"layer {name!r} is factored already; LoSparse starts from dense layers: leave "
                 "it out with exclude=, or use one of Factorize and LoSparse"
             )
-    solved = {name: _solve(model, name, statistics, settings) for name in names}
-    ranks = _ranks(solved, settings, shares)
+    dealt = solve(
+        model,
+        names,
+        statistics,
+        settings.method,
+        refit_bias=settings.refit_bias,
+        shrink=settings.shrink,
+        keep_metric=shares.low_rank_share == AUTO,
+        team=team,
+    )
+    sizes = {name: view(model.get_submodule(name)).shape for name in names}
+    budget = _budget(sizes, shares)
+    if shares.start_rank is None and shares.low_rank_share == AUTO:
+        ranks = _divided(model, dealt, settings, sizes, budget)
+    else:
+        ranks = team.decide(lambda: _ranks(dealt, settings, shares, sizes, budget))
     for name, rank in ranks.items():
-        _put(model, name, solved[name], rank, shares, tuple(optimizers))
-    means = {name: one.metric.mean for name, one in solved.items() if one.metric.mean is not None}
-    return means, _quotas({name: one.shape for name, one in solved.items()}, ranks, shares)
+        _put(model, name, dealt.own.get(name), rank, shares, tuple(optimizers))
+    share_(model, dealt.owner, optimizers, team)
+    device = {name: view(model.get_submodule(name)).parameters[0].device for name in names}
+    known = {name: one.mean for name, one in dealt.measured.items()}
+    means = {name: mean.to(device[name]) for name, mean in known.items() if mean is not None}
+    return means, _quotas(sizes, ranks, shares)
 
 
-def _solve(model: nn.Module, name: str, statistics: Statistics, settings: Settings) -> _Solved:
-    layer = view(model.get_submodule(name))
-    refit = settings.refit_bias and layer.bias is not None
-    metric = metric_of(settings.method, statistics, name, refit_bias=refit, shrink=settings.shrink)
-    truncation = truncate(layer.weight, metric.output, metric.input)
-    return _Solved(layer.weight, truncation, metric)
-
-
-def _ranks(solved: Mapping[str, _Solved], settings: Settings, shares: Shares) -> dict[str, int]:
-    """Return the rank that every layer starts with.
+def _budget(sizes: Sizes, shares: Shares) -> int:
+    """Return the parameters that remain.
 
     Raises:
-        SettingError: if ``keep`` is less than one rank a layer takes.
+        SettingError: if they are less than one rank a layer takes.
     """
-    sizes = {name: one.shape for name, one in solved.items()}
     total = sum(map(math.prod, sizes.values()))
     budget, least = math.floor(shares.keep * total + 1e-6), sum(map(sum, sizes.values()))
     if budget < least:
@@ -104,63 +104,76 @@ def _ranks(solved: Mapping[str, _Solved], settings: Settings, shares: Shares) ->
             f"row in each of {len(sizes)} layers take {least:,}; the least keep is "
             f"{math.ceil(least / total * 1e4) / 1e4:.4f}"
         )
+    return budget
+
+
+def _ranks(
+    dealt: Dealt, settings: Settings, shares: Shares, sizes: Sizes, budget: int
+) -> dict[str, int]:
+    """Return the rank that every layer starts with."""
     if shares.start_rank is not None:
         return {n: math.ceil(shares.start_rank * min(s) - 1e-9) or 1 for n, s in sizes.items()}
-    if shares.low_rank_share == AUTO:
-        return _divided(solved, settings, budget)
     part = shares.keep * float(shares.low_rank_share)
     ranks = {n: math.ceil(part * math.prod(s) / sum(s) - 1e-9) or 1 for n, s in sizes.items()}
     if settings.spread == "uniform" and sum(r * sum(sizes[n]) for n, r in ranks.items()) <= budget:
         return ranks
     asked = [
-        Candidate(name, *one.shape, energies=_curve(one), highest=(min(one.shape) + 1) // 2)
-        for name, one in solved.items()
+        Candidate(name, *sizes[name], energies=one.curve, highest=(min(sizes[name]) + 1) // 2)
+        for name, one in dealt.measured.items()
     ]
-    shared = allocate(asked, max(part, least / total), settings.spread)
+    least = sum(map(sum, sizes.values())) / sum(map(math.prod, sizes.values()))
+    shared = allocate(asked, max(part, least), settings.spread)
     return {name: rank or 1 for name, rank in shared.items()}
 
 
-def _curve(one: _Solved) -> Tensor:
-    scale = one.metric.loss_scale
-    return one.truncation.energies * (1.0 if scale is None else scale)
-
-
-def _divided(solved: Mapping[str, _Solved], settings: Settings, budget: int) -> dict[str, int]:
+def _divided(
+    model: nn.Module, dealt: Dealt, settings: Settings, sizes: Sizes, budget: int
+) -> dict[str, int]:
     if not METHODS[settings.method].comparable:
         comparable = ", ".join(name for name, m in METHODS.items() if m.comparable)
         raise SettingError(
             "low_rank_share='auto' compares predicted losses of ranks and rows, which "
             f"{settings.method!r} does not know; use one of {comparable}, or give initial_rank="
         )
-    losses = {}
-    for name, one in solved.items():
-        most = max(1, math.prod(one.shape) // sum(one.shape))
-        metric, scale = one.metric, one.metric.loss_scale or 0.0
-        rows = row_energies(one.weight, metric.output, metric.input, one.truncation, most)
-        losses[name] = 0.5 * scale * rows
-    return divide(losses, {name: sum(one.shape) for name, one in solved.items()}, budget)
+
+    def work() -> dict[str, Tensor]:
+        losses = {}
+        for name, one in dealt.own.items():
+            most = max(1, math.prod(sizes[name]) // sum(sizes[name]))
+            weight, metric = view(model.get_submodule(name)).weight, one.metric
+            rows = row_energies(weight, metric.output, metric.input, one.truncation, most)
+            losses[name] = (0.5 * (metric.loss_scale or 0.0) * rows).cpu()
+        return losses
+
+    losses = {name: rows for part in dealt.team.attempt(work) for name, rows in part.items()}
+    units = {name: sum(shape) for name, shape in sizes.items()}
+    ordered = {name: losses[name] for name in sizes}
+    return dealt.team.decide(lambda: divide(ordered, units, budget))
 
 
 def _put(
     model: nn.Module,
     name: str,
-    solved: _Solved,
+    solved: Solved | None,
     rank: int,
     shares: Shares,
     optimizers: Sequence[Optimizer],
 ) -> None:
+    """Put a split layer in a layer's place; if not solved here, one to receive its values."""
     layer = model.get_submodule(name)
     old = view(layer)
-    factors = solved.truncation.factors(rank)
     new = LowRankSparseLinear.in_place_of(layer, rank, None if shares.sparse else 0)
-    new.left.weight.copy_(factors.left)
-    new.right.copy_(factors.right)
-    if shares.sparse:
-        new.rows.copy_(old.weight.double() - factors.left.double() @ factors.right.double())
-    carry = carry_sparse(factors.left, factors.right, old.transposed, rows=shares.sparse)
+    fresh = (new.inner.weight, new.left.weight)
+    carry = carry_later(fresh)
+    if solved is not None:
+        factors = solved.truncation.factors(rank)
+        new.left.weight.copy_(factors.left)
+        new.right.copy_(factors.right)
+        if shares.sparse:
+            new.rows.copy_(old.weight.double() - factors.left.double() @ factors.right.double())
+        carry = carry_sparse(factors.left, factors.right, old.transposed, rows=shares.sparse)
     replace_(model, name, new)
     tied = any(parameter is old.parameters[0] for parameter in model.parameters())
-    fresh = (new.inner.weight, new.left.weight)
     swap_parameters_(
         optimizers,
         old.parameters,
@@ -171,9 +184,7 @@ def _put(
     )
 
 
-def _quotas(
-    sizes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], shares: Shares
-) -> list[Quota]:
+def _quotas(sizes: Sizes, ranks: Mapping[str, int], shares: Shares) -> list[Quota]:
     dense = sum(map(math.prod, sizes.values()))
     factors = sum(rank * sum(sizes[name]) for name, rank in ranks.items())
     budget = math.floor(shares.keep * dense + 1e-6)

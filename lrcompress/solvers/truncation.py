@@ -69,8 +69,18 @@ class Truncation:
 
     def error(self, rank: int) -> float:
         """Return the relative error of the best truncation to ``rank``."""
-        total = float(self.energies.sum())
-        return (max(0.0, float(self.energies[rank:].sum())) / total) ** 0.5 if total > 0 else 0.0
+        return relative_error(self.energies, rank)
+
+
+def relative_error(energies: Tensor, rank: int) -> float:
+    """Return the relative error of a truncation to ``rank``, from its squared singular values.
+
+    Example:
+        >>> relative_error(torch.tensor([16.0, 9.0]), 1)
+        0.6
+    """
+    total = float(energies.sum())
+    return (max(0.0, float(energies[rank:].sum())) / total) ** 0.5 if total > 0 else 0.0
 
 
 @torch.no_grad()

@@ -327,6 +327,12 @@ class Statistics:
         self.skipped += other.skipped
         self.tokens += other.tokens
 
+    def clear_(self) -> None:
+        """Forget everything that was seen."""
+        for held in (self.inputs, self.outputs, self.source):
+            held.clear()
+        self.steps = self.skipped = self.tokens = 0
+
     def state_dict(self) -> dict[str, object]:
         """Return everything in plain types and tensors."""
         return {

@@ -429,12 +429,6 @@ def test_refuses_callbacks_that_hold_dense_weights(
     assert hooks(model) == 0
 
 
-def test_refuses_several_devices(tagger: Make, loader: Make, trainer: Make) -> None:
-    run = trainer(factorize(), strategy="ddp", devices=2)
-    with pytest.raises(PlatformError, match=r"under DDPStrategy; use Trainer\(devices=1\)"):
-        lrcompress.callbacks.platform.refuse(run, "Factorize")
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

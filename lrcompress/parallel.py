@@ -1,0 +1,197 @@
+"""Processes that train together: what they tell each other, and how work is dealt to them.
+
+A rank is that of a factor everywhere in this package; a member of a process group is a process
+here, with a number.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lrcompress.errors import LRCompressError, PlatformError
+
+T = TypeVar("T")
+BUCKET = 1 << 23  # values sent at once
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a group, seen by one of them. One alone never communicates.
+
+    All methods but :meth:`deal` are collective: every process calls them in the same order.
+
+    Attributes:
+        index: the number of this process.
+        size: how many there are.
+        group: their process group; None is the default one.
+    """
+
+    index: int = 0
+    size: int = 1
+    group: Any = None
+
+    @classmethod
+    def of(cls, group: Any = None) -> "Team":
+        """Return the processes of a group; this one alone where nothing is initialised."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors have to be to be sent."""
+        if self.size > 1 and "nccl" in dist.get_backend(self.group):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def gather(self, value: T) -> list[T]:
+        """Return the plain object of every process, in their order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def attempt(self, work: Callable[[], T]) -> list[T]:
+        """Return what ``work`` gives in every process; if it fails in one, fail in all.
+
+        Args:
+            work: gives a plain object, its tensors on the CPU.
+
+        Raises:
+            LRCompressError: what another process raised; the one that failed raises its own.
+            PlatformError: if what another raised is no error of this package.
+        """
+        value: Any = None
+        failure: Exception | None = None
+        try:
+            value = work()
+        except Exception as error:
+            if self.size == 1:
+                raise
+            failure = error
+        told = self.gather((value, None if failure is None else _told(failure)))
+        if failure is not None:
+            raise failure
+        for number, (_, error_told) in enumerate(told):
+            if error_told is not None:
+                kind, message = error_told
+                raise kind(f"process {number}: {message}")
+        return [one for one, _ in told]
+
+    def decide(self, work: Callable[[], T]) -> T:
+        """Return what ``work`` gives in the first process, in all of them."""
+        return self.attempt(lambda: work() if self.index == 0 else None)[0]  # type: ignore[return-value]
+
+    def broadcast_(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Give ``tensors`` the values they have in the process ``source``."""
+        if self.size == 1:
+            return
+        group: Any = self.group or dist.group.WORLD
+        source = dist.get_global_rank(group, source)
+        for part in _parts(tensors):
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in part]).to(self.device)
+            dist.broadcast(flat, source, group=self.group)
+            received = torch.split(flat, [tensor.numel() for tensor in part])
+            for tensor, values in zip(part, received, strict=True):
+                tensor.detach().copy_(values.view(tensor.shape))
+
+    def sum_(self, flat: Tensor) -> None:
+        """Add up a contiguous tensor over all processes, in place."""
+        if self.size == 1:
+            return
+        there = flat.to(self.device)
+        dist.all_reduce(there, group=self.group)
+        if there is not flat:
+            flat.copy_(there)
+
+    def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """Return which process does what, so that the busiest has as little as possible.
+
+        The greatest go first, each to the process with the least so far: at most a third more
+        than the best there is.
+
+        Example:
+            >>> Team(0, 2).deal({"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0})
+            {'a': 0, 'b': 1, 'c': 1, 'd': 0}
+        """
+        load, owner = [0.0] * self.size, dict.fromkeys(costs, 0)
+        for name in sorted(costs, key=lambda name: (-costs[name], name)):
+            owner[name] = min(range(self.size), key=load.__getitem__)
+            load[owner[name]] += costs[name]
+        return owner
+
+    def differing(self, values: Mapping[str, object]) -> tuple[str, list[object]] | None:
+        """Return the first name whose value is not the same in all processes, and its values."""
+        told = self.gather(dict(values))
+        names = dict.fromkeys(name for one in told for name in one)
+        for name in names:
+            found = [one.get(name) for one in told]
+            if any(value != found[0] for value in found):
+                return name, found
+        return None
+
+
+ALONE = Team()
+
+
+def _told(error: Exception) -> tuple[type[LRCompressError], str]:
+    if isinstance(error, LRCompressError):
+        return type(error), str(error)
+    return PlatformError, f"{type(error).__name__}: {error}"
+
+
+def _parts(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors of one dtype and device together, as many as make one bucket."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        part = kinds.setdefault((tensor.dtype, tensor.device), [])
+        if part and sum(t.numel() for t in part) + tensor.numel() > BUCKET:
+            yield list(part)
+            part.clear()
+        part.append(tensor)
+    yield from (part for part in kinds.values() if part)
+
+
+@torch.no_grad()
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return a number for every tensor that another value or order of its bits would change.
+
+    It is exact arithmetic on the bits, so the same on every device.
+
+    Example:
+        >>> one, other = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
+        >>> sums = checksums({"a": one, "b": other, "c": one.clone()})
+        >>> sums["a"] == sums["c"] != sums["b"]
+        True
+    """
+    sums = {name: _checksum(tensor.detach()) for name, tensor in tensors.items()}
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in sums.items():
+        by_device.setdefault(value.device, []).append(name)
+    result: dict[str, int] = {}
+    for names in by_device.values():  # one wait for each device
+        result |= zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True)
+    return {name: result[name] for name in tensors}
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    flat = tensor.contiguous().view(-1)
+    bits = (flat.to(torch.int8) if flat.dtype == torch.bool else flat).view(
+        width[flat.element_size()]
+    )
+    columns = max(1, tensor.shape[-1] if tensor.ndim else 1)
+    bits = bits.view(-1, columns)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for axis in (0, 1):  # every entry counts by its row and by its column
+        sums = bits.sum(axis, dtype=torch.int64)
+        place = torch.arange(1, len(sums) + 1, device=tensor.device)
+        total = total * 1_000_003 + (sums * (place * 2_654_435_761 + axis)).sum()
+    return total

@@ -1,0 +1,166 @@
+"""Layers dealt over the processes that train together: each solves its own, all get the results.
+
+One process alone solves them all, and tells no one.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrcompress.objective import Metric, metric_of
+from lrcompress.parallel import ALONE, Team
+from lrcompress.solvers.truncation import Truncation, relative_error, truncate
+from lrcompress.statistics.moments import Statistics
+from lrcompress.statistics.views import view
+
+# Multiply-adds of a product that take as long as one of an eigendecomposition.
+_EIGEN = 25
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What all processes know of a layer that one of them has solved.
+
+    Attributes:
+        energies: of its truncation, on the CPU.
+        loss_scale: of its metric.
+        note: of its metric.
+        mean: of its metric, on the CPU.
+    """
+
+    energies: Tensor
+    loss_scale: float | None
+    note: str
+    mean: Tensor | None
+
+    @property
+    def curve(self) -> Tensor:
+        """What each further rank saves: of the loss, where the metric knows it."""
+        return self.energies * (1.0 if self.loss_scale is None else self.loss_scale)
+
+    def error(self, rank: int | None) -> float:
+        """Return the relative error of a truncation to a rank; None is the layer itself."""
+        return 0.0 if rank is None else relative_error(self.energies, rank)
+
+    def loss(self, rank: int | None) -> float | None:
+        """Return the increase of the loss that is predicted for a rank; None if it is not."""
+        if rank is None:
+            return 0.0
+        scale = self.loss_scale
+        return None if scale is None else 0.5 * scale * float(self.energies[rank:].sum())
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A layer that this process has solved."""
+
+    truncation: Truncation
+    metric: Metric
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Layers, measured, before anything is changed.
+
+    Attributes:
+        team: the processes.
+        owner: which of them has solved a layer.
+        own: the layers that this process has solved.
+        measured: all layers.
+    """
+
+    team: Team
+    owner: Mapping[str, int]
+    own: Mapping[str, Solved]
+    measured: Mapping[str, Measured]
+
+
+def solve(
+    model: nn.Module,
+    names: Sequence[str],
+    statistics: Statistics,
+    method: str,
+    *,
+    refit_bias: bool,
+    shrink: tuple[float, float],
+    keep_metric: bool = False,
+    team: Team = ALONE,
+) -> Dealt:
+    """Measure layers in a metric and find all their truncations, each in one process.
+
+    Args:
+        model: the same in all processes.
+        names: of its layers.
+        statistics: the same in all processes.
+        method: a key of :data:`lrcompress.objective.METHODS`.
+        refit_bias: let biases take up the mean error, where there are any.
+        shrink: shares of their mean diagonal mixed into the input and the output metric.
+        keep_metric: keep the metrics themselves, the large part, too.
+        team: the processes.
+    """
+    owner = team.deal({name: _cost(view(model.get_submodule(name)).shape) for name in names})
+    own: dict[str, Solved] = {}
+
+    def work() -> dict[str, Measured]:
+        for name in names:
+            if owner[name] != team.index:
+                continue
+            layer = view(model.get_submodule(name))
+            refit = refit_bias and layer.bias is not None
+            metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
+            truncation = truncate(layer.weight, metric.output, metric.input)
+            small = metric if keep_metric else replace(metric, output=None, input=None)
+            own[name] = Solved(truncation, small)
+        return {name: _measured(one) for name, one in own.items()}
+
+    found = {name: one for part in team.attempt(work) for name, one in part.items()}
+    return Dealt(team, owner, own, {name: found[name] for name in names})
+
+
+def _measured(one: Solved) -> Measured:
+    metric, mean = one.metric, one.metric.mean
+    mean = None if mean is None else mean.cpu()
+    return Measured(one.truncation.energies.cpu(), metric.loss_scale, metric.note, mean)
+
+
+def _cost(shape: tuple[int, int]) -> float:
+    """Return roughly what solving a layer takes, in multiply-adds of a product."""
+    smaller, larger = sorted(shape)
+    return float(_EIGEN * smaller**3 + 2 * math.prod(shape) * (smaller + larger))
+
+
+@torch.no_grad()
+def share_(
+    model: nn.Module, owner: Mapping[str, int], optimizers: Iterable[Optimizer], team: Team
+) -> None:
+    """Give every process the parameters and optimizer state that a layer has with its owner.
+
+    Args:
+        model: of the same structure in all processes.
+        owner: layer name to the process whose values count.
+        optimizers: with state of the same kinds in all processes.
+        team: the processes.
+    """
+    if team.size == 1:
+        return
+    held = tuple(optimizers)
+    for source in range(team.size):
+        tensors: list[Tensor] = []
+        for name in (name for name, whose in owner.items() if whose == source):
+            for parameter in model.get_submodule(name).parameters():
+                tensors.append(parameter)
+                tensors += _state(held, parameter)
+        team.broadcast_(tensors, source)
+
+
+def _state(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:
+    found: list[Tensor] = []
+    for optimizer in optimizers:
+        state: dict[str, Any] = optimizer.state.get(parameter, {})
+        found += [state[key] for key in sorted(state) if isinstance(state[key], Tensor)]
+    return found

@@ -1,0 +1,196 @@
+"""Statistics of several processes become those of all of them: once, at the point."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.errors import ObservationError
+from lrcompress.parallel import BUCKET, Team
+from lrcompress.statistics.moments import Statistics, Sums
+
+_ROWS = 64  # of a triangle, packed as a rectangle and a small triangle on the diagonal
+_COUNTS = 3
+
+
+def reduced_bytes(statistics: Statistics) -> int:
+    """Return the bytes that :func:`all_reduce_` adds up: of a symmetric sum one triangle.
+
+    ``4·n(n + 1)/2`` for a moment of ``n`` features, ``4·n`` for a vector, ``8·3`` for the counts
+    of each: what is there to tell, and nothing else.
+    """
+    total = 0
+    for _, sums in _every(statistics):
+        total += 8 * _COUNTS
+        for value in sums.values.values():
+            n = value.shape[0] if value.ndim else 1
+            total += 4 * (n * (n + 1) // 2 if value.ndim == 2 else value.numel())
+    return total
+
+
+@torch.no_grad()
+def all_reduce_(
+    statistics: Statistics,
+    team: Team,
+    device: torch.device | str = "cpu",
+    *,
+    bucket: int = BUCKET,
+) -> None:
+    """Make the statistics of every process those of all processes together.
+
+    Processes may have seen different layers, steps and batch sizes; one that saw nothing of a
+    layer adds zeros. Steps were taken together, so they are those of the process with most.
+    To be called by all, once: a second call would count everything once more per process.
+
+    Args:
+        statistics: of this process, changed in place.
+        team: the processes.
+        device: for sums that others have and this one lacks.
+        bucket: the most values sent at once, but at least a row of a moment.
+
+    Raises:
+        ObservationError: if processes share inputs between layers differently, or hold other
+            kinds for a layer; in all of them, and nothing is changed.
+
+    Cost:
+        :func:`reduced_bytes` in ``⌈values / bucket⌉ + 1`` reductions, after one exchange of names.
+    """
+    if team.size == 1:
+        return
+    everyone = team.gather(_described(statistics))
+    _check_alike(everyone)
+    _adopt_(statistics, everyone, device)
+    every = [sums for _, sums in sorted(_every(statistics), key=lambda named: named[0])]
+    counts = [count for sums in every for count in (sums.tokens, sums.examples, sums.skipped)]
+    if not counts:
+        return
+    packed = torch.stack([count.to(team.device) for count in counts])
+    team.sum_(packed)
+    for count, value in zip(counts, packed.unbind(), strict=True):
+        count.copy_(value)
+    for parts in _buckets(every, bucket):
+        flat = torch.empty(sum(p.size for p in parts), device=team.device)
+        places = torch.split(flat, [p.size for p in parts])
+        for part, place in zip(parts, places, strict=True):
+            part.pack(place)
+        team.sum_(flat)
+        for part, place in zip(parts, places, strict=True):
+            part.unpack_(place)
+
+
+def fold_(statistics: Statistics, team: Team, device: torch.device | str = "cpu") -> None:
+    """Move the statistics of all processes to the first, so that the others start from nothing.
+
+    The whole stays what it was, and one file that the first process writes holds it all.
+    """
+    all_reduce_(statistics, team, device)
+    if team.index > 0:
+        statistics.clear_()
+
+
+def _every(statistics: Statistics) -> Iterator[tuple[tuple[str, str], Sums]]:
+    for side, held in (("inputs", statistics.inputs), ("outputs", statistics.outputs)):
+        yield from (((side, name), sums) for name, sums in held.items())
+
+
+def _described(statistics: Statistics) -> dict[str, Any]:
+    shapes = {
+        key: {kind: tuple(value.shape) for kind, value in sums.values.items()}
+        for key, sums in _every(statistics)
+    }
+    counts = (statistics.steps, statistics.skipped, statistics.tokens)
+    return {"source": dict(statistics.source), "shapes": shapes, "counts": counts}
+
+
+def _check_alike(everyone: Sequence[Mapping[str, Any]]) -> None:
+    source: dict[str, tuple[str, int]] = {}
+    shapes: dict[tuple[str, str], tuple[object, int]] = {}
+    for number, one in enumerate(everyone):
+        for name, first in one["source"].items():
+            known, whose = source.setdefault(name, (first, number))
+            if known != first:
+                raise ObservationError(
+                    f"layer {name!r} reads the tensor of {known!r} in process {whose} and that of "
+                    f"{first!r} in process {number}; leave it out with exclude="
+                )
+        for key, found in one["shapes"].items():
+            before, whose = shapes.setdefault(key, (found, number))
+            if before != found:
+                raise ObservationError(
+                    f"statistics of layer {key[1]!r} are {before} in process {whose} and {found} "
+                    f"in process {number}; give all processes the same model and settings"
+                )
+
+
+def _adopt_(
+    statistics: Statistics, everyone: Sequence[Mapping[str, Any]], device: torch.device | str
+) -> None:
+    """Take over what others saw: whose tensor a layer reads, zeros for sums, and plain counts."""
+    for one in everyone:
+        statistics.source |= one["source"]
+        for (side, name), shapes in one["shapes"].items():
+            held = statistics.inputs if side == "inputs" else statistics.outputs
+            if name not in held:
+                held[name] = Sums.zeros(shapes, device)
+    steps, skipped, tokens = zip(*(one["counts"] for one in everyone), strict=True)
+    statistics.steps, statistics.skipped, statistics.tokens = max(steps), sum(skipped), sum(tokens)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of one sum: all of ``block``, or its upper triangle."""
+
+    block: Tensor
+    triangle: bool = False
+
+    @property
+    def size(self) -> int:
+        n = len(self.block) if self.block.ndim else 1
+        return n * (n + 1) // 2 if self.triangle else self.block.numel()
+
+    def _upper(self) -> tuple[Tensor, Tensor]:
+        n = len(self.block)
+        rows, columns = torch.triu_indices(n, n, device=self.block.device)
+        return rows, columns
+
+    def pack(self, place: Tensor) -> None:
+        if self.triangle:
+            place.copy_(self.block[self._upper()])
+        else:
+            place.view(self.block.shape).copy_(self.block)
+
+    def unpack_(self, place: Tensor) -> None:
+        if self.triangle:
+            self.block[self._upper()] = place.to(self.block.device)
+        else:
+            self.block.copy_(place.view(self.block.shape))
+
+
+def _parts(value: Tensor, bucket: int) -> Iterator[_Part]:
+    if value.ndim < 2:
+        yield from (_Part(part) for part in torch.split(value.view(-1), bucket))
+        return
+    n = len(value)
+    rows = max(1, min(_ROWS, bucket // n))
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        yield _Part(value[start:stop, start:stop], triangle=True)
+        if stop < n:
+            yield _Part(value[start:stop, stop:])
+
+
+def _buckets(every: Sequence[Sums], bucket: int) -> Iterator[list[_Part]]:
+    filled: list[_Part] = []
+    size = 0
+    for sums in every:
+        for kind in sorted(sums.values):
+            for part in _parts(sums.values[kind], bucket):
+                if filled and size + part.size > bucket:
+                    yield filled
+                    filled, size = [], 0
+                filled.append(part)
+                size += part.size
+    if filled:
+        yield filled

@@ -1,0 +1,370 @@
+"""Real processes that train together: alike to the bit, equal to one, and resumed after a kill."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+
+import lrcompress
+from lrcompress.callbacks import platform
+from lrcompress.errors import PlatformError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks")
+
+Make = Callable[..., Any]
+RUNS: dict[str, str] = {
+    "one point": "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)",
+    "two points": (
+        "lrcompress.Factorize(keep=[0.6, 0.3], at=['epoch:1', 0.7], every_n_steps=1, "
+        "max_tokens=400, validate=False, verbose=False, allocation='uniform')"
+    ),
+    "losparse": (
+        "lrcompress.LoSparse(keep=0.4, mask_every=2, init='kfac', at='epoch:1', "
+        "every_n_steps=1, verbose=False)"
+    ),
+}
+# Every process takes its rows of the same global batches.
+PRELUDE = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+import lrcompress
+from lrcompress.distill import Distilled, Logits
+from conftest import Loader, Tagger, sentences
+
+root, number = {root!r}, int(os.environ["RANK"])
+
+
+def parts(count=2, given=None):
+    whole = sentences() if given is None else given
+    return [{{k: v[number::count] for k, v in batch.items()}} for batch in whole]
+
+
+def trainer(*callbacks, every_step=None, strategy="ddp", **kwargs):
+    saving = [] if every_step is None else [ModelCheckpoint(every_step, "{{step}}",
+        every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)]
+    defaults = dict(max_epochs=3, accelerator="cpu", devices=2, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        enable_checkpointing=every_step is not None, use_distributed_sampler=False,
+        default_root_dir=root, strategy=strategy)
+    return L.Trainer(callbacks=[*callbacks, *saving], **(defaults | kwargs))
+
+
+def distilled(model):
+    return Distilled(model, losses=[Logits()], teacher_dir=root)
+
+
+def tagger(seed=0, **kwargs):
+    L.seed_everything(seed + 1000 * number, verbose=False)  # other dropout in every process
+    torch.manual_seed(seed)
+    model = Tagger(**kwargs)
+    torch.manual_seed(1000 * number)
+    return model
+
+
+def kept(trainer, model):
+    "All that has to be alike in all processes."
+    (optimizer,) = trainer.optimizers
+    distillation = getattr(model, "_distillation", None)
+    teacher = distillation and distillation.teacher.module.state_dict()
+    return {{"model": model.state_dict(), "optimizer": optimizer.state_dict(), "teacher": teacher,
+             "plan": lrcompress.Plan.of(model).to_dict()}}
+
+
+class Watch(L.Callback):
+    "Counts the collectives between and at points."
+
+    def __init__(self):
+        self.per_step, self.calls = [], 0
+        for name in ("all_reduce", "all_gather_object", "broadcast", "all_gather", "barrier",
+                     "broadcast_object_list", "gather_object", "reduce"):
+            self.wrap(name)
+
+    def wrap(self, name):
+        plain = getattr(dist, name)
+        def counted(*args, **kwargs):
+            self.calls += 1
+            return plain(*args, **kwargs)
+        setattr(dist, name, counted)
+
+    def on_train_batch_end(self, trainer, *args):
+        self.per_step.append(self.calls)
+"""
+ALIKE = """
+def per_step(watch):
+    return [b - a for a, b in zip(watch.per_step, watch.per_step[1:])]
+
+watch = Watch()
+trainer(watch).fit(tagger(dropout=0.0), Loader(parts()), Loader(parts()))
+plain = per_step(watch)
+assert len(plain) == 17
+
+for name, make in {runs!r}.items():
+    model, watch = tagger(dropout=0.0), Watch()
+    run = trainer(eval(make), watch)
+    run.fit(model, Loader(parts()), Loader(parts()))
+    steps = per_step(watch)
+    busy = [i + 1 for i, calls in enumerate(steps) if calls != plain[i]]
+    assert busy == {busy!r}[name], (name, steps)
+    torch.save(kept(run, model), f"{{root}}/{{name}} {{number}}.pt")
+
+# the wrapper's own settings are those the strategy was given, and LoSparse's masks travel nowhere
+strategy = DDPStrategy(gradient_as_bucket_view=True, static_graph=True)
+model = tagger(dropout=0.0)
+run = trainer(eval({runs!r}["losparse"]), strategy=strategy, max_steps=14)
+wrappers = []
+
+class Look(L.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        wrapper = trainer.strategy.model
+        assert isinstance(wrapper, DistributedDataParallel) and wrapper.static_graph
+        assert wrapper.gradient_as_bucket_view
+        assert not hasattr(trainer.lightning_module, "_ddp_params_and_buffers_to_ignore")
+        if not wrappers or wrappers[-1] is not wrapper:
+            wrappers.append(wrapper)
+            assert not wrapper.modules_buffers
+
+run.callbacks.insert(0, Look())
+run.fit(model, Loader(parts()))
+assert len(wrappers) == 3, len(wrappers)
+print("ok")
+"""
+
+
+def run_processes(script: Path, count: int = 2, wait: bool = True) -> Any:
+    import os
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    given |= {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(script)]
+    own = [given | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+    running = [
+        subprocess.Popen(command, env=os.environ | mine, stderr=subprocess.PIPE, text=True)
+        for mine in own
+    ]
+    return _ended(running) if wait else running
+
+
+def _ended(running: list[Any], timeout: int = 400) -> list[str]:
+    errors = [process.communicate(timeout=timeout)[1][-2500:] for process in running]
+    assert not any(p.returncode for p in running), "\n".join(errors)
+    return errors
+
+
+def write(folder: Path, body: str, **fields: Any) -> Path:
+    names = {"here": str(Path(__file__).parent), "root": str(folder)}
+    script = folder / "script.py"
+    script.write_text(PRELUDE.format(**names) + body.format(**fields))
+    return script
+
+
+def assert_same(one: Any, other: Any, **close: float) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor) and close and one.is_floating_point():
+        torch.testing.assert_close(one, other, **close)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict | list | tuple):
+        assert len(one) == len(other)
+        pairs = (
+            ((one[key], other[key]) for key in one)
+            if isinstance(one, dict)
+            else zip(one, other, strict=True)
+        )
+        for pair in pairs:
+            assert_same(*pair, **close)
+    else:
+        assert one == other
+
+
+def test_processes_end_alike_and_as_one_would(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    busy = {"one point": [9], "two points": [6, 12], "losparse": [6, 13]}
+    run_processes(write(tmp_path, ALIKE, runs=RUNS, busy=busy))
+    for name, make in RUNS.items():
+        first, second = (torch.load(tmp_path / f"{name} {i}.pt") for i in range(2))
+        assert_same(first, second)
+        model = tagger(dropout=0.0)
+        run = trainer(eval(make))
+        run.fit(model, loader(), loader())
+        assert lrcompress.Plan.of(model).to_dict() == first["plan"], name
+        assert_same(first["model"], model.state_dict(), rtol=2e-3, atol=2e-4)
+        assert first["plan"]["layers"]
+
+
+WHOLE = """
+class Kill(L.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 10:
+            dist.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+runs = {runs!r}
+for name, make in runs.items():
+    model = tagger()
+    model = distilled(model) if name == "distilled" else model
+    run = trainer(eval(make), every_step=f"{{root}}/{{name}}")
+    run.fit(model, Loader(parts()), Loader(parts()))
+    torch.save(kept(run, model), f"{{root}}/{{name}} {{number}}.pt")
+
+run = trainer(eval(runs["two points"]), Kill(), every_step=f"{{root}}/killed")
+run.callbacks.sort(key=lambda callback: isinstance(callback, Kill))  # after the file is written
+run.fit(tagger(), Loader(parts()), Loader(parts()))
+"""
+RESUMED = """
+runs = {runs!r}
+for name, folder, step in {cases!r}:
+    model = tagger(seed=5)
+    model = distilled(model) if name == "distilled" else model
+    run = trainer(eval(runs[name]), every_step=f"{{root}}/rest {{step}}")
+    run.fit(model, Loader(parts()), Loader(parts()),
+            ckpt_path=f"{{root}}/{{folder}}/step={{step}}.ckpt")
+    torch.save(kept(run, model), f"{{root}}/{{folder}} {{step}} resumed {{number}}.pt")
+"""
+
+
+def test_a_killed_run_of_two_processes_ends_as_the_uninterrupted_one(
+    tagger: Make, loader: Make, batches: Make, trainer: Make, tmp_path: Path
+) -> None:
+    runs = RUNS | {"distilled": RUNS["one point"]}
+    runs.pop("one point")
+    running = run_processes(write(tmp_path, WHOLE, runs=runs), wait=False)
+    errors = [process.communicate(timeout=400)[1][-2500:] for process in running]
+    assert [process.returncode for process in running] == [-9, -9], "\n".join(errors)
+    assert (tmp_path / "killed" / "step=10.ckpt").exists()
+    assert not (tmp_path / "killed" / "step=11.ckpt").exists()
+    cases = [
+        ("two points", "killed", 10),  # mid-observation of the second
+        ("two points", "two points", 3),  # mid-observation of the first
+        ("losparse", "losparse", 4),
+        ("losparse", "losparse", 9),  # mid-window, half pruned
+        ("distilled", "distilled", 12),
+    ]
+    run_processes(write(tmp_path, RESUMED, runs=runs, cases=cases))
+    for name, folder, step in cases:
+        for number in range(2):
+            whole = torch.load(tmp_path / f"{name} {number}.pt")
+            assert_same(whole, torch.load(tmp_path / f"{folder} {step} resumed {number}.pt"))
+    assert whole["teacher"] is not None
+
+    # one process goes on with what two have seen
+    callback = eval(RUNS["two points"].replace("max_tokens=400", "max_tokens=None"))
+    path = tmp_path / "two points" / "step=3.ckpt"
+    trainer(callback).fit(tagger(), loader(), loader(), ckpt_path=path)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches())
+    assert callback.report.points[0].observed["steps"] == 6
+    assert callback.report.points[0].observed["tokens"] == tokens
+
+
+BAD = """
+from lrcompress.errors import NotFiniteError, PlatformError
+import lrcompress.sharded
+
+def fails(message, model, given, *others, kind=PlatformError):
+    before = {{k: v.clone() for k, v in model.state_dict().items()}}
+    callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)
+    run = trainer(callback, *others)
+    try:
+        run.fit(model, Loader(given))
+    except kind as error:
+        assert message in str(error), error
+        return before
+    raise AssertionError(message)
+
+model = tagger()
+model.blocks[1]["up"].weight.requires_grad_(number == 0)
+fails("'blocks.1.up.weight' is not alike in all processes: (32, 16) trained in process 0, "
+      "(32, 16) frozen in process 1", model, parts())
+fails("training batches are not as many in all processes: 6.0 in process 0, 4.0 in process 1",
+      tagger(), parts()[: 6 if number == 0 else 4])
+
+class Drift(L.Callback):
+    def on_train_batch_end(self, trainer, module, *args):
+        if number == 1 and trainer.global_step == 9:
+            module.head.weight.data[1, 2] += 1e-6
+fails("'head.weight' is not the same in all 2 processes: those like the first are 0",
+      tagger(), parts(), Drift())
+
+plain = lrcompress.sharded.truncate
+def broken(*args):
+    if number == 1:
+        raise NotFiniteError("weight holds 1 non-finite of 6 values")
+    return plain(*args)
+lrcompress.sharded.truncate = broken
+model = tagger()
+fails("weight holds 1 non-finite" if number else "process 1: weight holds 1 non-finite",
+      model, parts(), kind=NotFiniteError)
+assert len(lrcompress.Plan.of(model)) == 0
+lrcompress.sharded.truncate = plain
+
+class Deaf(L.Callback):
+    "A process in which a layer was never seen adds zeros for it."
+    def on_train_batch_start(self, trainer, module, *args):
+        if number == 1:
+            callback = trainer.callbacks[0]
+            callback._observation.due = lambda *args: False
+callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)
+trainer(callback, Deaf()).fit(tagger(), Loader(parts()))
+assert len(callback.report.points) == 1 and callback.report.points[0].observed["tokens"] > 0
+"""
+
+
+def test_what_is_wrong_in_one_process_ends_all(tmp_path: Path) -> None:
+    run_processes(write(tmp_path, BAD))
+
+
+class FSDPStrategy:
+    pass
+
+
+class DeepSpeedStrategy(DDPStrategy):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FSDPStrategy(), r"under DDP so far, not under FSDPStrategy; use strategy='ddp'"),
+        (DeepSpeedStrategy(), r"not under DeepSpeedStrategy; .*compress\(\) between two fits"),
+        (DDPStrategy(start_method="spawn"), r"processes that spawn starts, .*='ddp' in a script"),
+        (DDPStrategy(model_averaging_period=4), r"leave model_averaging_period out"),
+    ],
+    ids=["fsdp", "deepspeed", "spawn", "averaging"],
+)
+def test_refuses_what_cannot_follow(strategy: Any, message: str) -> None:
+    trainer: Any = SimpleNamespace(callbacks=[], strategy=strategy)
+    with pytest.raises(PlatformError, match=message):
+        platform.refuse(trainer, "Factorize")
+
+
+def test_refuses_optimizers_that_hold_a_part_of_their_state() -> None:
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        pass
+
+    with pytest.raises(PlatformError, match=r"use the optimizer it wraps"):
+        platform.refuse_optimizers([ZeroRedundancyOptimizer([torch.ones(1)])], "Factorize")
+
+
+def test_a_hook_s_memory_of_buckets_is_forgotten() -> None:
+    state = PowerSGDState(None)
+    state.iter, state.error_dict[0] = 2000, torch.ones(3)
+    platform._forget_buckets(state)
+    assert (state.iter, state.error_dict) == (0, {})
+    platform._forget_buckets(None)

@@ -1,0 +1,56 @@
+"""Reducing statistics, as far as one process can tell; tests/test_parallel.py has four."""
+
+import pytest
+import torch
+
+from lrcompress.parallel import ALONE
+from lrcompress.statistics.moments import KINDS, Statistics, Sums, shapes
+from lrcompress.statistics.reduction import _buckets, all_reduce_, fold_, reduced_bytes
+
+
+def statistics() -> Statistics:
+    torch.manual_seed(0)
+    made = Sums.zeros(shapes(KINDS, 150, 70))
+    for value in made.values.values():
+        value.copy_(torch.randn(value.shape))
+    return Statistics(inputs={"a": made}, source={"a": "a"}, steps=2, skipped=1, tokens=9)
+
+
+@pytest.mark.parametrize("bucket", [1, 100, 1000, 1 << 20])
+def test_buckets_hold_every_value_that_counts_once(bucket: int) -> None:
+    one, other = statistics(), statistics()
+    for value in other.inputs["a"].values.values():
+        value.zero_()
+    total = 0
+    pairs = (_buckets([x.inputs["a"]], bucket) for x in (one, other))
+    for parts, empty in zip(*pairs, strict=True):
+        size = sum(part.size for part in parts)
+        assert size <= max(bucket, 150)
+        total += 4 * size
+        for part, place in zip(parts, empty, strict=True):
+            flat = torch.empty(part.size)
+            part.pack(flat)
+            place.unpack_(flat)
+    assert total + 8 * 3 == reduced_bytes(one)
+    for kind, value in one.inputs["a"].values.items():
+        upper = value.triu() if value.ndim == 2 else value
+        assert torch.equal(other.inputs["a"].values[kind], upper)
+
+
+def test_the_bytes_are_those_of_one_triangle() -> None:
+    sums = Sums.zeros({"input_moment": (6, 6), "input_sum": (6,), "weight": ()})
+    assert reduced_bytes(Statistics(inputs={"a": sums})) == 4 * (21 + 6 + 1) + 24
+
+
+def test_one_process_keeps_what_it_has() -> None:
+    one, other = statistics(), statistics()
+    all_reduce_(one, ALONE)
+    fold_(one, ALONE)
+    assert one.steps == 2
+    assert torch.equal(
+        one.inputs["a"].values["input_moment"], other.inputs["a"].values["input_moment"]
+    )
+    one.clear_()
+    assert not one.inputs
+    assert not one.source
+    assert (one.steps, one.skipped, one.tokens) == (0, 0, 0)
