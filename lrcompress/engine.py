@@ -30,6 +30,7 @@ from lrcompress.surgery import (
     carry_dense,
     carry_factors,
     carry_later,
+    check_kinds,
     replace_,
     select,
     swap_parameters_,
@@ -213,6 +214,7 @@ def factor_(
 
     Raises:
         NoMatchError: if a pattern matches nothing.
+        LayerError: if a layer has sparse rows.
         ObservationError: if a layer was never seen.
         NotFiniteError: if a statistic or a weight is not finite.
         SettingError: if the budget cannot be met.
@@ -222,6 +224,7 @@ def factor_(
     """
     started = time.perf_counter()
     names = settings.select(model).names
+    check_kinds(model, names)
     refit, shrink = settings.refit_bias, settings.shrink
     dealt = solve(
         model, names, statistics, settings.method, refit_bias=refit, shrink=shrink, team=team

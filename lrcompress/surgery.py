@@ -139,6 +139,20 @@ def _unsuited(model: nn.Module, name: str, weight: Tensor) -> str | None:
     return None
 
 
+def check_kinds(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that layers are of a kind that can be factored.
+
+    Raises:
+        LayerError: if one has sparse rows, which a low-rank layer could not take over.
+    """
+    for name in names:
+        if isinstance(model.get_submodule(name), LowRankSparseLinear):
+            raise LayerError(
+                f"layer {name!r} is low rank plus sparse rows, which LoSparse made; Factorize "
+                "starts from dense or low-rank layers: leave it out with exclude="
+            )
+
+
 def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` wherever the layer called ``name`` stands, shared places included.
 

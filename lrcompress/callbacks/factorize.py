@@ -16,6 +16,7 @@ from lrcompress.objective import METHODS
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Point
 from lrcompress.statistics.batches import MASK
+from lrcompress.surgery import check_kinds
 
 
 class Factorize(Course):
@@ -171,6 +172,11 @@ class Factorize(Course):
     @override
     def _observes(self, stage: int) -> bool:
         return bool(self.sampling.kinds)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_kinds(pl_module, self.settings[0].select(pl_module).names)
+        super().on_fit_start(trainer, pl_module)
 
     @override
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -235,6 +236,14 @@ class LoSparse(Course):
         self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
     ) -> None:
         super()._resume(module, optimizers, state)
+        if self._stage:  # what was split for one budget cannot serve another
+            for name, now in asdict(self.shares).items():
+                if state["shares"][name] != now:
+                    raise SettingError(
+                        f"the checkpoint was written after layers were split for "
+                        f"{name}={state['shares'][name]!r}, got {name}={now!r}; go on with the "
+                        "same, or resume from a checkpoint before that"
+                    )
         self._split_record = dict(state["split"])
         if state["pruner"] is not None:
             self._pruner = Pruner.from_state(
@@ -247,7 +256,11 @@ class LoSparse(Course):
         if self._live is None:
             return state
         pruner = None if self._pruner is None else self._pruner.state_dict()
-        return state | {"pruner": pruner, "split": self._split_record}
+        return state | {
+            "pruner": pruner,
+            "split": self._split_record,
+            "shares": asdict(self.shares),
+        }
 
     # The course of a fit
 
@@ -268,7 +281,8 @@ class LoSparse(Course):
         if not start <= begin < end <= fixed < total:
             raise SettingError(
                 "phases must follow each other, at ≤ prune_from < prune_until ≤ fix_at < end; got "
-                f"steps {start}, {begin}, {end}, {fixed} of {total:g}"
+                f"at step {start}, prune_from {begin}, prune_until {end}, fix_at {fixed} of "
+                f"{total:g} steps; those not given lie between at and the end"
             )
         self._schedule = Cubic(begin, end, 0.0)
         self.points = [self.points[0], Point("step", fixed)]

@@ -138,7 +138,7 @@ class HiddenStates(DistillationLoss):
 
     def __init__(self, weight: Weight = 1.0, layers: list[str] | None = None) -> None:
         super().__init__(weight)
-        self.patterns = layers
+        self.patterns = [layers] if isinstance(layers, str) else layers
 
     def layers(self, model: nn.Module, prefix: str = "") -> tuple[str, ...]:
         if self.patterns is None:

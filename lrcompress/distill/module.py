@@ -107,6 +107,7 @@ class Distilled(_InPlace, pl.LightningModule):
     ) -> None:
         assert self is student, "a class made by Distilled is not called"
         losses = [Logits()] if losses is None else losses
+        losses = [losses] if isinstance(losses, DistillationLoss) else losses
         try:
             if teacher is self:
                 raise SettingError(

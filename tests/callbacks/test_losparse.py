@@ -424,7 +424,10 @@ def test_an_argument_outside_what_it_may_be(options: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prune_from": 0.5, "prune_until": 0.4}, r"got steps 0, 9, 7, 7 of 18"),
+        (
+            {"prune_from": 0.5, "prune_until": 0.4},
+            r"at step 0, prune_from 9, prune_until 7, fix_at 7 of 18",
+        ),
         (
             {"at": "epoch:1", "prune_from": 0.1},
             r"at ≤ prune_from < prune_until ≤ fix_at < end.*got",
@@ -468,6 +471,40 @@ def test_a_factored_layer_is_no_start(tagger: Make, loader: Make, trainer: Make)
         LayerError, match=r"layer 'blocks.0.up' is factored already; LoSparse starts"
     ):
         trainer(losparse()).fit(model, loader())
+
+
+def test_what_losparse_made_is_no_start_for_factorize(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    model = tagger()
+    trainer(losparse()).fit(model, loader())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    again = lrcompress.Factorize(keep=0.2, at=0.5, verbose=False)
+    with pytest.raises(
+        LayerError, match=r"layer 'blocks.0.up' is low rank plus sparse rows, which"
+    ):
+        trainer(again).fit(model, loader())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"keep": 0.3}, r"after layers were split for keep=0.4, got keep=0.3; go on with the same"),
+        ({"granularity": "entries"}, r"split for granularity='rows', got granularity='entries'"),
+    ],
+)
+def test_a_budget_cannot_change_once_layers_are_split(
+    changed: dict[str, Any],
+    message: str,
+    tagger: Make,
+    loader: Make,
+    trainer: Make,
+    tmp_path: Path,
+) -> None:
+    trainer(losparse(), every_step=True).fit(tagger(), loader())
+    with pytest.raises(SettingError, match=message):
+        trainer(losparse(**changed)).fit(tagger(), loader(), ckpt_path=tmp_path / "step=6.ckpt")
 
 
 def test_state_of_another_version(tagger: Make) -> None:
