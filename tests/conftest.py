@@ -1,5 +1,10 @@
 """Fixtures that more than one folder of tests uses."""
 
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -30,6 +35,34 @@ def shared_data() -> Path:
 def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what ``datasets`` writes out of the user's cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., list[str]]:
+    """Run a script in several processes of one group; return what each printed."""
+    return run_processes
+
+
+def run_processes(script: Path, count: int, code: int = 0) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    group |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(script)],
+            env=os.environ | group | {"RANK": str(number), "LOCAL_RANK": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    told = [process.communicate(timeout=600) for process in running]
+    errors = "\n".join(error[-2500:] for _, error in told)
+    assert [process.returncode for process in running] == [code] * count, errors
+    return [out for out, _ in told]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """What processes tell each other, and how statistics of several become those of all."""
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from lrcompress.errors import ShapeError
 from lrcompress.parallel import ALONE, Team, checksums
 
+Launch = Callable[..., list[str]]
 SCRIPT = """
 import os, sys
 import torch
@@ -171,40 +171,10 @@ print("ok", world.index)
 """
 
 
-def run_processes(script: Path, count: int, timeout: int = 300, **env: str) -> list[str]:
-    """Run a script in several processes of one group; return what each printed."""
-    import os
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script)],
-            env=os.environ
-            | shared
-            | {"RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": "1"}
-            | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(count)
-    ]
-    told = []
-    for process in running:
-        out, error = process.communicate(timeout=timeout)
-        told.append(out if process.returncode == 0 else error[-3000:])
-    assert not any(p.returncode for p in running), "\n".join(told)
-    return told
-
-
-def test_four_processes_know_what_one_would(tmp_path: Path) -> None:
+def test_four_processes_know_what_one_would(launch: Launch, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    told = run_processes(script, 4)
+    told = launch(script, 4)
     assert [one.split() for one in told] == [["ok", str(i)] for i in range(4)]
 
 

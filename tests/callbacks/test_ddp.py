@@ -1,7 +1,6 @@
 """Real processes that train together: alike to the bit, equal to one, and resumed after a kill."""
 
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,30 +142,6 @@ print("ok")
 """
 
 
-def run_processes(script: Path, count: int = 2, wait: bool = True) -> Any:
-    import os
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    given |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(script)]
-    own = [given | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
-    running = [
-        subprocess.Popen(command, env=os.environ | mine, stderr=subprocess.PIPE, text=True)
-        for mine in own
-    ]
-    return _ended(running) if wait else running
-
-
-def _ended(running: list[Any], timeout: int = 400) -> list[str]:
-    errors = [process.communicate(timeout=timeout)[1][-2500:] for process in running]
-    assert not any(p.returncode for p in running), "\n".join(errors)
-    return errors
-
-
 def write(folder: Path, body: str, **fields: Any) -> Path:
     names = {"here": str(Path(__file__).parent), "root": str(folder)}
     script = folder / "script.py"
@@ -194,10 +169,10 @@ def assert_same(one: Any, other: Any, **close: float) -> None:
 
 
 def test_processes_end_alike_and_as_one_would(
-    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+    tagger: Make, loader: Make, trainer: Make, launch: Make, tmp_path: Path
 ) -> None:
     busy = {"one point": [9], "two points": [6, 12], "losparse": [6, 13]}
-    run_processes(write(tmp_path, ALIKE, runs=RUNS, busy=busy))
+    launch(write(tmp_path, ALIKE, runs=RUNS, busy=busy), 2)
     for name, make in RUNS.items():
         first, second = (torch.load(tmp_path / f"{name} {i}.pt") for i in range(2))
         assert_same(first, second)
@@ -241,13 +216,11 @@ for name, folder, step in {cases!r}:
 
 
 def test_a_killed_run_of_two_processes_ends_as_the_uninterrupted_one(
-    tagger: Make, loader: Make, batches: Make, trainer: Make, tmp_path: Path
+    tagger: Make, loader: Make, batches: Make, trainer: Make, launch: Make, tmp_path: Path
 ) -> None:
     runs = RUNS | {"distilled": RUNS["one point"]}
     runs.pop("one point")
-    running = run_processes(write(tmp_path, WHOLE, runs=runs), wait=False)
-    errors = [process.communicate(timeout=400)[1][-2500:] for process in running]
-    assert [process.returncode for process in running] == [-9, -9], "\n".join(errors)
+    launch(write(tmp_path, WHOLE, runs=runs), 2, code=-signal.SIGKILL)
     assert (tmp_path / "killed" / "step=10.ckpt").exists()
     assert not (tmp_path / "killed" / "step=11.ckpt").exists()
     cases = [
@@ -257,7 +230,7 @@ def test_a_killed_run_of_two_processes_ends_as_the_uninterrupted_one(
         ("losparse", "losparse", 9),  # mid-window, half pruned
         ("distilled", "distilled", 12),
     ]
-    run_processes(write(tmp_path, RESUMED, runs=runs, cases=cases))
+    launch(write(tmp_path, RESUMED, runs=runs, cases=cases), 2)
     for name, folder, step in cases:
         for number in range(2):
             whole = torch.load(tmp_path / f"{name} {number}.pt")
@@ -326,8 +299,8 @@ assert len(callback.report.points) == 1 and callback.report.points[0].observed["
 """
 
 
-def test_what_is_wrong_in_one_process_ends_all(tmp_path: Path) -> None:
-    run_processes(write(tmp_path, BAD))
+def test_what_is_wrong_in_one_process_ends_all(launch: Make, tmp_path: Path) -> None:
+    launch(write(tmp_path, BAD), 2)
 
 
 class FSDPStrategy:
