@@ -151,6 +151,8 @@ class Distilled(_InPlace, pl.LightningModule):
     def on_compression_start(self) -> None:
         """Take the student as it is for the teacher, if that is what ``teacher`` asks for.
 
+        At the first step of a fit that warns: such a teacher was never fine-tuned.
+
         Callbacks that compress call it before they first change the structure; a callback of
         one's own may call it at any other moment between two steps.
         """
@@ -159,6 +161,12 @@ class Distilled(_InPlace, pl.LightningModule):
             own()
         distillation = self._distillation
         if distillation.source == START and distillation.teacher is None:
+            if self._trainer is not None and self.trainer.global_step == 0:
+                rank_zero_warn(
+                    "Distilled takes the model as it is at the first step for its teacher, before "
+                    "any fine-tuning; let compression start later (at=), or give teacher= a "
+                    "checkpoint"
+                )
             distillation.freeze(self)
 
     # What Lightning calls

@@ -145,6 +145,7 @@ def test_the_loss_is_the_weighted_sum(
     assert float(logged["distill_task"]) == pytest.approx(float(mine.loss.detach()), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Distilled takes the model as it is at the first step")
 def test_a_copy_of_the_student_has_nothing_to_teach(
     reader: Make, loader: Make, trainer: Make, start_at: Make
 ) -> None:
@@ -202,6 +203,13 @@ def test_until_compression_starts_the_loss_is_the_student_s_own(
     module = Distilled(reader(), losses=everything(), task=0.1)
     trainer(start_at(2), max_steps=3).fit(module, loader())
     assert not same(plain, module)
+
+
+def test_a_teacher_that_was_never_fine_tuned_warns(
+    reader: Make, loader: Make, trainer: Make, start_at: Make
+) -> None:
+    with pytest.warns(UserWarning, match="before any fine-tuning; let compression start later"):
+        trainer(start_at(0), max_steps=2).fit(Distilled(reader()), loader())
 
 
 @pytest.mark.filterwarnings("error:Distilled never had a teacher")
