@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lrcompress.budget import ALLOCATIONS, Candidate, allocate, check_keep, match_bounds
 from lrcompress.errors import NoMatchError, ObservationError, SettingError, nearest
 from lrcompress.nn import Factored, LowRankLinear
-from lrcompress.objective import METHODS, Metric, method_named
+from lrcompress.objective import COMPARABLE, METHODS, Metric, method_named
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.sharded import Dealt, share_, solve
@@ -89,10 +89,10 @@ class Settings:
                 f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
             )
         if self.allocation == "global" and not method.comparable:
-            comparable = ", ".join(name for name, m in METHODS.items() if m.comparable)
             raise SettingError(
                 f"allocation='global' compares predicted losses of layers, which method "
-                f"{self.method!r} does not know; use allocation='uniform', or one of {comparable}"
+                f"{self.method!r} does not know; use allocation='uniform', or one of "
+                f"{', '.join(COMPARABLE)}"
             )
         _check_shares("keep_range", self.keep_range)
         _check_shares("shrink", self.shrink)

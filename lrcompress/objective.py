@@ -75,6 +75,7 @@ METHODS: dict[str, Method] = {
     "weighted_kfac": Method("output_moment", "weighted_moment"),
 }
 
+COMPARABLE = tuple(name for name, method in METHODS.items() if method.comparable)
 
 # A full input metric -> the sum its mean comes from, and the count if it is not that of tokens.
 _MEANS = {"input_moment": ("input_sum", None), "weighted_moment": ("weighted_sum", "weight")}

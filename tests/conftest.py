@@ -6,10 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -108,3 +111,25 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    def make(*callbacks: L.Callback, every_step: bool = False, **kwargs: Any) -> L.Trainer:
+        saving = ModelCheckpoint(
+            tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
+        )
+        held = [*callbacks, *([saving] if every_step else [])]
+        defaults: dict[str, Any] = {
+            "max_epochs": 3,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": every_step,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+        }
+        return L.Trainer(callbacks=held, **(defaults | kwargs))
+
+    return make

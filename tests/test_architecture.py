@@ -18,7 +18,7 @@ LAYERS = [
     {"nn", "plan", "surgery"},
     {"engine", "sharded", "pruning", "report", "export"},
     {"callbacks", "distill"},
-    {"tasks", "cli", "conversion", "recipe", "__main__"},
+    {"tasks", "cli", "recipe", "__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 STRANGERS = ({"statistics", "solvers"},)  # they meet in the engine

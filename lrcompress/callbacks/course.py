@@ -75,6 +75,8 @@ class Course(pl.Callback, ABC):
 
     # What a subclass says
 
+    at: float | str | list[float | str]  # its argument; part of the state's key
+
     @abstractmethod
     def _settings_at(self, stage: int) -> Settings:
         """Return how layers are chosen and measured at a point."""
@@ -90,6 +92,14 @@ class Course(pl.Callback, ABC):
     def _phase(self) -> str:
         """Return what the time of a step now counts as."""
         return "factored" if self._stage else "dense"
+
+    @property
+    @override
+    def state_key(self) -> str:
+        settings = self._settings_at(0)
+        return self._generate_state_key(
+            at=self.at, targets=settings.targets, exclude=list(settings.exclude)
+        )
 
     # Structure and state
 

@@ -157,14 +157,6 @@ class Factorize(Course):
             verbose=verbose,
         )
 
-    @property
-    @override
-    def state_key(self) -> str:
-        settings = self.settings[0]
-        return self._generate_state_key(
-            at=self.at, targets=settings.targets, exclude=list(settings.exclude)
-        )
-
     @override
     def _settings_at(self, stage: int) -> Settings:
         return self.settings[stage]

@@ -18,7 +18,7 @@ from lrcompress.engine import Settings, dense_size
 from lrcompress.errors import SettingError
 from lrcompress.importance import Importance
 from lrcompress.objective import METHODS
-from lrcompress.pruning import Pruner, Shares, outlook, split_
+from lrcompress.pruning import Pruner, Shares, check_dense, outlook, split_
 from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
@@ -150,12 +150,7 @@ class LoSparse(Course):
             refit_bias=refit_bias,
             shrink=shrink,
         )
-        if low_rank_share == "auto" and initial_rank is None and not METHODS[init].comparable:
-            comparable = ", ".join(name for name, m in METHODS.items() if m.comparable)
-            raise SettingError(
-                "low_rank_share='auto' compares predicted losses of ranks and rows, which "
-                f"init={init!r} does not know; use one of {comparable}, or give initial_rank="
-            )
+        self.shares.check_method(init)
         if not isinstance(mask_every, int) or mask_every < 1:
             raise SettingError(f"mask_every must be a whole number from 1, got {mask_every!r}")
         Importance(beta1, beta2)  # checks them
@@ -193,14 +188,6 @@ class LoSparse(Course):
         self._pruner: Pruner | None = None
         self._split_record: dict[str, Any] = {"metrics": {}, "observed": {}}
 
-    @property
-    @override
-    def state_key(self) -> str:
-        settings = self.settings
-        return self._generate_state_key(
-            at=self.at, targets=settings.targets, exclude=list(settings.exclude)
-        )
-
     @override
     def _settings_at(self, stage: int) -> Settings:
         return self.settings
@@ -221,6 +208,8 @@ class LoSparse(Course):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = set(self.settings.select(pl_module).names)
+        if not self._stage:  # now, and not at the point, after the dense epochs
+            check_dense(pl_module, sorted(names))
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, Course) and other is not self:
                 both = sorted(names & set(other._settings_at(0).select(pl_module).names))
@@ -298,7 +287,8 @@ class LoSparse(Course):
             return
         if now >= self._schedule.start and pruner.importance.steps == 0:
             pruner.prune_(self._schedule(now), trainer.optimizers)
-            platform.log(trainer, {"keep": pruner.keep})
+            if trainer.loggers:
+                platform.log(trainer, {"keep": pruner.keep})
 
     @override
     def on_before_optimizer_step(

@@ -3,7 +3,7 @@
 import hashlib
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,14 @@ class Cache:
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(self.path, timeout=120)
-        try:
+        with ExitStack() as failed:
+            failed.callback(database.close)
             database.execute("PRAGMA synchronous = OFF")  # what a crash loses is computed anew
             database.execute(
                 "CREATE TABLE IF NOT EXISTS features "
                 "(key BLOB PRIMARY KEY, value BLOB, digest BLOB) WITHOUT ROWID"
             )
-        except BaseException:
-            database.close()
-            raise
+            failed.pop_all()
         return database
 
 

@@ -1,6 +1,5 @@
 """What a distilled module remembers: its settings, its teacher, and the terms of each step."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lrcompress.callbacks import platform
 from lrcompress.distill.cache import Cache, example_keys
 from lrcompress.distill.capture import Call, CallTap, OutputTap
 from lrcompress.distill.losses import LOGITS, DistillationLoss, Features
@@ -100,10 +100,8 @@ class Distillation:
 
     def weights(self, trainer: pl.Trainer) -> tuple[float, Terms]:
         """Return the weight of the student's own loss, and the terms that count in this step."""
-        lengths = _Lengths(trainer)
-        step = trainer.global_step
-        terms = [(loss, lengths.value(loss.weight, step)) for loss in self.losses]
-        return lengths.value(self.task, step), [(loss, weight) for loss, weight in terms if weight]
+        terms = [(loss, _value(loss.weight, trainer)) for loss in self.losses]
+        return _value(self.task, trainer), [(loss, weight) for loss, weight in terms if weight]
 
     def step(
         self, student: pl.LightningModule, batch: Any, terms: Terms, run: Callable[[], Any]
@@ -250,19 +248,10 @@ class Distillation:
             yield f"distill_{loss.name}" + (f"_{number}" if number > 1 else "")
 
 
-class _Lengths:
-    """The lengths of a run, asked for only by schedules that change."""
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self.trainer = trainer
-
-    def value(self, weight: Piecewise, step: int) -> float:
-        if weight.constant is not None:
-            return weight.constant
-        per_epoch = float(self.trainer.num_training_batches)
-        if not math.isinf(per_epoch):
-            per_epoch = max(1, math.ceil(per_epoch / self.trainer.accumulate_grad_batches))
-        return weight.at(step, float(self.trainer.estimated_stepping_batches), per_epoch)
+def _value(weight: Piecewise, trainer: pl.Trainer) -> float:
+    if weight.constant is not None:  # spared the question how long the run is
+        return weight.constant
+    return weight.at(trainer.global_step, *platform.lengths(trainer))
 
 
 def _check_source(teacher: object) -> None:

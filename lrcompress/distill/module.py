@@ -1,6 +1,7 @@
 """The module that learns from a teacher: any LightningModule, its class extended in place."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from types import new_class
@@ -108,7 +109,8 @@ class Distilled(_InPlace, pl.LightningModule):
         assert self is student, "a class made by Distilled is not called"
         losses = [Logits()] if losses is None else losses
         losses = [losses] if isinstance(losses, DistillationLoss) else losses
-        try:
+        with ExitStack() as failed:
+            failed.callback(setattr, self, "__class__", self._student_class)
             if teacher is self:
                 raise SettingError(
                     "teacher is the student itself, which would freeze it; teacher='start' takes "
@@ -117,9 +119,7 @@ class Distilled(_InPlace, pl.LightningModule):
             distillation = Distillation(
                 teacher, losses, task, call, logits, mask, teacher_dir, cache
             )
-        except BaseException:
-            self.__class__ = self._student_class  # type: ignore[assignment]
-            raise
+            failed.pop_all()
         object.__setattr__(self, "_distillation", distillation)
         _make_hparams_its_own(self)
 

@@ -2,6 +2,6 @@
 
 from lrcompress.pruning.pruner import Pruner
 from lrcompress.pruning.shares import Quota, Shares
-from lrcompress.pruning.split import outlook, split_
+from lrcompress.pruning.split import check_dense, outlook, split_
 
-__all__ = ["Pruner", "Quota", "Shares", "outlook", "split_"]
+__all__ = ["Pruner", "Quota", "Shares", "check_dense", "outlook", "split_"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lrcompress.budget import check_keep
 from lrcompress.errors import SettingError
 from lrcompress.importance import ROW_SCORES
+from lrcompress.objective import COMPARABLE
 
 AUTO = "auto"
 GRANULARITIES = ("rows", "entries")
@@ -60,6 +61,19 @@ class Shares:
             raise SettingError(
                 "granularity='entries' prunes a sparse part of its own budget: "
                 f"low_rank_share must be a number below 1, got {share!r}"
+            )
+
+    def check_method(self, method: str) -> None:
+        """Check that ranks and rows can compete as they are asked to.
+
+        Raises:
+            SettingError: if they shall by predicted losses, which ``method`` does not know.
+        """
+        if self.low_rank_share == AUTO and self.start_rank is None and method not in COMPARABLE:
+            raise SettingError(
+                "low_rank_share='auto' compares predicted losses of ranks and rows, which method "
+                f"{method!r} does not know; use one of {', '.join(COMPARABLE)}, or give "
+                "initial_rank="
             )
 
     @property

@@ -59,12 +59,8 @@ def split_(
         LayerError: if a targeted layer is factored already.
     """
     names = settings.select(model).names
-    for name in names:
-        if isinstance(model.get_submodule(name), Factored):
-            raise LayerError(
-                f"layer {name!r} is factored already; LoSparse starts from dense layers: leave "
-                "it out with exclude=, or use one of Factorize and LoSparse"
-            )
+    check_dense(model, names)
+    shares.check_method(settings.method)
     dealt = solve(
         model,
         names,
@@ -78,7 +74,7 @@ def split_(
     sizes = {name: view(model.get_submodule(name)).shape for name in names}
     budget = _budget(sizes, shares)
     if shares.start_rank is None and shares.low_rank_share == AUTO:
-        ranks = _divided(model, dealt, settings, sizes, budget)
+        ranks = _divided(model, dealt, sizes, budget)
     else:
         ranks = team.decide(lambda: _ranks(dealt, settings, shares, sizes, budget))
     for name, rank in ranks.items():
@@ -88,6 +84,20 @@ def split_(
     known = {name: one.mean for name, one in dealt.measured.items()}
     means = {name: mean.to(device[name]) for name, mean in known.items() if mean is not None}
     return means, _quotas(sizes, ranks, shares)
+
+
+def check_dense(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that layers are dense, as splitting needs them.
+
+    Raises:
+        LayerError: if one is factored already.
+    """
+    for name in names:
+        if isinstance(model.get_submodule(name), Factored):
+            raise LayerError(
+                f"layer {name!r} is factored already; LoSparse starts from dense layers: leave "
+                "it out with exclude=, or use one of Factorize and LoSparse"
+            )
 
 
 def _budget(sizes: Sizes, shares: Shares) -> int:
@@ -126,15 +136,7 @@ def _ranks(
     return {name: rank or 1 for name, rank in shared.items()}
 
 
-def _divided(
-    model: nn.Module, dealt: Dealt, settings: Settings, sizes: Sizes, budget: int
-) -> dict[str, int]:
-    if not METHODS[settings.method].comparable:
-        comparable = ", ".join(name for name, m in METHODS.items() if m.comparable)
-        raise SettingError(
-            "low_rank_share='auto' compares predicted losses of ranks and rows, which "
-            f"{settings.method!r} does not know; use one of {comparable}, or give initial_rank="
-        )
+def _divided(model: nn.Module, dealt: Dealt, sizes: Sizes, budget: int) -> dict[str, int]:
 
     def work() -> dict[str, Tensor]:
         losses = {}

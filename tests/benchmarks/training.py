@@ -62,6 +62,11 @@ def contestants(keep: float) -> dict[str, tuple[str | None, Options, list[Option
         "factorize": ("Factorize", factorize, []),
         "factorize, logits distilled": ("Factorize", factorize, [LOGITS]),
         "factorize, distilled": ("Factorize", factorize, [LOGITS, HIDDEN]),
+        "factorize sooner, distilled": (
+            "Factorize",
+            factorize | {"at": "epoch:1"},
+            [LOGITS, HIDDEN],
+        ),
         "factorize, weighted, distilled": (
             "Factorize",
             factorize | {"method": "weighted_kfac"},

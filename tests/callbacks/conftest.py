@@ -1,13 +1,11 @@
 """A LightningModule and a loader that know nothing of lrcompress."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 STEPS = 6
@@ -104,24 +102,3 @@ def batches() -> Callable[..., list[dict[str, Tensor]]]:
 @pytest.fixture
 def loader() -> Callable[..., Loader]:
     return lambda given=None: Loader(sentences() if given is None else given)
-
-
-@pytest.fixture
-def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
-    def make(*callbacks: L.Callback, every_step: bool = False, **kwargs: Any) -> L.Trainer:
-        saving = ModelCheckpoint(
-            tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
-        )
-        held = [*callbacks, *([saving] if every_step else [])]
-        defaults: dict[str, Any] = {
-            "max_epochs": 3,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": every_step,
-            "num_sanity_val_steps": 0,
-        }
-        return L.Trainer(callbacks=held, **(defaults | kwargs))
-
-    return make

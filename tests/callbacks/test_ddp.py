@@ -296,11 +296,13 @@ class Deaf(L.Callback):
 callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)
 trainer(callback, Deaf()).fit(tagger(), Loader(parts()))
 assert len(callback.report.points) == 1 and callback.report.points[0].observed["tokens"] > 0
+print("four refused, one went on")
 """
 
 
 def test_what_is_wrong_in_one_process_ends_all(launch: Make, tmp_path: Path) -> None:
-    launch(write(tmp_path, BAD), 2)
+    told = launch(write(tmp_path, BAD), 2)
+    assert [out.splitlines()[-1] for out in told] == ["four refused, one went on"] * 2
 
 
 class FSDPStrategy:

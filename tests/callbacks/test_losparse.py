@@ -404,7 +404,7 @@ def test_preview_changes_nothing(tagger: Make) -> None:
         ({"keep": 0}, r"keep must be above 0 and at most 1 .* got 0"),
         ({"low_rank_share": 0}, r"low_rank_share must be above 0 and at most 1, or 'auto', got 0"),
         ({"low_rank_share": "atuo"}, r"low_rank_share must be .* or 'auto', got 'atuo'"),
-        ({"low_rank_share": "auto"}, r"which init='svd' does not know; use one of row_fisher"),
+        ({"low_rank_share": "auto"}, r"which method 'svd' does not know; use one of row_fisher"),
         ({"initial_rank": 1.5}, r"initial_rank is a share of the full rank.* got 1.5"),
         ({"row_score": "max"}, r"row_score must be one of mean, group, got 'max'"),
         ({"granularity": "columns"}, r"granularity must be one of rows, entries, got 'columns'"),

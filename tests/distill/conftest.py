@@ -1,14 +1,13 @@
 """A LightningModule around a tiny attention model, neither of which knows lrcompress."""
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -146,22 +145,5 @@ def loader() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
-    def make(*callbacks: L.Callback, every_step: bool = False, **kwargs: Any) -> L.Trainer:
-        saving = ModelCheckpoint(
-            tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
-        )
-        held = [*callbacks, *([saving] if every_step else [])]
-        defaults: dict[str, Any] = {
-            "max_epochs": 2,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": every_step,
-            "num_sanity_val_steps": 0,
-            "default_root_dir": tmp_path,
-        }
-        return L.Trainer(callbacks=held, **(defaults | kwargs))
-
-    return make
+def trainer(trainer: Callable[..., L.Trainer]) -> Callable[..., L.Trainer]:
+    return partial(trainer, max_epochs=2)

@@ -470,12 +470,19 @@ def test_other_ways_to_run(
 ) -> None:
     weights = {"epoch:0": 0.0, "epoch:1": 1.0}
     module = Distilled(reader(), teacher=reader(1), losses=[HiddenStates(weights)])
-    trainer(**options).fit(module, loader())
+    run = trainer(**options)
+    run.fit(module, loader())
+    assert run.state.finished
+    assert not same(module, reader())
+    assert hooks(module) == 0
 
 
 def test_a_barebones_run_logs_nothing(reader: Make, loader: Make) -> None:
     module = Distilled(reader(), teacher=reader(1))
-    L.Trainer(barebones=True, accelerator="cpu", max_epochs=1).fit(module, loader())
+    run = L.Trainer(barebones=True, accelerator="cpu", max_epochs=1)
+    run.fit(module, loader())
+    assert not run.callback_metrics
+    assert not same(module, reader())
 
 
 @pytest.mark.parametrize("in_place", [True, False])

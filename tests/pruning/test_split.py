@@ -360,13 +360,16 @@ def test_the_least_keep_that_is_named_can_be_met(make: Make) -> None:
     for given in EACH_SHARE:
         bench = make()
         bench.split(Shares(keep=0.0858, **given))
+        layers = [bench.model.get_submodule(name) for name in bench.names]
+        assert all(isinstance(layer, LowRankSparseLinear) for layer in layers)
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(COMPARABLE)))
 def test_auto_ranks_need_a_method_that_predicts_the_loss(untouched: Any, method: str) -> None:
     message = (
         "^low_rank_share='auto' compares predicted losses of ranks and rows, which "
-        f"{method!r} does not know; use one of {', '.join(COMPARABLE)}, or give initial_rank=$"
+        f"method {method!r} does not know; use one of {', '.join(COMPARABLE)}, "
+        "or give initial_rank=$"
     )
     with pytest.raises(SettingError, match=message):
         untouched.split(Shares(keep=0.3, low_rank_share="auto"), method)

@@ -44,7 +44,7 @@ from typing_extensions import override
 import lrcompress.callbacks  # noqa: F401  so that recipes may say Factorize
 import lrcompress.distill  # noqa: F401  and Distilled
 import lrcompress.tasks  # noqa: F401  and TextClassification
-from lrcompress.conversion import export
+from lrcompress.cli.export import export
 from lrcompress.errors import LRCompressError, RecipeError, nearest
 from lrcompress.recipe import LINKED, find_faults, linked_from
 

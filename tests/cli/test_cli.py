@@ -269,7 +269,7 @@ def test_python_dash_m_says_nothing_unasked(recipe: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_on_resuming_the_recipe_says_what_the_model_is(tiny_bert: Path, tmp_path: Path) -> None:
-    quickstart = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+    quickstart = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
     arguments = [
         *("--config", quickstart, f"--model.path={tiny_bert}", "--trainer.accelerator=cpu"),
         *("--data.train_size=64", "--data.val_size=12", "--data.test_size=12"),
