@@ -36,7 +36,7 @@ class Point:
             if not 0 <= text < 1:
                 raise SettingError(
                     f"a point is {expected}, got {text}"
-                    + (f"; did you mean 'epoch:{text:g}'?" if text >= 1 else "")
+                    + (f"; did you mean 'epoch:{text:g}'?" if text >= 1 and text % 1 == 0 else "")
                 )
             return cls("fraction", float(text))
         unit, _, number = str(text).partition(":")
@@ -125,6 +125,15 @@ class Piecewise:
                 raise SettingError(f"{name} is a mapping without a point, such as {{0.5: 1.0}}")
             return cls(tuple((_moment(at), *_sides(one, name)) for at, one in value.items()))
         return cls(((Point("fraction", 0.0), *_sides(value, name)),))
+
+    def counts(self, total_steps: float, steps_per_epoch: float) -> bool:
+        """Return whether the value is above 0 at any step of a run of that length."""
+        if self.constant is not None:
+            return self.constant > 0
+        placed = [point.place(total_steps, steps_per_epoch) for point, _, _ in self.points]
+        last = max(placed) if math.isinf(total_steps) else int(total_steps) - 1
+        turns = {0, last, *(min(max(at + by, 0), last) for at in placed for by in (-1, 0))}
+        return any(self.at(step, total_steps, steps_per_epoch) > 0 for step in turns)
 
     @property
     def constant(self) -> float | None:

@@ -314,6 +314,47 @@ def test_all_faults_come_at_once_in_the_order_of_the_recipe(faults: Any) -> None
     ]
 
 
+def test_values_that_ours_refuse_come_at_once_with_their_place(faults: Any) -> None:
+    lines = [
+        "trainer:",
+        "  callbacks:",
+        "    - class_path: lrcompress.Factorize",
+        "      init_args:",
+        "        keep: 1.5",
+        "    - class_path: LoSparse",
+        "      init_args: {keep: 0.5, at: 1.5}",
+        "    - class_path: Factorize",
+        "model:",
+        "  class_path: lrcompress.Distilled",
+        "  init_args:",
+        f"    student: {{class_path: {HERE}.Widget, init_args: {{path: a}}}}",
+        "    losses: [{class_path: lrcompress.distill.Logits, init_args: {temperature: 0}}]",
+    ]
+    places = [
+        "r.yaml:5: trainer.callbacks[0].keep: keep must be above 0",
+        "r.yaml:6: trainer.callbacks[1]: a point is a fraction of training between 0 and 1, 'epo",
+        "r.yaml:8: trainer.callbacks[2]: keep is missing: the share of parameters that remains",
+        "r.yaml:13: model.losses[0].temperature: temperature must be above 0, such as 2.0, got 0",
+        "command line: trainer.callbacks[2].offload: offload must be a device of torch",
+    ]
+    found = faults(lines)
+    assert len(found) == 4
+    assert all(fault.startswith(place) for fault, place in zip(found, places, strict=False))
+    found = faults(lines, "--trainer.callbacks.keep=0.5", "--trainer.callbacks.offload=gpu")
+    assert [line.split(": ")[1] for line in found][2] == "trainer.callbacks[2].offload"
+    assert found[2].startswith(places[4])
+    found = faults(lines, "--trainer.max_epoch=3")
+    assert len(found) == 5
+    assert "unknown key; nearest valid: max_epochs" in found[0]
+
+
+def test_an_option_of_a_class_further_in_is_named(faults: Any) -> None:
+    student = f"{{class_path: {HERE}.Widget, init_args: {{path: a}}}}"
+    model = f"model: {{class_path: lrcompress.Distilled, init_args: {{student: {student}}}}}"
+    found = faults([TRAINER, model], "--model.width=5")
+    assert found == ["command line: model.width: unknown key; nearest valid: student.width"]
+
+
 def test_types_in_words() -> None:
     assert in_words(int | None) == "int or null"
     assert in_words(dict[str, torch.Tensor]) == "dict[str, Tensor]"

@@ -171,3 +171,28 @@ def test_points_of_a_value_that_are_wrong() -> None:
         values({"epoch:1": 1.0, "step:25": 2.0}, 0)
     with pytest.raises(SettingError, match="did you mean 'epoch:2'"):
         Piecewise.parse({2: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("given", "counts"),
+    [
+        (0.5, True),
+        (0, False),
+        ({0: 0.0, 1.0: 1.0}, True),
+        ({0: [1.0, 0.0]}, False),  # a jump before the first step
+        ({"step:1": [1.0, 0.0]}, True),
+        ({0: 0.0, "step:99": [0.0, 1.0]}, True),
+        ({0: 0.0, "step:100": [0.0, 1.0]}, False),
+        ({0: 0.0, "step:99": 0.0, "step:200": 1.0}, False),
+        ({0: 0.0, "step:98": 0.0, "step:200": 1.0}, True),
+    ],
+)
+def test_whether_a_value_ever_counts(given: object, counts: bool) -> None:
+    value = Piecewise.parse(given)
+    assert value.counts(100, 25) is counts
+    assert value.counts(100, 25) is any(value.at(step, 100, 25) > 0 for step in range(100))
+
+
+def test_without_a_length_only_steps_say_whether_a_value_counts() -> None:
+    assert Piecewise.parse({"step:9": [0.0, 1.0]}).counts(math.inf, math.inf)
+    assert not Piecewise.parse({"step:0": [1.0, 0.0], "step:9": 0}).counts(math.inf, math.inf)

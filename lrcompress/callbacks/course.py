@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
@@ -116,6 +117,13 @@ class Course(pl.Callback, ABC):
             _follow_checkpoint
         )
         self._hooks.callback(follow.remove)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            platform.warn_of_lost_teacher(pl_module, checkpoint)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -61,6 +61,12 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise SettingError(f"{name} must be a whole number from 1, got {value!r}")
+        try:
+            torch.device(self.offload or "cpu")
+        except RuntimeError:
+            raise SettingError(
+                f"offload must be a device of torch, such as 'cpu', got {self.offload!r}"
+            ) from None
 
 
 class Observation:

@@ -1,13 +1,14 @@
 """What has to be known about a Lightning Trainer, asked in one place."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console, RenderableType
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ _REFUSED = {
 # Strategies that are DDPStrategies by inheritance alone.
 _OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
+
+TEACHER = "lrcompress_teacher"  # what a checkpoint says of the teacher of a distilled run
 
 
 def _names(kind: type) -> set[str]:
@@ -286,6 +289,15 @@ def announce(module: pl.LightningModule) -> None:
     hear = getattr(module, "on_compression_start", None)
     if hear is not None:
         hear()
+
+
+def warn_of_lost_teacher(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Warn if a run that was distilled goes on with a module that will not be."""
+    if TEACHER in checkpoint and not hasattr(module, "on_compression_start"):
+        rank_zero_warn(
+            "the checkpoint is one of a run with distillation, the module is not distilled: it "
+            "goes on without its teacher; wrap it in lrcompress.Distilled as before"
+        )
 
 
 def reset_best(trainer: pl.Trainer) -> None:

@@ -44,9 +44,15 @@ class Distillation:
         self.cache = Cache(cache) if cache is not None else None
         self.tap = CallTap(call, logits)
         self.teacher: Teacher | None = None
+        self.rehearsed = False
         self._layers: dict[int, tuple[str, ...]] = {}
         self._checked: set[int] = set()
         _check_source(teacher)
+        if not losses:
+            raise SettingError(
+                "losses is empty: nothing would be distilled; give some, such as "
+                "[lrcompress.distill.Logits()], or train the module without Distilled"
+            )
         for loss in losses:
             if not isinstance(loss, DistillationLoss):
                 raise SettingError(
@@ -57,6 +63,7 @@ class Distillation:
         """Begin a fit."""
         self.tap = CallTap(self.tap.call, self.logits)
         self._layers, self._checked = {}, set()
+        self.rehearsed = False
         if self.source == START:
             self.teacher = None
 
@@ -100,14 +107,54 @@ class Distillation:
 
     def weights(self, trainer: pl.Trainer) -> tuple[float, Terms]:
         """Return the weight of the student's own loss, and the terms that count in this step."""
-        terms = [(loss, _value(loss.weight, trainer)) for loss in self.losses]
-        return _value(self.task, trainer), [(loss, weight) for loss, weight in terms if weight]
+        terms = [(loss, _weight(loss.weight, trainer)) for loss in self.losses]
+        return _weight(self.task, trainer), [(loss, weight) for loss, weight in terms if weight]
+
+    def counts(self, trainer: pl.Trainer) -> bool:
+        """Return whether any term counts at any step of the run."""
+        weights = [loss.weight for loss in self.losses]
+        if any(weight.constant for weight in weights):
+            return True  # spared the question how long the run is
+        return any(weight.counts(*platform.lengths(trainer)) for weight in weights)
 
     def step(
         self, student: pl.LightningModule, batch: Any, terms: Terms, run: Callable[[], Any]
     ) -> tuple[Any, list[Tensor]]:
         """Return what the student's own step gives, and the value of every term."""
-        names = [self._names(student, loss) for loss, _ in terms]
+        losses = [loss for loss, _ in terms]
+        output, heard = self._hear(student, batch, losses, run)
+        if heard is None:
+            return None, []
+        call, mine, mask = heard
+        _check_graph(mine)
+        theirs = self._teach(student, call, mine, mask)
+        return output, [self._value(student, loss, mine, theirs, mask) for loss in losses]
+
+    def rehearse(self, student: pl.LightningModule, batch: Any, run: Callable[[], Any]) -> Any:
+        """Return what the student's own step gives, checked for all that losses will ask of it.
+
+        What a loss will not find is so said in the first step, and not when there is a teacher,
+        after epochs of training.
+        """
+        output, heard = self._hear(student, batch, self.losses, run)
+        if heard is not None:
+            call, mine, mask = heard
+            with torch.no_grad():
+                self._compare(student, call, student.get_submodule(call.name))
+                for loss in self.losses:
+                    self._value(student, loss, mine, mine, mask)
+            self.rehearsed = True
+        return output
+
+    def _hear(
+        self,
+        student: pl.LightningModule,
+        batch: Any,
+        losses: Sequence[DistillationLoss],
+        run: Callable[[], Any],
+    ) -> tuple[Any, tuple[Call, Features, Tensor | None] | None]:
+        """Return what a step gives; and its call, what losses need of it, and the mask."""
+        names = [self._names(student, loss) for loss in losses]
         needed = tuple(dict.fromkeys(name for some in names for name in some))
         tap = OutputTap(student, self._tapped(needed))
         with ExitStack() as stack:
@@ -115,17 +162,22 @@ class Distillation:
             stack.enter_context(tap.listening())
             output = run()
         if output is None:  # the student skips this batch
-            return None, []
+            return None, None
         call = self.tap.take()
         mine = self._features(tap.take(), call, needed)
-        mask = self._mask(call, batch, required=any(loss.needs_mask for loss, _ in terms))
-        _check_graph(mine)
-        theirs = self._teach(student, call, mine, mask)
-        values = [
-            loss({n: mine[n] for n in some}, {n: theirs[n] for n in some}, mask)
-            for (loss, _), some in zip(terms, names, strict=True)
-        ]
-        return output, values
+        mask = self._mask(call, batch, required=any(loss.needs_mask for loss in losses))
+        return output, (call, mine, mask)
+
+    def _value(
+        self,
+        student: nn.Module,
+        loss: DistillationLoss,
+        mine: Features,
+        theirs: Features,
+        mask: Tensor | None,
+    ) -> Tensor:
+        names = self._names(student, loss)
+        return loss({n: mine[n] for n in names}, {n: theirs[n] for n in names}, mask)
 
     def _names(self, student: nn.Module, loss: DistillationLoss) -> tuple[str, ...]:
         if id(loss) not in self._layers:
@@ -171,7 +223,7 @@ class Distillation:
             ObservationError: if the cache cannot keep them.
         """
         assert self.teacher is not None
-        self._compare(student, call)
+        self._compare(student, call, self.teacher.called(call.name))
         if self.cache is None:
             return self._run(call, tuple(mine))
         size = next(iter(mine.values())).shape[0]
@@ -196,13 +248,17 @@ class Distillation:
             output = model(*call.args, **call.kwargs)
         return self._features(tap.take(), Call(call.name, (), {}, output), needed)
 
-    def _compare(self, student: nn.Module, call: Call) -> None:
+    def _compare(self, student: nn.Module, call: Call, called: nn.Module) -> None:
         """Check once for every loss that it finds the same layers in student and teacher.
+
+        Args:
+            student: the whole student.
+            call: of the student.
+            called: the part of the teacher that repeats it.
 
         Raises:
             SettingError: if one looks at layers that are not in what is called.
         """
-        assert self.teacher is not None
         for loss in self.losses:
             if id(loss) in self._checked or id(loss) not in self._layers:
                 continue
@@ -213,7 +269,7 @@ class Distillation:
                     f"layer {outside[0]!r} is not in {call.name!r}, whose call is repeated on the "
                     "teacher; choose layers in it, or another call="
                 )
-            loss.check(student, self.teacher.called(call.name), _prefix(call))
+            loss.check(student, called, _prefix(call))
             self._checked.add(id(loss))
 
     def check_vocabulary(self, student: pl.LightningModule, tokenizer: object) -> None:
@@ -248,7 +304,7 @@ class Distillation:
             yield f"distill_{loss.name}" + (f"_{number}" if number > 1 else "")
 
 
-def _value(weight: Piecewise, trainer: pl.Trainer) -> float:
+def _weight(weight: Piecewise, trainer: pl.Trainer) -> float:
     if weight.constant is not None:  # spared the question how long the run is
         return weight.constant
     return weight.at(trainer.global_step, *platform.lengths(trainer))
@@ -268,10 +324,11 @@ def _check_source(teacher: object) -> None:
             f"{expected}, got the folder {teacher!r}; for a transformers model give a module "
             "that loads it, such as lrcompress.tasks.TextClassification(path=...)"
         )
-    files = [str(file) for file in path.parent.glob("*") if file.is_file()]
-    raise SettingError(
-        f"{expected}, got {teacher!r}, which is none; nearest: {nearest(teacher, [START, *files])}"
-    )
+    if not path.suffix:
+        raise SettingError(f"{expected}, got {teacher!r}, which is none; nearest: {START}")
+    files = [str(file) for file in path.parent.glob(f"*{path.suffix}") if file.is_file()]
+    near = f"nearest: {nearest(teacher, files)}" if files else f"none is in {path.parent}"
+    raise SettingError(f"{expected}, got {teacher!r}, a file that does not exist; {near}")
 
 
 def _prefix(call: Call) -> str:

@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lrcompress.callbacks.platform import TEACHER
 from lrcompress.distill.distillation import START, Distillation
 from lrcompress.distill.losses import DistillationLoss, Logits, Weight
 from lrcompress.distill.teacher import reload
 from lrcompress.errors import CheckpointError, PlatformError, SettingError
 from lrcompress.statistics.batches import MASK
 
-KEY = "lrcompress_teacher"  # in a checkpoint
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
@@ -189,6 +189,11 @@ class Distilled(_InPlace, pl.LightningModule):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._distillation.weights(self.trainer)  # a schedule that cannot be placed ends here
+        if not self._distillation.counts(self.trainer):
+            rank_zero_warn(
+                "Distilled learns nothing from the teacher in this run: the weight of every loss "
+                "is 0 at all of its steps"
+            )
 
     @override
     def on_train_end(self) -> None:
@@ -205,18 +210,18 @@ class Distilled(_InPlace, pl.LightningModule):
         super().on_save_checkpoint(checkpoint)
         record = self._distillation.record()
         if record is not None:
-            checkpoint[KEY] = record
+            checkpoint[TEACHER] = record
             if self.trainer.is_global_zero:
                 self._distillation.save(self._teacher_folder)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        record = checkpoint.get(KEY)
+        record = checkpoint.get(TEACHER)
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if record is not None and fitting and self._distillation.source == START:
             if record.get("version") != 1:
                 raise CheckpointError(
-                    f"expected {KEY} of version 1, got version {record.get('version')!r}"
+                    f"expected {TEACHER} of version 1, got version {record.get('version')!r}"
                 )
             # before anything gives the student the structure that the checkpoint needs
             self._distillation.restore(self, reload(self, self._teacher_folder, record))
@@ -257,12 +262,14 @@ def _training_step(module: Distilled, args: tuple[Any, ...], kwargs: dict[str, A
         return module._student_class.training_step(module, *args, **kwargs)
 
     distillation = module._distillation
-    if distillation.teacher is None or module._trainer is None:
+    batch = args[0] if args else next(iter(kwargs.values()), None)
+    if module._trainer is None:
         return own()
+    if distillation.teacher is None:
+        return own() if distillation.rehearsed else distillation.rehearse(module, batch, own)
     task, terms = distillation.weights(module.trainer)
     if not terms:
         return _with_loss(own(), lambda loss: loss if task == 1 else task * loss)
-    batch = args[0] if args else next(iter(kwargs.values()), None)
     output, values = distillation.step(module, batch, terms, own)
     if output is None:
         return None

@@ -8,15 +8,18 @@ A path in a message is the option that sets the value: ``model.width`` stands fo
 """
 
 import pydoc
-from argparse import SUPPRESS, Action
+from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from yaml import MappingNode, Node, SequenceNode
+from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
+from lrcompress.callbacks.course import Course
+from lrcompress.distill import DistillationLoss
+from lrcompress.errors import LRCompressError
 from lrcompress.recipe.tree import (
     CLASS_KEYS,
     INHERITED,
@@ -39,6 +42,7 @@ from lrcompress.recipe.words import (
     subclasses_of,
 )
 
+_SAY_THEIR_FAULTS = (Course, DistillationLoss)
 LINKED = {"data.tokenizer": "model.path"}  # an option that, if not given, is what another one is
 
 
@@ -63,13 +67,15 @@ def find_faults(parser: ArgumentParser, args: Sequence[str], *, refused: bool) -
         parser: what LightningCLI made for the verb.
         args: the command line after the verb.
         refused: whether the parser refused it. If it did not, only what the parser lets pass is
-            a fault: files with a key written twice.
+            a fault: files with a key written twice, and values that callbacks and losses of
+            lrcompress refuse.
     """
     recipe = Recipe(args)
-    if not refused:
-        return recipe.faults
-    required = {"model"} if recipe.complete else set()
-    return [*recipe.faults, *_check_keys(parser, recipe.root, where="", required=required)]
+    faults = [*recipe.faults]
+    if refused:
+        required = {"model"} if recipe.complete else set()
+        faults += _check_keys(parser, recipe.root, where="", required=required)
+    return [*faults, *_check_values(recipe.root, where="")]
 
 
 def _check_keys(
@@ -90,10 +96,58 @@ def _check_keys(
             yield from _check_group(parser, key, value, here, prefix)
         elif key.style != INHERITED:
             known = sorted(groups.union(dest for dest in actions if "." not in dest))
-            yield fault(key, here, f"unknown key{nearest_of(key.value, known)}")
+            inner = list(_further_in(node, key.value))
+            near = f"; nearest valid: {', '.join(inner)}" if inner else nearest_of(key.value, known)
+            yield fault(key, here, f"unknown key{near}")
     for name in sorted(required - entries_of(node).keys()):
         if (here := below(where, name)) not in LINKED:
             yield fault(node, here, "required, found nothing")
+
+
+def _further_in(node: MappingNode, name: str) -> Iterator[str]:
+    """Yield the options of that name of classes below, as of the student in a distilled model."""
+    for key, value in node.value:
+        path = entries_of(as_mapping(value, NOWHERE)).get("class_path")
+        named = _locate(path.value, ()) if isinstance(path, ScalarNode) else None
+        if isinstance(named, type) and name in {a.dest for a in _class_parser(named)._actions}:
+            yield f"{key.value}.{name}"
+
+
+def _check_values(node: Node, where: str) -> Iterator[str]:
+    """Yield what the classes anywhere in a recipe say of their arguments' values."""
+    if isinstance(node, SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _check_values(item, f"{where}[{index}]")
+    elif isinstance(node, MappingNode):
+        entries = entries_of(node)
+        if "class_path" in entries:
+            named = _locate(plain(entries["class_path"]), _SAY_THEIR_FAULTS)
+            yield from _check_making(named, node, where)
+        for key, value in node.value:
+            here = where if key.value in CLASS_KEYS else below(where, key.value)
+            if key.value != "class_path":
+                yield from _check_values(value, here)
+    elif node.tag == STRING:
+        named = {cls.__name__: cls for cls in subclasses_of(_SAY_THEIR_FAULTS)}.get(node.value)
+        yield from _check_making(named, as_mapping(node, node.start_mark), where)
+
+
+def _check_making(named: object, node: MappingNode, where: str) -> Iterator[str]:
+    """Yield what a class of lrcompress whose making is free says of its arguments' values."""
+    if not isinstance(named, type) or not issubclass(named, _SAY_THEIR_FAULTS):
+        return
+    if not named.__module__.startswith("lrcompress."):
+        return
+    entries = entries_of(node)
+    given = as_mapping(entries.get("init_args"), node.start_mark)
+    try:
+        named(**_class_parser(named).parse_object(plain(given)).as_dict())
+    except LRCompressError as error:
+        keys = [key for key, _ in given.value if str(error).startswith(f"{key.value} ")]
+        key, here = (keys[0], below(where, keys[0].value)) if keys else (node, where)
+        yield fault(key, here, str(error))
+    except ArgumentError:  # of types and keys, which are checked one by one
+        return
 
 
 def _check_group(

@@ -136,7 +136,8 @@ def _column(table: Dataset, column: int | str, where: str) -> str:
     if column not in names:
         raise NoMatchError(
             f"{where}: no column {column!r}; set text and label to columns there are: {names}, "
-            f"nearest: {nearest(column, names, 1)}"
+            f"nearest: {nearest(column, names, 1)}; if these are the first row's values, set "
+            "header: false and give columns by position"
         )
     return column
 

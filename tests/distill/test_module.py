@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Distilled never had a teacher"),
     pytest.mark.filterwarnings("ignore:.training_step. returned .None"),
     pytest.mark.filterwarnings("ignore:You are trying to .self.log.*barebones"),
+    pytest.mark.filterwarnings("ignore:Distilled learns nothing from the teacher"),
 ]
 Make = Callable[..., Any]
 
@@ -218,6 +219,29 @@ def test_a_fit_without_a_start_warns(reader: Make, loader: Make, trainer: Make) 
         trainer().fit(Distilled(reader()), loader())
 
 
+@pytest.mark.parametrize("weight", [0.0, {0: 0.0, "epoch:2": [0.0, 1.0]}])
+def test_losses_that_never_count_warn(
+    weight: Any, reader: Make, loader: Make, trainer: Make
+) -> None:
+    module = Distilled(reader(), teacher=reader(1), losses=[Logits(weight)])
+    with pytest.warns(UserWarning, match="learns nothing from the teacher in this run"):
+        trainer(max_epochs=2).fit(module, loader())
+
+
+def test_going_on_without_distillation_warns(
+    reader: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    def factorize() -> lrcompress.Factorize:
+        return lrcompress.Factorize(0.5, "svd", at="step:2", verbose=False, validate=False)
+
+    first = trainer(factorize(), every_step=True, max_steps=4)
+    first.fit(Distilled(reader()), loader())
+    with pytest.warns(UserWarning, match="goes on without its teacher; wrap it in lrcompress.Dist"):
+        trainer(factorize(), max_steps=5).fit(
+            reader(), loader(), ckpt_path=tmp_path / "step=4.ckpt"
+        )
+
+
 def test_weights_follow_their_schedules_and_cost_nothing_at_zero(
     reader: Make, loader: Make, trainer: Make
 ) -> None:
@@ -383,6 +407,44 @@ def test_a_name_of_no_submodule_is_an_error(argument: str, loader: Make, trainer
     module = Distilled(Calls(["one"]), teacher=Calls(["one"]), mask=None, **{argument: "ones"})
     with pytest.raises(NoMatchError, match=r"='ones' names no submodule of .*nearest: one"):
         trainer().fit(module, loader(pairs()))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        (
+            {"losses": [HiddenStates(layers=["*.block.*"])]},
+            NoMatchError,
+            r"\*.block.* matches none",
+        ),
+        ({"losses": [HiddenStates(layers=["embed"])], "call": "model"}, NoMatchError, "embed"),
+        (
+            {"losses": [HiddenStates(layers=["other"])]},
+            ObservationError,
+            "'other' was called no tim",
+        ),
+        ({"losses": [HiddenStates()], "mask": "maks"}, ObservationError, "leaves padding out by"),
+        ({"losses": [Relations(heads=3)]}, ShapeError, "8 features cannot be 3 heads"),
+        ({"call": "modle"}, NoMatchError, "call='modle' names no submodule .*nearest: model"),
+    ],
+)
+def test_what_a_loss_will_not_find_is_said_in_the_first_step(
+    kwargs: Any,
+    error: type,
+    message: str,
+    reader: Make,
+    loader: Make,
+    trainer: Make,
+    start_at: Make,
+) -> None:
+    student = reader()
+    student.other = nn.Linear(2, 2)
+    module = Distilled(student, **kwargs)
+    run = trainer(start_at(4))
+    with pytest.raises(error, match=message):
+        run.fit(module, loader())
+    assert run.global_step == 0
+    assert hooks(module) == 0
 
 
 def test_no_hook_is_left_after_an_exception(reader: Make, loader: Make, trainer: Make) -> None:
@@ -588,6 +650,7 @@ def test_the_tokenizer_of_the_data_is_looked_at(reader: Make, loader: Make, trai
     ("teacher", "message"),
     [
         ("strat", r"'start', a checkpoint file or a module, got 'strat', .* nearest: start"),
+        ("no/dense.ckpt", r"got 'no/dense.ckpt', a file that does not exist; none is in no$"),
         (3, "got 3$"),
         (".", r"got the folder '.'; for a transformers model give a module that loads it"),
     ],
@@ -619,6 +682,8 @@ def test_what_cannot_be_distilled(reader: Make) -> None:
     assert next(student.parameters()).requires_grad
     with pytest.raises(SettingError, match=r"losses are objects such as .*, got 'logits'"):
         Distilled(reader(), losses=["logits"])
+    with pytest.raises(SettingError, match="losses is empty: nothing would be distilled; give"):
+        Distilled(reader(), losses=[])
     with pytest.raises(SettingError, match=r"task must be a number that is not negative.* got -1"):
         Distilled(reader(), task=-1)
 
