@@ -27,6 +27,7 @@ def test_every_recipe_is_found() -> None:
         "sst2_losparse",
         "sst2_losparse_then_distil",
         "stsb_row_fisher",
+        "wikitext2_gpt2_kfac",
     ]
 
 
@@ -35,7 +36,12 @@ def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
     data = recipe["data"]["init_args"]
     if recipe["data"]["class_path"].endswith("DocstringData"):
         rows = ["--data.train_size=96", "--data.val_size=12", "--data.test_size=12"]
-        return [f"--model.path={model}", *rows]
+        return [f"--model.path={model}", *rows, "--data.max_length=32"]
+    if recipe["data"]["class_path"].endswith("LanguageData"):
+        for name in ("train", "valid", "test"):
+            (folder / f"{name}.txt").write_text("a very good film\na very dull film\n" * 200)
+        train = f"--data.train={folder / 'train.txt'}"
+        return [f"--model.path={model}", train, "--data.length=32"]
     given = recipe["model"]["init_args"]
     inner = "student." if "student" in given else ""
     classes = (given["student"]["init_args"] if inner else given)["num_labels"]
@@ -46,7 +52,8 @@ def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
             for row in range(count):
                 texts = [f"a very {('good', 'dull')[row % 2]} film" for _ in data["text"]]
                 table.writerow([*texts, row % classes if classes > 1 else row / 4])
-    return [f"--model.{inner}path={model}", f"--data.train={folder / 'train.tsv'}"]
+    train = f"--data.train={folder / 'train.tsv'}"
+    return [f"--model.{inner}path={model}", train, "--data.max_length=32"]
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
@@ -56,7 +63,6 @@ def test_a_recipe_runs_on_stand_ins(
     overrides = stand_ins(yaml.safe_load(path.read_text()), tiny_bert, tmp_path)
     arguments = ["--config", str(path), *overrides, f"--trainer.default_root_dir={tmp_path}"]
     quick = [
-        "--data.max_length=32",
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
     ]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ class BatchLoader:
     Args:
         dataset: gives the list of rows for a list of row numbers.
         batches: epoch -> the rows of each batch of this rank; equally many every epoch.
-        collate: rows -> batch.
+        collate: epoch, rows -> batch.
         num_workers: processes that load and collate; 0 is none.
         shuffled: whether the order depends on the epoch.
     """
@@ -111,7 +112,7 @@ class BatchLoader:
         self,
         dataset: Any,
         batches: Callable[[int], list[Rows]],
-        collate: Callable[[list[dict[str, Any]]], Batch],
+        collate: Callable[[int, list[dict[str, Any]]], Batch],
         num_workers: int = 0,
         shuffled: bool = True,
     ) -> None:
@@ -132,7 +133,7 @@ class BatchLoader:
         loader = DataLoader(
             self._dataset,
             batch_sampler=[rows.tolist() for rows in self._batches(self._epoch)[self._served :]],
-            collate_fn=self._collate,
+            collate_fn=partial(self._collate, self._epoch),
             num_workers=self._num_workers,
             generator=torch.Generator(),  # its own, so that an epoch draws nothing from the global
         )

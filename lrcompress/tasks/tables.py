@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from datasets import (
@@ -21,6 +22,7 @@ READERS = {
     ".json": Dataset.from_json,
     ".jsonl": Dataset.from_json,
     ".parquet": Dataset.from_parquet,
+    ".txt": partial(Dataset.from_text, keep_linebreaks=True),
 }
 
 
@@ -28,8 +30,8 @@ def read_table(file: str, header: bool = True, quoting: bool | None = None) -> D
     """Return the rows of a local file; those of CSV and TSV are all text, "NA" included.
 
     Args:
-        file: ``.csv``, ``.tsv``, ``.json``, ``.jsonl`` or ``.parquet``; UTF-8, with or
-            without a byte order mark.
+        file: ``.csv``, ``.tsv``, ``.json``, ``.jsonl``, ``.parquet``, or ``.txt``, whose lines
+            are the rows of a column ``text``; UTF-8, with or without a byte order mark.
         header: whether the first line of a CSV or TSV names the columns; otherwise they are
             named "0", "1", ….
         quoting: whether a CSV or TSV puts fields in double quotes; by default a CSV does and

@@ -1,26 +1,23 @@
 """Fine-tuning of any ``transformers`` model with a sequence classification head."""
 
 import logging
-from typing import Any, Literal, get_args
+from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
-from lrcompress.errors import SettingError, nearest
-from lrcompress.plan import restore_structure
+from lrcompress.errors import SettingError
+from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.classification_data import ClassificationData
+from lrcompress.tasks.fine_tuning import FineTuning, Schedule
 from lrcompress.tasks.locations import model_folder
 from lrcompress.tasks.metrics import build_metrics
 
-Batch = dict[str, Tensor]
-Schedule = Literal["linear", "constant", "cosine"]
 
-
-class TextClassification(L.LightningModule):
+class TextClassification(FineTuning):
     """Fine-tunes a ``transformers`` model to classify texts, or to score them.
 
     The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs
@@ -59,21 +56,11 @@ class TextClassification(L.LightningModule):
         metrics: list[str] | None = None,
         pretrained: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, weight_decay, fused, warmup, schedule)
         if num_labels < 1:
             raise SettingError(f"num_labels must be 1 (regression) or more, got {num_labels}")
-        if not 0 <= warmup <= 1:
-            raise SettingError(f"warmup is a share of all steps, from 0 to 1, got {warmup}")
-        if schedule not in get_args(Schedule):
-            near = nearest(schedule, get_args(Schedule))
-            raise SettingError(f"unknown schedule {schedule!r}; nearest: {near}")
         self.save_hyperparameters()
         self.num_labels = num_labels
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.fused = fused
-        self.warmup = warmup
-        self.schedule = schedule
         names = metrics or (["spearman"] if num_labels == 1 else ["accuracy"])
         self.scores = nn.ModuleDict(
             {stage: nn.ModuleDict(build_metrics(names, num_labels)) for stage in ("val", "test")}
@@ -107,39 +94,6 @@ class TextClassification(L.LightningModule):
         for name, metric in self.scores[stage].items():  # type: ignore[operator]
             metric.update(predicted, labels)
             self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=size)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        restore_structure(self, checkpoint)  # for load_from_checkpoint, which knows no callback
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        groups = decay_groups(self.model, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=self.fused)
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise SettingError(
-                f"schedule {self.schedule!r} needs to know when training ends, got a trainer "
-                "without max_epochs and max_steps; set one of them"
-            )
-        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        warmup = round(self.warmup * steps)
-        scheduler = get_scheduler(name, optimizer, warmup, int(steps))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices, which decay, and vectors, which do not.
-
-    Biases and norms are vectors in every architecture. The rule looks at shapes rather than
-    names, so that the factors of a layer replaced later belong where its weight did.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _check_labels(found: int, num_labels: int) -> None:

@@ -1,12 +1,11 @@
 """Labelled texts from local files or from the hub."""
 
-from pathlib import Path
-
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from lrcompress.errors import SettingError
 from lrcompress.tasks.classification_data import ClassificationData
-from lrcompress.tasks.tables import pick_columns, quiet, read_table
+from lrcompress.tasks.sources import Sources
+from lrcompress.tasks.tables import pick_columns
 
 
 class TextData(ClassificationData):
@@ -72,47 +71,19 @@ class TextData(ClassificationData):
             tokenizer, batch_size, eval_batch_size, max_length, num_workers, seed, regression, limit
         )
         self.save_hyperparameters()
-        if (name is None and train is None) or (train is None and (val or test)):
-            given = {"name": name, "val": val, "test": test}
-            raise SettingError(
-                "give `name`, a data set on the hub, or `train`, a local file, on which `val` and "
-                f"`test` depend; got { {k: v for k, v in given.items() if v} or 'neither' }"
-            )
         if not 1 <= len(text) <= 2:
             raise SettingError(f"text must be one or two columns, got {text}")
         self.text = text
         self.label = label
-        self.name = name if train is None else None
-        self.config = config
         self.header = header
         self.quoting = quoting
-        self.sources: dict[str, str | None] = {
-            "train": train_split,
-            "val": val_split,
-            "test": test_split,
-        }
-        if train is not None:
-            self.sources = {
-                "train": train,
-                "val": val or _beside(train, ("val", "valid", "validation", "dev")),
-                "test": test or _beside(train, ("test",)),
-            }
+        self.sources = Sources.of(
+            name,
+            config,
+            {"train": train_split, "val": val_split, "test": test_split},
+            {"train": train, "val": val, "test": test},
+        )
 
     def read(self, split: str) -> Dataset | None:
-        source = self.sources[split]
-        if source is None:
-            return None
-        if self.name is None:
-            table, where = read_table(source, self.header, self.quoting), source
-        else:
-            with quiet():
-                table = load_dataset(self.name, self.config, split=source)
-            where = f"{self.name}, {source}"
-        return pick_columns(table, self.text, self.label, where)
-
-
-def _beside(train: str, names: tuple[str, ...]) -> str | None:
-    """Return the file that is to ``train`` as ``val`` or ``test`` is, if there is one."""
-    path = Path(train)
-    others = [path.with_name(path.name.replace("train", name)) for name in names]
-    return next((str(other) for other in others if other != path and other.is_file()), None)
+        found = self.sources.read(split, self.header, self.quoting)
+        return None if found is None else pick_columns(found[0], self.text, self.label, found[1])

@@ -74,7 +74,7 @@ def loader(num_workers: int = 0) -> BatchLoader:
     def batches(epoch: int) -> list[np.ndarray]:
         return [rows for (rows,) in grouped_batches(range(10), 2, shuffle=(0, epoch))]
 
-    return BatchLoader(Numbers(), batches, list, num_workers)
+    return BatchLoader(Numbers(), batches, lambda epoch, rows: rows, num_workers)
 
 
 def test_a_second_pass_starts_again_even_after_an_interrupted_one() -> None:

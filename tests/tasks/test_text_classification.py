@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config
 
 from lrcompress.errors import SettingError
 from lrcompress.tasks import TextClassification, TextData
-from lrcompress.tasks.text_classification import decay_groups
+from lrcompress.tasks.fine_tuning import decay_groups
 
 
 def trainer(**settings: object) -> L.Trainer:

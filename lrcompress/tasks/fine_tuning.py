@@ -1,0 +1,81 @@
+"""What the modules of recipes share: the optimizer, its schedule, and reloading."""
+
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+from transformers import get_scheduler
+
+from lrcompress.errors import SettingError, nearest
+from lrcompress.plan import restore_structure
+
+Schedule = Literal["linear", "constant", "cosine"]
+
+
+class FineTuning(L.LightningModule):
+    """Trains ``self.model``, which a subclass makes, with AdamW.
+
+    Args:
+        lr: peak learning rate of AdamW.
+        weight_decay: of matrices; biases, norms and other vectors have none.
+        fused: let AdamW update in one kernel: a tenth of the step's time on a CPU. Lightning
+            refuses to clip gradients for it under mixed precision.
+        warmup: share of all steps over which the learning rate rises to ``lr``, 0 to 1.
+        schedule: what follows the warm-up: ``linear`` or ``cosine`` decay to zero, or
+            ``constant``.
+
+    Raises:
+        SettingError: if an argument is outside what it may be.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self, lr: float, weight_decay: float, fused: bool, warmup: float, schedule: Schedule
+    ) -> None:
+        super().__init__()
+        if not 0 <= warmup <= 1:
+            raise SettingError(f"warmup is a share of all steps, from 0 to 1, got {warmup}")
+        if schedule not in get_args(Schedule):
+            near = nearest(schedule, get_args(Schedule))
+            raise SettingError(f"unknown schedule {schedule!r}; nearest: {near}")
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.fused = fused
+        self.warmup = warmup
+        self.schedule = schedule
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_structure(self, checkpoint)  # for load_from_checkpoint, which knows no callback
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        groups = decay_groups(self.model, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=self.fused)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise SettingError(
+                f"schedule {self.schedule!r} needs to know when training ends, got a trainer "
+                "without max_epochs and max_steps; set one of them"
+            )
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        warmup = round(self.warmup * steps)
+        scheduler = get_scheduler(name, optimizer, warmup, int(steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two parameter groups: matrices, which decay, and vectors, which do not.
+
+    Biases and norms are vectors in every architecture. The rule looks at shapes rather than
+    names, so that the factors of a layer replaced later belong where its weight did.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]

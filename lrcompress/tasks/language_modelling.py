@@ -1,0 +1,115 @@
+"""Training of any ``transformers`` language model, causal or masked."""
+
+from typing import Any, Literal, cast, get_args
+
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torchmetrics.text import Perplexity
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
+from lrcompress.errors import SettingError, nearest
+from lrcompress.tasks.batches import Batch
+from lrcompress.tasks.fine_tuning import FineTuning, Schedule
+from lrcompress.tasks.language_data import LanguageData
+from lrcompress.tasks.locations import model_folder
+
+Objective = Literal["causal", "masked"]
+IGNORED = -100  # the label of what is not predicted
+
+
+class LanguageModelling(FineTuning):
+    """Trains a ``transformers`` model to predict tokens.
+
+    The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs ``train_loss``,
+    and of validation and test ``val_loss`` and ``val_perplexity``, exact over the epoch and over
+    all ranks: ``exp`` of the mean over all predicted tokens of ``−log p(token)``.
+
+    Args:
+        path: hub name, local folder, or ``package:name/folder``. A folder of
+            ``lrcompress.save_pretrained`` goes on factored.
+        objective: ``causal``, the next token from those before; ``masked``, masked tokens from
+            all others.
+        lr: peak learning rate of AdamW.
+        weight_decay: of matrices; biases, norms and other vectors have none.
+        fused: let AdamW update in one kernel. Lightning refuses to clip gradients for it under
+            mixed precision.
+        warmup: share of all steps over which the learning rate rises to ``lr``, 0 to 1.
+        schedule: what follows the warm-up: ``linear`` or ``cosine`` decay to zero, or
+            ``constant``.
+        pretrained: whether to load the weights; otherwise only ``config.json`` is read and
+            the weights are random.
+
+    Raises:
+        SettingError: if an argument is outside what it may be.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        objective: Objective = "causal",
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        fused: bool = False,
+        warmup: float = 0.06,
+        schedule: Schedule = "linear",
+        pretrained: bool = True,
+    ) -> None:
+        super().__init__(lr, weight_decay, fused, warmup, schedule)
+        if objective not in get_args(Objective):
+            near = nearest(objective, get_args(Objective))
+            raise SettingError(f"unknown objective {objective!r}; nearest: {near}")
+        self.save_hyperparameters()
+        self.objective = objective
+        self.perplexity = nn.ModuleDict(
+            {stage: Perplexity(ignore_index=IGNORED) for stage in ("val", "test")}
+        )
+        self.model = _load(model_folder(path), objective, pretrained)
+
+    def forward(self, batch: Batch) -> Any:
+        return self.model(**batch)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, LanguageData) and bool(data.masked) != (self.objective == "masked"):
+            raise SettingError(
+                f"objective={self.objective!r}, but the data has masked={data.masked}: causal "
+                "models take 0, masked ones a share such as 0.15"
+            )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
+        loss: Tensor = self(batch).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=self._predicted(batch))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        output = self(batch)
+        logits, labels = output.logits, batch["labels"]
+        if self.objective == "causal":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        metric = cast("Perplexity", self.perplexity[stage])
+        metric.update(logits, labels)
+        size = self._predicted(batch)
+        self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=size, sync_dist=True)
+        self.log(f"{stage}_perplexity", metric, prog_bar=True, batch_size=size)
+
+    def _predicted(self, batch: Batch) -> int:
+        """Return how many tokens of a batch are predicted; the loss is their mean."""
+        labels = batch["labels"][:, 1:] if self.objective == "causal" else batch["labels"]
+        return int((labels != IGNORED).sum())
+
+
+def _load(folder: str, objective: Objective, pretrained: bool) -> Any:
+    """Return the model, in training mode; ``from_pretrained`` alone leaves it in eval mode."""
+    kind = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
+    if pretrained:
+        return kind.from_pretrained(folder, dtype=torch.float32).train()
+    config = AutoConfig.from_pretrained(folder)
+    return kind.from_config(config, dtype=torch.float32).train()  # type: ignore[no-untyped-call]
