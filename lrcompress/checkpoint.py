@@ -15,6 +15,8 @@ from lrcompress.errors import CheckpointError
 
 _PROTOCOL = 2  # of the pickles that torch writes
 _MOST_AXES = 64
+_BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "ComplexFloat": 8, "ComplexDouble": 16}
+_BYTES |= {"Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -43,8 +45,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
     except Exception as error:  # whatever zipfile, pickle and torch make of a strange file
+        reason = str(error).partition(". ")[0]  # torch goes on to advise weights_only=False
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}"
+            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} must hold a mapping, got {type(checkpoint).__name__}")
@@ -108,8 +111,8 @@ class _Rehearsal(pickle._Unpickler):
             return found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return None
-        if module == "torch" and name.endswith("Storage") and hasattr(torch, name):
-            return getattr(torch, name).dtype.itemsize
+        if module == "torch" and name.removesuffix("Storage") in _BYTES:
+            return _BYTES[name.removesuffix("Storage")]
         raise CheckpointError(
             f"asks for {module}.{name}; only tensors and plain values are read. Take it out of the "
             "hyperparameters or the callback's state, or save with save_weights_only=True"

@@ -16,9 +16,10 @@ from lrcompress.checkpoint import read_checkpoint
 from lrcompress.cli.int8 import int8_table
 from lrcompress.errors import CheckpointError, RecipeError, nearest
 from lrcompress.export import merge_dense, save_pretrained
+from lrcompress.export.card import model_card
 from lrcompress.export.onnx import INT8, ONNX, export_onnx, quantize_onnx
 from lrcompress.export.program import PROGRAM, export_program
-from lrcompress.plan import restore_structure
+from lrcompress.plan import Plan, restore_structure
 from lrcompress.recipe import link_
 from lrcompress.report import Report
 from lrcompress.tasks.locations import model_folder
@@ -58,7 +59,7 @@ def export(options: list[str]) -> None:
         return
     model, tokenizer = _model_of(module), _tokenizer(module)
     if kind == "transformers":
-        save_pretrained(model, places[1], tokenizer, _report(checkpoint))
+        save_pretrained(model, places[1], tokenizer, _report(checkpoint, model))
         return
     merge_dense(model).save_pretrained(places[1])
     if tokenizer is not None:
@@ -212,8 +213,23 @@ def _tokenizer(module: LightningModule) -> Any:
         return None
 
 
-def _report(checkpoint: dict[str, Any]) -> Report | None:
-    """Return the report that a callback left in the checkpoint; weights alone have none."""
-    states = checkpoint.get("callbacks", {}).values()
-    kept = [state["report"] for state in states if isinstance(state, dict) and state.get("report")]
-    return Report.from_dict(kept[-1]) if kept else None
+def _report(checkpoint: dict[str, Any], model: PreTrainedModel) -> Report | None:
+    """Return the report that a callback left in the checkpoint; weights alone have none.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    states = checkpoint.get("callbacks")
+    kept = [
+        state["report"]
+        for state in (states.values() if isinstance(states, dict) else ())
+        if isinstance(state, dict) and state.get("report")
+    ]
+    if not kept:
+        return None
+    try:
+        report = Report.from_dict(kept[-1])
+        model_card(model, Plan(), report)  # which reads all of it
+    except Exception as error:  # values may be anything
+        raise CheckpointError(f"the report in the checkpoint cannot be read: {error!r}") from error
+    return report

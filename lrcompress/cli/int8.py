@@ -43,6 +43,7 @@ def int8_table(
     runs |= {file.name: run_onnx(file) for file in files}
     logits: dict[str, list[Tensor]] = {name: [] for name in runs}
     labels = []
+    module.eval()
     with torch.no_grad():
         for batch in batches:
             labels.append(batch.pop("labels"))

@@ -33,7 +33,7 @@ def export_onnx(
     batches and lengths.
 
     Args:
-        model: a ``transformers`` model in float32 on the CPU, whose layers may be factored; not changed.
+        model: a ``transformers`` model in float32 on the CPU, factored or not; it is not changed.
         folder: is made if need be; files of these names in it are written over.
         example: what the model is called with, by name, ``(batch, …)`` each; where there are two
             axes the second is the length. Two of a batch and four of a length at least.
@@ -45,7 +45,8 @@ def export_onnx(
     Raises:
         SettingError: if a package is missing, ``model`` is no ``transformers`` model in float32
             on the CPU, or ``example`` does not fit.
-        ExportError: if the model cannot be traced or has no ONNX form, or the file computes something else.
+        ExportError: if the model cannot be traced or has no ONNX form, or the file computes
+            something else.
     """
     _package("onnxscript")
     _package("onnxruntime")

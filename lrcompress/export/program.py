@@ -35,7 +35,7 @@ def export_program(
     batches and lengths.
 
     Args:
-        model: a ``transformers`` model in float32 on the CPU, whose layers may be factored; not changed.
+        model: a ``transformers`` model in float32 on the CPU, factored or not; it is not changed.
         folder: is made if need be; files of these names in it are written over.
         example: what the model is called with, by name, ``(batch, …)`` each; where there are two
             axes the second is the length. Two of a batch and four of a length at least.
@@ -45,8 +45,8 @@ def export_program(
         The largest difference to the model's own outputs.
 
     Raises:
-        SettingError: if ``model`` is no ``transformers`` model in float32 on the CPU, or ``example`` does
-            not fit.
+        SettingError: if ``model`` is no ``transformers`` model in float32 on the CPU, or
+            ``example`` does not fit.
         ExportError: if the model cannot be traced, or the program computes something else.
     """
     with traced(model, example) as (checked, program), into(folder) as place:
