@@ -62,8 +62,11 @@ def export_onnx(
                 dynamic_shapes={"inputs": names},
             )
         except Exception as error:  # operations that ONNX has not
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
             raise ExportError(
-                f"torch.onnx cannot write {type(checked).__name__}: {type(error).__name__}: {error}"
+                f"torch.onnx cannot write {type(checked).__name__}: {reason}"
             ) from error
         assert graph is not None
         graph.save(place / ONNX)

@@ -18,7 +18,6 @@ from .test_program import bert, example, other
     ("architecture", "kind"),
     [
         ("bert", "low_rank"),
-        ("bert", "low_rank_sparse"),
         ("gpt2", "low_rank_sparse"),
         ("llama", "low_rank"),
     ],
@@ -40,7 +39,7 @@ def test_onnxruntime_gives_what_the_model_gives(
     if (architecture, kind) == ("bert", "low_rank"):
         small = quantize_onnx(tmp_path)
         x = other(13, 9)
-        near, exact = run_onnx(small)(x)["logits"], model(**x).logits
+        near, exact = run_onnx(small)(x)["logits"], model(**x).logits.detach()
         assert 0 < float((near - exact).abs().max()) < 0.05 * float(exact.abs().max())
         assert small.stat().st_size < (tmp_path / "model.onnx").stat().st_size
 
@@ -50,7 +49,9 @@ def test_what_onnx_has_not_is_told(tmp_path: Path) -> None:
         square = input_ids.float()[:, :, None] * input_ids[:, None]
         return {"logits": torch.linalg.eigvalsh(square)}
 
-    with pytest.raises(ExportError, match=r"torch\.onnx cannot write Strange: .*eigh"):
+    with pytest.raises(
+        ExportError, match=r"torch\.onnx cannot write Strange: No ONNX function found for .*eigh"
+    ):
         export_onnx(bert(forward), tmp_path, {"input_ids": torch.ones(2, 5).long()})
     assert not list(tmp_path.iterdir())
 
