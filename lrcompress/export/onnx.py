@@ -33,11 +33,10 @@ def export_onnx(
     batches and lengths.
 
     Args:
-        model: a ``transformers`` model in float32 on the CPU, factored or not; it is not changed.
-        folder: is made if need be; files of these names in it are written over.
-        example: what the model is called with, by name, ``(batch, …)`` each; where there are two
-            axes the second is the length. Two of a batch and four of a length at least.
-        tokenizer: or processor, whose own ``save_pretrained`` is called.
+        model: as in :func:`export_program`, and so are the others.
+        folder: is made if need be.
+        example: what the model is called with, by name.
+        tokenizer: or processor.
 
     Returns:
         The largest difference to the model's own outputs.
