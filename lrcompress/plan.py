@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lrcompress.checkpoint import read_checkpoint
 from lrcompress.errors import CheckpointError, NoMatchError, ShapeError, nearest
 from lrcompress.nn import Factored, LowRankLinear, LowRankSparseLinear
 from lrcompress.statistics.views import is_linear, view
@@ -77,6 +77,9 @@ class Plan:
         The keys and shapes say it all: ``name.left.weight`` beside ``name.right.weight`` stands
         for factors, beside ``name.inner.weight`` for factors with rows, and ``name.weight`` for
         a plain layer.
+
+        Raises:
+            CheckpointError: if what should be factors are no matrices.
         """
         layers = []
         for name, module in model.named_modules():
@@ -151,12 +154,18 @@ def _layer_plan(name: str, module: nn.Module) -> LayerPlan:
 
 
 def _stored(now: LayerPlan, state: Mapping[str, Tensor], prefix: str) -> LayerPlan:
-    """Return the layer as ``state`` holds it, or as it is where ``state`` does not."""
+    """Return the layer as ``state`` holds it, or as it is where ``state`` does not.
+
+    Raises:
+        CheckpointError: if its factors are no matrices.
+    """
     left, right, inner = (state.get(f"{prefix}{x}.weight") for x in ("left", "right", "inner"))
     first = inner if right is None else right
     if left is None or first is None:
         plain = {side: now.sizes[side] for side in ("in", "out")}
         return LayerPlan(now.name, "dense", plain) if f"{prefix}weight" in state else now
+    if not all(isinstance(x, Tensor) and x.ndim == 2 for x in (left, first)):
+        raise CheckpointError(f"the factors of {prefix.removesuffix('.')!r} must be matrices")
     sizes = {"in": first.shape[1], "out": left.shape[0], "rank": left.shape[1]}
     if right is None:
         sizes["rows"] = first.shape[0] - left.shape[1]
@@ -214,8 +223,13 @@ def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:
 
     Returns:
         The same model.
+
+    Raises:
+        CheckpointError: if the file or its ``state_dict`` is none.
     """
     if not isinstance(checkpoint, Mapping):
-        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(checkpoint)
     state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"state_dict must be a mapping, got {type(state).__name__}")
     return Plan.matching(model, state).apply_(model)

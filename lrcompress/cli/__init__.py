@@ -6,8 +6,9 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   validate   run once over the validation data
   test       run once over the test data
   plan       print which layers the recipe would replace, without training
-  export     write the model of a checkpoint to a folder that transformers loads:
-             lrcompress export CKPT FOLDER --config RECIPE --format transformers|dense
+  export     write the model of a checkpoint to a folder, for transformers or as one graph:
+             lrcompress export CKPT FOLDER --config RECIPE
+                 --format transformers|dense|onnx|torch-export [--int8]
 
 A recipe is a LightningCLI file with trainer, model and data; every key of it can be
 given on the command line too, and what comes later wins. All of them: lrcompress fit --help
@@ -46,7 +47,7 @@ import lrcompress.distill  # noqa: F401  and Distilled
 import lrcompress.tasks  # noqa: F401  and TextClassification
 from lrcompress.cli.export import export
 from lrcompress.errors import LRCompressError, RecipeError, nearest
-from lrcompress.recipe import LINKED, find_faults, linked_from
+from lrcompress.recipe import find_faults, link_
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
 UNASKED = ("Seed set to", "GPU available", "TPU available", "HPU available", "💡 Tip")
@@ -164,10 +165,7 @@ class _RecipeCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for target, source in LINKED.items():
-            where = linked_from(source, self._options)
-            keys = [key.replace(".", ".init_args.") for key in (target, where)]
-            parser.link_arguments(tuple(keys), keys[0], compute_fn=_first_given)
+        link_(parser, self._options)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -200,10 +198,6 @@ class _RecipeCLI(LightningCLI):
             raise RecipeError("\n".join(faults)) from refusal
         if refusal:
             raise refusal
-
-
-def _first_given(value: object, default: object) -> object:
-    return default if value is None else value
 
 
 @contextmanager

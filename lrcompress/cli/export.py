@@ -1,26 +1,36 @@
 """``lrcompress export``: the model of a checkpoint as a folder that can be loaded elsewhere."""
 
 import json
-import pickle
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-import torch
+import rich
 import yaml
-from lightning.pytorch import LightningModule
-from torch import nn
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from lrcompress.checkpoint import read_checkpoint
+from lrcompress.cli.int8 import int8_table
 from lrcompress.errors import CheckpointError, RecipeError, nearest
 from lrcompress.export import merge_dense, save_pretrained
-from lrcompress.plan import restore_structure
+from lrcompress.export.card import model_card
+from lrcompress.export.onnx import INT8, ONNX, export_onnx, quantize_onnx
+from lrcompress.export.program import PROGRAM, export_program
+from lrcompress.plan import Plan, restore_structure
+from lrcompress.recipe import link_
 from lrcompress.report import Report
 from lrcompress.tasks.locations import model_folder
 
-FORMATS = ("transformers", "dense")
-USAGE = "lrcompress export CHECKPOINT FOLDER --config RECIPE [--format FORMAT] [--model.KEY VALUE]"
+FORMATS = ("transformers", "dense", "onnx", "torch-export")
+FLAG, OPTIONS = "--int8", ("--config", "--format")
+USAGE = (
+    "lrcompress export CHECKPOINT FOLDER --config RECIPE [--format FORMAT] [--int8] "
+    "[--model.KEY VALUE] [--data.KEY VALUE]"
+)
+TEXT = "one short text, as long as any other, stands for all there will be"
 
 
 def export(options: list[str]) -> None:
@@ -34,25 +44,58 @@ def export(options: list[str]) -> None:
         CheckpointError: if the checkpoint is not of that model.
     """
     places, given, overrides = _split(options)
-    kind = given.get("--format", FORMATS[0])
+    kind, int8 = given.get("--format", FORMATS[0]), FLAG in given
     if kind not in FORMATS:
         raise RecipeError(f"--format: unknown format {kind!r}; nearest: {nearest(kind, FORMATS)}")
+    if int8 and kind != "onnx":
+        raise RecipeError(f"{FLAG} is for --format onnx, got --format {kind}")
     if len(places) != 2 or "--config" not in given:
         raise RecipeError(f"expected a checkpoint, a folder and --config; usage: {USAGE}")
     checkpoint = _read(Path(places[0]))
-    module = _module(Path(given["--config"]), overrides)
-    restore_structure(module, checkpoint)
-    try:
-        module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{places[0]} is not of the recipe's model: {error}") from error
+    module, data = _parts(Path(given["--config"]), overrides, int8)
+    _load(module, checkpoint, places[0])
+    if kind in ("onnx", "torch-export"):
+        _write_graph(module, data, kind, places[1])
+        return
     model, tokenizer = _model_of(module), _tokenizer(module)
     if kind == "transformers":
-        save_pretrained(model, places[1], tokenizer, _report(checkpoint))
+        save_pretrained(model, places[1], tokenizer, _report(checkpoint, model))
         return
     merge_dense(model).save_pretrained(places[1])
     if tokenizer is not None:
         tokenizer.save_pretrained(places[1])
+
+
+def _write_graph(
+    module: LightningModule, data: LightningDataModule | None, kind: str, folder: str
+) -> None:
+    """Write the graph, in int8 too where there is data to say what that costs, and say so."""
+    model, tokenizer = _model_of(module), _tokenizer(module)
+    example = _example(module, tokenizer)
+    write, name = (export_onnx, ONNX) if kind == "onnx" else (export_program, PROGRAM)
+    difference = write(model, folder, example, tokenizer)
+    rich.print(f"{name}: the largest difference to the model is {difference:.2g}")
+    if data is not None:
+        quantize_onnx(folder)
+        files = [Path(folder) / name for name in (ONNX, INT8)]
+        rich.print(int8_table(module, model, data, files))
+
+
+def _example(module: LightningModule, tokenizer: Any) -> dict[str, Tensor]:
+    """Return what the model is called with: the module's own example, or a text's tokens.
+
+    Raises:
+        RecipeError: if there is neither.
+    """
+    example = module.example_input_array
+    if isinstance(example, dict):
+        return example
+    if tokenizer is None:
+        raise RecipeError(
+            f"{type(module).__name__} has no dict as example_input_array, and no tokenizer beside "
+            "its model to make one; call lrcompress.export.export_onnx with an example"
+        )
+    return dict(tokenizer([TEXT, TEXT], return_tensors="pt"))
 
 
 def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
@@ -70,15 +113,18 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
         if not name.startswith("--"):
             places.append(f"{name}{equals}{value}")
             continue
+        if name == FLAG and not equals:
+            given[name] = ""
+            continue
         if not equals and not rest:
             raise RecipeError(f"{name} needs a value; usage: {USAGE}")
         value = value if equals else rest.pop(0)
-        if name in ("--config", "--format"):
+        if name in OPTIONS:
             given[name] = value
-        elif name.startswith("--model."):
+        elif name.startswith(("--model.", "--data.")):
             overrides.append(f"{name}={value}")
         else:
-            known = ("--config", "--format", "--model.path")
+            known = (*OPTIONS, FLAG, "--model.path")
             raise RecipeError(f"unknown option {name}; nearest: {nearest(name, known)}")
     return places, given, overrides
 
@@ -89,41 +135,53 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it cannot be read, or is none of Lightning's.
     """
-    if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a sharded checkpoint; make one file of it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint.get("state_dict"), dict):
         raise CheckpointError(f"{path} is no checkpoint of Lightning: it has no state_dict")
     return checkpoint
 
 
-def _module(recipe: Path, overrides: list[str]) -> LightningModule:
-    """Return the recipe's model, as the recipe makes it.
+def _load(module: LightningModule, checkpoint: dict[str, Any], where: str) -> None:
+    """Give the module the structure and the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: if they are not of such a module.
+    """
+    restore_structure(module, checkpoint)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:  # names and values may be anything
+        raise CheckpointError(f"{where} is not of the recipe's model: {error}") from error
+
+
+def _parts(
+    recipe: Path, overrides: list[str], with_data: bool
+) -> tuple[LightningModule, LightningDataModule | None]:
+    """Return the recipe's model, as the recipe makes it, and its data where they are wanted.
 
     Raises:
         RecipeError: if the recipe has none, or it is not made like that.
     """
     try:
-        data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        contents = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{recipe}: {error}") from error
-    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise RecipeError(f"{recipe} has no model")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model", required=True)
+    kinds = {"model": LightningModule} | ({"data": LightningDataModule} if with_data else {})
+    parser, given = ArgumentParser(exit_on_error=False), []
+    for name, kind in kinds.items():
+        if not isinstance(contents, dict) or not isinstance(contents.get(name), dict):
+            raise RecipeError(f"{recipe} has no {name}")
+        parser.add_subclass_arguments(kind, name, required=True)
+        given.append(f"--{name}={json.dumps(contents[name])}")
+    given += [x for x in overrides if x.startswith(tuple(f"--{name}." for name in kinds))]
+    if with_data:
+        link_(parser, given)
     try:
-        config = parser.parse_args([f"--model={json.dumps(data['model'])}", *overrides])
+        config = parser.parse_args(given)
     except ArgumentError as error:
         raise RecipeError(f"{recipe}: {error}") from error
-    module = parser.instantiate_classes(config).model
-    assert isinstance(module, LightningModule)
-    return module
+    made = parser.instantiate_classes(config)
+    return made.model, made.data if with_data else None
 
 
 def _model_of(module: nn.Module) -> PreTrainedModel:
@@ -155,8 +213,23 @@ def _tokenizer(module: LightningModule) -> Any:
         return None
 
 
-def _report(checkpoint: dict[str, Any]) -> Report | None:
-    """Return the report that a callback left in the checkpoint; weights alone have none."""
-    states = checkpoint.get("callbacks", {}).values()
-    kept = [state["report"] for state in states if isinstance(state, dict) and state.get("report")]
-    return Report.from_dict(kept[-1]) if kept else None
+def _report(checkpoint: dict[str, Any], model: PreTrainedModel) -> Report | None:
+    """Return the report that a callback left in the checkpoint; weights alone have none.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    states = checkpoint.get("callbacks")
+    kept = [
+        state["report"]
+        for state in (states.values() if isinstance(states, dict) else ())
+        if isinstance(state, dict) and state.get("report")
+    ]
+    if not kept:
+        return None
+    try:
+        report = Report.from_dict(kept[-1])
+        model_card(model, Plan(), report)  # which reads all of it
+    except Exception as error:  # values may be anything
+        raise CheckpointError(f"the report in the checkpoint cannot be read: {error!r}") from error
+    return report

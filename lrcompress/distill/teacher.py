@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lrcompress.checkpoint import read_checkpoint
 from lrcompress.errors import CheckpointError, NoMatchError, PlatformError, nearest
 from lrcompress.plan import restore_structure
 
@@ -150,7 +151,7 @@ def load_copy(student: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     return module
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the weights in a Lightning checkpoint or a safetensors file.
 
     Raises:
@@ -159,7 +160,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_file(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(path)
         state = checkpoint.get("state_dict", checkpoint)
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:

@@ -2,16 +2,23 @@
 
 Importing this package makes the folders known to ``transformers``; after it any
 ``from_pretrained`` loads them. ``lrcompress.load_pretrained`` does it by itself.
+``export_onnx`` and ``export_program`` write a model as one graph, which needs neither package.
 """
 
 from lrcompress.export.dense import merge_dense
+from lrcompress.export.onnx import export_onnx, quantize_onnx, run_onnx
 from lrcompress.export.plugin import CompressionConfig, CompressionQuantizer
 from lrcompress.export.pretrained import load_pretrained, save_pretrained
+from lrcompress.export.program import export_program
 
 __all__ = [
     "CompressionConfig",
     "CompressionQuantizer",
+    "export_onnx",
+    "export_program",
     "load_pretrained",
     "merge_dense",
+    "quantize_onnx",
+    "run_onnx",
     "save_pretrained",
 ]

@@ -54,7 +54,7 @@ def save_pretrained(
     Raises:
         SettingError: if ``model`` is no ``transformers`` model, or a quantised one.
     """
-    checked = _checked(model)
+    checked = checked_model(model)
     path, plan = Path(folder), Plan.of(model)
     with _marked(checked, plan):
         checked.save_pretrained(path, max_shard_size="1000TB")
@@ -72,7 +72,12 @@ def save_pretrained(
     (path / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _checked(model: nn.Module) -> PreTrainedModel:
+def checked_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model, if it can be exported.
+
+    Raises:
+        SettingError: if it is no ``transformers`` model, or a quantised one.
+    """
     if not isinstance(model, PreTrainedModel):
         inner = [name for name, child in model.named_children() if _is_pretrained(child)]
         way = (

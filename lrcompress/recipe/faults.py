@@ -60,6 +60,22 @@ def linked_from(source: str, args: Sequence[str]) -> str:
     return ".".join((top, *inside, *rest))
 
 
+def link_(parser: ArgumentParser, args: Sequence[str]) -> None:
+    """Have the parser fill in what is linked and not given.
+
+    Args:
+        parser: of a command line whose model and data are classes.
+        args: the command line after the verb.
+    """
+    for target, source in LINKED.items():
+        keys = [key.replace(".", ".init_args.") for key in (target, linked_from(source, args))]
+        parser.link_arguments(tuple(keys), keys[0], compute_fn=_first_given)
+
+
+def _first_given(value: object, default: object) -> object:
+    return default if value is None else value
+
+
 def find_faults(parser: ArgumentParser, args: Sequence[str], *, refused: bool) -> list[str]:
     """Return every fault of the recipe that a command line gives, one line each.
 

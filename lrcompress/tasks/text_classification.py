@@ -88,12 +88,15 @@ class TextClassification(FineTuning):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         labels, output = batch["labels"], self(batch)
-        predicted = output.logits.squeeze(-1) if self.num_labels == 1 else output.logits.argmax(-1)
-        size = len(labels)
+        predicted, size = self.answers(output.logits), len(labels)
         self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=size, sync_dist=True)
         for name, metric in self.scores[stage].items():  # type: ignore[operator]
             metric.update(predicted, labels)
             self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=size)
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """Return the classes ``(batch,)`` that logits ``(batch, labels)`` mean, or the scores."""
+        return logits.squeeze(-1) if self.num_labels == 1 else logits.argmax(-1)
 
 
 def _check_labels(found: int, num_labels: int) -> None:
