@@ -9,6 +9,7 @@
     ├── ObservationError  statistics that are missing or contradictory  (RuntimeError)
     ├── PlatformError     a trainer, strategy or callback in the way    (RuntimeError)
     ├── CheckpointError   a file that does not hold what was expected   (RuntimeError)
+    ├── ReportError       a report that cannot be read                  (RuntimeError)
     └── RecipeError       a recipe that cannot be read, all its faults  (ValueError)
 
 Each message says what was expected, what was found, and where it was found.
@@ -52,6 +53,10 @@ class PlatformError(LRCompressError, RuntimeError):
 
 class CheckpointError(LRCompressError, RuntimeError):
     """A checkpoint that does not hold what was expected."""
+
+
+class ReportError(LRCompressError, RuntimeError):
+    """A report that cannot be read."""
 
 
 class RecipeError(LRCompressError, ValueError):

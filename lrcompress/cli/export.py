@@ -156,7 +156,7 @@ def _tokenizer(module: LightningModule) -> Any:
 
 
 def _report(checkpoint: dict[str, Any]) -> Report | None:
-    """Return the report that a callback left in the checkpoint; weights alone have none."""
+    """Return what callbacks left in the checkpoint, as one report; weights alone have none."""
     states = checkpoint.get("callbacks", {}).values()
     kept = [state["report"] for state in states if isinstance(state, dict) and state.get("report")]
-    return Report.from_dict(kept[-1]) if kept else None
+    return Report.joined(map(Report.from_dict, kept)) if kept else None
