@@ -59,7 +59,7 @@ class Measured:
     def record(self, name: str, shape: tuple[int, int], rank: int | None) -> LayerRecord:
         """Return what became of the layer at ``rank``, with some of its error curve."""
         most = len(self.energies)
-        shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)} | {rank or most}
+        shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)}
         # six digits: a report is read by people
         curve = tuple((r, float(f"{self.error(r):.6g}")) for r in sorted(shown))
         error, loss = self.error(rank), self.loss(rank)

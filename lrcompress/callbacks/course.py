@@ -1,20 +1,21 @@
 """The course of a fit in which layers are replaced: what all such callbacks have in common."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import platform
+from lrcompress.callbacks import platform, telling
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.restart import Restart
 from lrcompress.engine import Settings
@@ -22,11 +23,12 @@ from lrcompress.errors import CheckpointError, LayerError, ObservationError, Set
 from lrcompress.parallel import ALONE
 from lrcompress.plan import Plan
 from lrcompress.report import PointRecord, Report
-from lrcompress.report.tables import point_table, summary_table
+from lrcompress.report.tables import point_table
 from lrcompress.schedules import Point, Warmup
 from lrcompress.statistics.views import view
 
 VERSION = 1
+_VALIDATIONS = 200  # of a run that are kept for the report
 
 
 class Course(pl.Callback, ABC):
@@ -40,7 +42,7 @@ class Course(pl.Callback, ABC):
         sampling: which steps are observed before a point.
         window: how long before a point to observe.
         validate: run validation just before and just after each point, for the report.
-        report_path: file for the report.
+        report_path: where the report goes; see :func:`lrcompress.callbacks.telling.destination`.
         verbose: print a table at each point and at the end.
     """
 
@@ -57,6 +59,7 @@ class Course(pl.Callback, ABC):
         super().__init__()
         self.points, self.sampling = points, sampling
         self.validate, self.report_path, self.verbose = validate, report_path, verbose
+        telling.check_path(report_path)
         self._window = window
         self._hooks = ExitStack()  # for the fit
         self._reset()
@@ -72,6 +75,7 @@ class Course(pl.Callback, ABC):
         self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
         self._times: dict[str, list[float]] = {}
         self._started: float | None = None
+        self._destination: Path | None = None
 
     # What a subclass says
 
@@ -112,6 +116,7 @@ class Course(pl.Callback, ABC):
             self._team = platform.team(trainer)
             self._observation = Observation(self.sampling, self._team)
             platform.check_same_module(pl_module, self._team)
+            self._destination = telling.destination(trainer, self.report_path)
         follow = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _follow_checkpoint
         )
@@ -290,7 +295,7 @@ class Course(pl.Callback, ABC):
         if self._next is not None and self._observes(self._stage):
             self._watch(module)
         platform.reset_best(trainer)
-        self._save_report(trainer)
+        telling.save(trainer, self._report_of_run(trainer), self._destination)
 
     def _settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Let training go on with the new structure, once all processes have the same."""
@@ -318,6 +323,13 @@ class Course(pl.Callback, ABC):
         self._restart = Restart(schedule, taken)
         self._restart.attach(self._live[1], self._hooks)
 
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures = platform.validated(trainer)
+        if figures:
+            gap = self._total / _VALIDATIONS if math.isfinite(self._total) else 0
+            self.report.note(platform.steps_done(trainer), figures, gap)
+
     # The end
 
     @override
@@ -325,15 +337,9 @@ class Course(pl.Callback, ABC):
         for name, (steps, seconds) in self._times.items():
             if steps:
                 self.report.seconds_per_step[name] = seconds / steps
-        metrics = self.report.points[-1].metrics if self.report.points else {}
-        known = [name for figures in metrics.values() for name in figures]
-        seen = trainer.callback_metrics
-        self.report.final = {name: float(seen[name]) for name in known if name in seen}
-        self._save_report(trainer)
-
-    def _save_report(self, trainer: pl.Trainer) -> None:
-        if self.report_path is not None and trainer.is_global_zero:
-            self.report.save(self.report_path)
+        now = platform.steps_done(trainer)
+        taken = {name: curve[-1] for name, curve in self.report.history.items()}
+        self.report.final = {name: value for name, (step, value) in taken.items() if step == now}
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -348,8 +354,18 @@ class Course(pl.Callback, ABC):
                 f"{platform.steps_done(trainer)}, the point was step "
                 f"{self._at_steps[self._stage]}"
             )
-        if self.report.points and self.verbose and trainer.is_global_zero:
-            Console().print(summary_table(self.report))
+        courses = self._courses(trainer)
+        if self is courses[-1]:  # all of them have ended
+            paths, verbose = [one._destination for one in courses], [x.verbose for x in courses]
+            telling.tell(trainer, self._report_of_run(trainer), paths, verbose=any(verbose))
+
+    def _report_of_run(self, trainer: pl.Trainer) -> Report:
+        """Return what all callbacks that change the model have done so far."""
+        return Report.joined(one.report for one in self._courses(trainer))
+
+    @staticmethod
+    def _courses(trainer: pl.Trainer) -> "list[Course]":
+        return [one for one in trainer.callbacks if isinstance(one, Course)]  # type: ignore[attr-defined]
 
     @override
     def on_exception(

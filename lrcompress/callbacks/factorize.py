@@ -10,6 +10,7 @@ from typing_extensions import override
 from lrcompress.callbacks import platform
 from lrcompress.callbacks.course import Course, check_restart
 from lrcompress.callbacks.observation import Sampling
+from lrcompress.callbacks.telling import AUTO
 from lrcompress.engine import Settings, factor_, preview
 from lrcompress.errors import SettingError
 from lrcompress.objective import METHODS
@@ -65,7 +66,9 @@ class Factorize(Course):
             or as a fraction of all steps.
         restart_scale: What the learning rate is multiplied by after the rise.
         validate: Run validation just before and just after each point, for the report.
-        report_path: File to write the report to, as JSON, at each point and at the end.
+        report_path: JSON file for the report, written at each point and at the end, then with a
+            page of figures beside it. ``auto``: ``report.json`` in the folder of the logger,
+            without one in the trainer's ``default_root_dir``. None for no files.
         verbose: Print a table at each point and at the end.
 
     Raises:
@@ -103,7 +106,7 @@ class Factorize(Course):
         restart_steps: float = 0.05,
         restart_scale: float = 1.0,
         validate: bool = True,
-        report_path: str | None = None,
+        report_path: str | None = AUTO,
         verbose: bool = True,
     ) -> None:
         self.keep, self.at, self.method, self.window = keep, at, method, window

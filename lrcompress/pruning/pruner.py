@@ -119,9 +119,7 @@ class Pruner:
                 scores[name] = torch.zeros(
                     sum(map(len, kept[name].values())), device=layer.kept.device
                 )
-        if not self.ranking:
-            parts = {n: s.tensor_split([self.layers[n].rank]) for n, s in scores.items()}
-            self.ranking = {n: _ranking(p[int(self.shares.sparse)]) for n, p in parts.items()}
+        self._rank_once(scores)
         chosen: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
         left = 0.0
         for quota in self.quotas:
@@ -133,6 +131,13 @@ class Pruner:
         for name, layer in self.layers.items():
             parts = kept[name] | chosen[name]
             self._apply(name, layer, parts["components"], parts["rows"], tuple(optimizers))
+
+    def _rank_once(self, scores: Mapping[str, Tensor]) -> None:
+        if self.ranking:
+            return
+        for name, score in scores.items():
+            both = score.tensor_split([self.layers[name].rank])
+            self.ranking[name] = _ranking(both[int(self.shares.sparse)])
 
     def _units(self, name: str, layer: LowRankSparseLinear) -> dict[str, Tensor]:
         rows = layer.kept[layer.rank :]
