@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import RenderableType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -82,7 +83,7 @@ class Course(pl.Callback, ABC):
     at: float | str | list[float | str]  # its argument; part of the state's key
 
     @abstractmethod
-    def _settings_at(self, stage: int) -> Settings:
+    def settings_at(self, stage: int) -> Settings:
         """Return how layers are chosen and measured at a point."""
 
     @abstractmethod
@@ -93,6 +94,10 @@ class Course(pl.Callback, ABC):
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         """Change the model at the point ``self._stage``."""
 
+    @abstractmethod
+    def preview(self, model: nn.Module) -> RenderableType:
+        """Return what would become of ``model``, as a table; nothing is changed."""
+
     def _phase(self) -> str:
         """Return what the time of a step now counts as."""
         return "factored" if self._stage else "dense"
@@ -100,7 +105,7 @@ class Course(pl.Callback, ABC):
     @property
     @override
     def state_key(self) -> str:
-        settings = self._settings_at(0)
+        settings = self.settings_at(0)
         return self._generate_state_key(
             at=self.at, targets=settings.targets, exclude=list(settings.exclude)
         )
@@ -126,7 +131,7 @@ class Course(pl.Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._live = (pl_module, trainer.optimizers)
         platform.refuse_optimizers(trainer.optimizers, type(self).__name__)
-        for name in self._settings_at(0).select(pl_module).names:
+        for name in self.settings_at(0).select(pl_module).names:
             if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
                 raise LayerError(
                     f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
@@ -232,7 +237,7 @@ class Course(pl.Callback, ABC):
     def _watch(self, module: nn.Module) -> None:
         total = self._total if self._window.unit == "fraction" else float("inf")
         self._window_steps = max(1, self._window.step(total, self._per_epoch))
-        nbytes = self._observation.watch(module, self._settings_at(self._stage))
+        nbytes = self._observation.watch(module, self.settings_at(self._stage))
         if nbytes and self.verbose and not self._stage:
             rank_zero_info(f"lrcompress: statistics will take at most {nbytes / 2**20:.0f} MiB")
 

@@ -161,7 +161,7 @@ class Factorize(Course):
         )
 
     @override
-    def _settings_at(self, stage: int) -> Settings:
+    def settings_at(self, stage: int) -> Settings:
         return self.settings[stage]
 
     @override
@@ -185,6 +185,7 @@ class Factorize(Course):
         self._record(trainer, record)
         self._rise(self.restart_steps, self.restart_scale)
 
+    @override
     def preview(self, model: nn.Module) -> RenderableType:
         """Return what the first point would do to ``model``, as a table; nothing is changed."""
         settings = self.settings[0]
@@ -193,5 +194,9 @@ class Factorize(Course):
         notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
         if settings.spread == "global":
             notes.append("ranks are shown uniform; global allocation shares them out at the point")
+        notes += [
+            f"point {point} is step {step:,} of {self._total:,.0f}"
+            for point, step in zip(self.points, self._at_steps, strict=False)
+        ]
         whole = sum(p.numel() for p in model.parameters())
         return plan_table(records, title, whole, nbytes, notes)

@@ -193,7 +193,7 @@ class LoSparse(Course):
         self._split_record: dict[str, Any] = {"metrics": {}, "observed": {}, "budget": []}
 
     @override
-    def _settings_at(self, stage: int) -> Settings:
+    def settings_at(self, stage: int) -> Settings:
         return self.settings
 
     @override
@@ -216,7 +216,7 @@ class LoSparse(Course):
             check_dense(pl_module, sorted(names))
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, Course) and other is not self:
-                both = sorted(names & set(other._settings_at(0).select(pl_module).names))
+                both = sorted(names & set(other.settings_at(0).select(pl_module).names))
                 if both:
                     raise SettingError(
                         f"LoSparse and {type(other).__name__} both target layer {both[0]!r}; "
@@ -377,11 +377,18 @@ class LoSparse(Course):
         if not self._pruner.masks:
             self._pruner = None
 
+    @override
     def preview(self, model: nn.Module) -> RenderableType:
         """Return what would become of ``model``, as a table; nothing is changed."""
         records, selection, nbytes = outlook(model, self.settings, self.shares)
         title = f"LoSparse: init {self.init}, keep {self.keep}, split at {self.at}"
         notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
         notes.append("ranks and rows are shown uniform; training shares them out by their scores")
+        if self._at_steps:
+            split, fixed = self._at_steps
+            notes.append(
+                f"split at step {split:,}, pruned from {self._schedule.start:,} to "
+                f"{self._schedule.stop:,}, compacted at {fixed:,}, of {self._total:,.0f} steps"
+            )
         whole = sum(p.numel() for p in model.parameters())
         return plan_table(records, title, whole, nbytes, notes)

@@ -39,7 +39,7 @@ def export(options: list[str]) -> None:
         raise RecipeError(f"--format: unknown format {kind!r}; nearest: {nearest(kind, FORMATS)}")
     if len(places) != 2 or "--config" not in given:
         raise RecipeError(f"expected a checkpoint, a folder and --config; usage: {USAGE}")
-    checkpoint = _read(Path(places[0]))
+    checkpoint = read_checkpoint(Path(places[0]))
     module = _module(Path(given["--config"]), overrides)
     restore_structure(module, checkpoint)
     try:
@@ -83,7 +83,7 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
     return places, given, overrides
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return a checkpoint; nothing in it can run.
 
     Raises:

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lrcompress.report.kinds import by_kind, depth
-from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
+from lrcompress.report.record import Curve, Forecast, LayerRecord, PointRecord, Report
 
 COLOURS = {
     "ink": "#1d1d21",
@@ -34,7 +34,7 @@ COLOURS = {
 }
 _SERIES = [colour for name, colour in COLOURS.items() if name.startswith("c")]
 _MARKERS = "os^DvPX*"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "axes.edgecolor": COLOURS["ink"],
@@ -75,7 +75,7 @@ class Plot:
 
 def plots(report: Report) -> list[Plot]:
     """Return the figures of a run with at least one point."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         return [
             *_over_depth(report.layers_after(len(report.points))),
             _budget(report),
@@ -113,6 +113,20 @@ def name_series(figure: Figure, axes: Axes) -> None:
     if len(names) > 1:
         columns = 2 if max(map(len, names)) < 28 else 1
         figure.legend(handles, names, loc="outside lower center", ncols=columns)
+
+
+def forecast_figure(found: Sequence[Forecast]) -> Figure:
+    """Return what every method is predicted to lose over ``keep``, where it knows the loss."""
+    with rc_context(STYLE):
+        figure, axes = new_axes("keep", "predicted change of loss")
+        known = [one for one in found if one.predicted_loss is not None]
+        for number, method in enumerate(dict.fromkeys(one.method for one in known)):
+            pairs = [(x.keep, x.predicted_loss or 0.0) for x in known if x.method == method]
+            axes.plot(*_columns(pairs), label=method, **look(number))
+        axes.set_yscale("log")
+        name_series(figure, axes)
+        figure.set_facecolor("white")
+    return figure
 
 
 # Over the depth of the model

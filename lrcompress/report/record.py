@@ -258,6 +258,24 @@ def noted(curve: Curve, step: int, value: float, gap: float) -> Curve:
     return (*(curve[:-1] if crowded or again else curve), (step, value))
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What one method would lose at one ``keep``.
+
+    Attributes:
+        method: a key of :data:`lrcompress.objective.METHODS`.
+        keep: parameters that remain / parameters before, over the targeted layers.
+        error: mean of the layers' relative errors in the method's metric; None if the layers'
+            least ranks take more than ``keep`` leaves.
+        predicted_loss: increase of the loss; None also where the metric does not know it.
+    """
+
+    method: str
+    keep: float
+    error: float | None
+    predicted_loss: float | None
+
+
 def sum_or_none(values: Iterable[float | None]) -> float | None:
     """Return the sum, or None if a part of it is unknown.
 

@@ -9,7 +9,13 @@ from rich.text import Text
 
 from lrcompress.report.kinds import by_kind
 from lrcompress.report.numbers import change, share
-from lrcompress.report.record import LayerRecord, PointRecord, Report, sum_or_none
+from lrcompress.report.record import (
+    Forecast,
+    LayerRecord,
+    PointRecord,
+    Report,
+    sum_or_none,
+)
 from lrcompress.report.summary import summary
 
 
@@ -67,6 +73,30 @@ def plan_table(
     return Group(ranks_table(layers, title), Text("\n".join(lines)))
 
 
+def forecast_table(found: Sequence[Forecast], title: str) -> RenderableType:
+    """Return what every method is predicted to lose at every ``keep``: of the loss, or an error."""
+    methods = list(dict.fromkeys(one.method for one in found))
+    known = {(one.method, one.keep): one for one in found}
+
+    def say(one: Forecast) -> str:
+        return (
+            share(one.error)
+            if one.predicted_loss is None and one.error
+            else change(one.predicted_loss)
+        )
+
+    rows = [
+        (f"{keep:g}", [say(known[method, keep]) for method in methods])
+        for keep in dict.fromkeys(one.keep for one in found)
+    ]
+    table = columns_table(f"lrcompress: what is lost at each keep, {title}", methods, rows)
+    note = (
+        "with a sign: predicted change of the loss; without: the layers' mean error in a metric "
+        "that does not know the loss"
+    )
+    return Group(table, Text(note))
+
+
 def point_table(point: PointRecord) -> RenderableType:
     """Return what one point did, by kind of layer, and in total."""
     where = "" if point.step is None else f" at step {point.step}"
@@ -91,13 +121,21 @@ def point_table(point: PointRecord) -> RenderableType:
 def summary_table(report: Report) -> RenderableType:
     """Return what was lost and gained: before, after each point, and at the end."""
     found = summary(report)
-    table = _table("lrcompress: what was lost and gained")
-    table.add_column("", no_wrap=True)
-    for heading in found.headings:
-        table.add_column(heading, justify="right")
-    for label, cells in found.rows:
-        table.add_row(label, *cells)
+    table = columns_table("lrcompress: what was lost and gained", found.headings, found.rows)
     return Group(table, *(Text(note) for note in found.notes))
+
+
+def columns_table(
+    title: str, headings: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]
+) -> Table:
+    """Return a label and a text for every column, row by row."""
+    table = _table(title)
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", overflow="fold")
+    for label, cells in rows:
+        table.add_row(label, *cells)
+    return table
 
 
 def _span(sizes: Iterable[int | None]) -> str:
