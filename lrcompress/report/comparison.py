@@ -9,6 +9,7 @@ from lrcompress.report.numbers import mebibytes, number, share
 from lrcompress.report.page import Table, drawn, render
 from lrcompress.report.plots import COLOURS, STYLE, Plot, look, name_series, new_axes
 from lrcompress.report.record import Report
+from lrcompress.report.summary import ending
 
 
 def side_by_side(reports: Mapping[str, Report]) -> Table:
@@ -31,10 +32,12 @@ def _figures(report: Report) -> dict[str, str]:
         "size, MiB": mebibytes(last.bytes_after),
     }
     before, after = first.metrics.get("before", {}), last.metrics.get("after", {})
-    for name in dict.fromkeys([*before, *after, *report.final]):
+    when, end = ending(report)
+    for name in dict.fromkeys([*before, *after, *end]):
         column[f"{name} before"] = number(before.get(name))
         column[f"{name} just after"] = number(after.get(name))
-        column[f"{name} at the end"] = number(report.final.get(name))
+        value = number(end.get(name))
+        column[f"{name} at the end"] = value if when == "at the end" else f"{value} ({when})"
     for phase, seconds in report.seconds_per_step.items():
         column[f"seconds per step, {phase}"] = number(seconds)
     return {label: text for label, text in column.items() if text}
@@ -42,7 +45,7 @@ def _figures(report: Report) -> dict[str, str]:
 
 def fronts(reports: Mapping[str, Report]) -> list[Plot]:
     """Return one figure a validation figure: what it is at the end, over the model's parameters."""
-    names = dict.fromkeys(name for report in reports.values() for name in report.final)
+    names = dict.fromkeys(name for report in reports.values() for name in ending(report)[1])
     with rc_context(STYLE):
         return [_front(reports, name, number) for number, name in enumerate(names)]
 
@@ -52,10 +55,11 @@ def _front(reports: Mapping[str, Report], name: str, index: int) -> Plot:
     better = min if "loss" in name or "error" in name else max
     ends = {}
     for number_, (run, report) in enumerate(reports.items()):
-        if name not in report.final:
+        end = ending(report)[1]
+        if name not in end:
             continue
         first, last = report.points[0], report.points[-1]
-        ends[run] = (last.model_after / 1e6, report.final[name])
+        ends[run] = (last.model_after / 1e6, end[name])
         style = look(number_) | {"linestyle": "none"}
         axes.plot(*([x] for x in ends[run]), label=run, **style)
         dense = first.metrics.get("before", {}).get(name)

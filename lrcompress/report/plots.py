@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from lrcompress.report.kinds import by_kind, depth
@@ -107,6 +107,12 @@ def look(number: int) -> dict[str, Any]:
     return {"color": colour, "marker": _MARKERS[number % len(_MARKERS)], "markeredgecolor": colour}
 
 
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def name_series(figure: Figure, axes: Axes) -> None:
     """Put the names of the series below, where there is more than one."""
     handles, names = axes.get_legend_handles_labels()
@@ -123,7 +129,7 @@ def forecast_figure(found: Sequence[Forecast]) -> Figure:
         for number, method in enumerate(dict.fromkeys(one.method for one in known)):
             pairs = [(x.keep, x.predicted_loss or 0.0) for x in known if x.method == method]
             axes.plot(*_columns(pairs), label=method, **look(number))
-        axes.set_yscale("log")
+        _logarithmic(axes)
         name_series(figure, axes)
         figure.set_facecolor("white")
     return figure
@@ -145,14 +151,13 @@ def _over_depth(layers: Sequence[LayerRecord]) -> Iterator[Plot]:
     }
     for name, (title, label, value) in shown.items():
         if any(value(layer) is not None for layer in layers if layer.rank is not None):
-            yield Plot(name, title, _of_kinds(layers), _by_depth(layers, label, value))
+            caption = _of_kinds(layers) + (" Hollow: left dense." if name == "kept" else "")
+            yield Plot(name, title, caption, _by_depth(layers, label, value))
 
 
 def _of_kinds(layers: Sequence[LayerRecord]) -> str:
     shared, _ = by_kind(layers)
-    inside = f" of {shared}" if shared else ""
-    dense = sum(layer.rank is None for layer in layers)
-    return f"Layers{inside}, by kind." + (f" {dense} left dense: hollow." if dense else "")
+    return f"Layers of {shared}, by kind." if shared else "Layers by kind."
 
 
 def _by_depth(
@@ -163,12 +168,10 @@ def _by_depth(
         placed = [(depth(x), value(x)) for x in members if x.rank is not None]
         known = [(x, y) for x, y in placed if y is not None]
         axes.plot(*_columns(known), label=kind or "layer", **look(number))
-        dense = [depth(x) for x in members if x.rank is None]
-        hollow = look(number) | {"linestyle": "none", "markerfacecolor": "none"}
-        height = {"kept": 1.0, "rank": None}.get(label, 0.0)
-        full = [min(x.out_features, x.in_features) for x in members if x.rank is None]
-        heights = full if height is None else [height] * len(dense)
-        axes.plot(dense, heights, **hollow)
+        if label == "kept":
+            dense = [depth(x) for x in members if x.rank is None]
+            hollow = look(number) | {"linestyle": "none", "markerfacecolor": "none"}
+            axes.plot(dense, [1.0] * len(dense), **hollow)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     name_series(figure, axes)
@@ -219,7 +222,7 @@ def _targets(point: PointRecord) -> list[str]:
 def _last_step(report: Report) -> int:
     steps = [point.step or 0 for point in report.points]
     steps += [curve[-1][0] for curve in report.history.values()]
-    return max(steps)
+    return max(steps) if report.history else round(1.1 * max(steps))
 
 
 def _history(report: Report) -> Iterator[Plot]:
@@ -270,7 +273,6 @@ def _curves(point: PointRecord) -> Iterator[Plot]:
         figure, axes = new_axes("kept of the layer's parameters", "relative error")
         for layer in members:
             shares = [(_share(layer, rank), error) for rank, error in layer.curve]
-            shares = [(share, error) for share, error in shares if share <= 1]
             _faded(axes, shares, layer, members, number)
             if layer.rank is not None and layer.error is not None:
                 dot = look(number) | {"linestyle": "none"}
@@ -281,7 +283,7 @@ def _curves(point: PointRecord) -> Iterator[Plot]:
         yield Plot(f"curves{number}", f"Error curves: {kind or 'layer'}", caption, figure)
 
 
-_SHADES = "One line a layer, the darker the deeper."
+_SHADES = "One line a layer, the stronger the deeper."
 
 
 def _share(layer: LayerRecord, rank: int) -> float:
@@ -295,7 +297,7 @@ def _faded(
     members: Sequence[LayerRecord],
     number: int,
 ) -> None:
-    """Draw a layer's line, the darker the deeper the layer."""
+    """Draw a layer's line, the stronger the deeper the layer."""
     deepest = max(map(depth, members))
     alpha = 0.3 + 0.7 * (depth(layer) / deepest if deepest else 1)
     axes.plot(*_columns(pairs), color=look(number)["color"], alpha=alpha, linewidth=1.2)
@@ -313,7 +315,7 @@ def _importance(report: Report) -> Iterator[Plot]:
             if kept:
                 dot = look(number) | {"linestyle": "none"}
                 axes.plot([kept], [_at(layer.importance, kept)], **dot)
-        axes.set_yscale("log")
+        _logarithmic(axes)
         caption = f"{_SHADES} Dots: as many as were kept in the end."
         yield Plot(f"importance{number}", f"Importance: {kind or 'layer'}", caption, figure)
 

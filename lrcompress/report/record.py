@@ -170,12 +170,12 @@ class Report:
         return list(now.values())
 
     def note(self, step: int, figures: Mapping[str, float], gap: float) -> None:
-        """Add figures of a validation to the history; of those nearer than ``gap``, the last stays.
+        """Add figures of a validation to the history, the latest of which always stay.
 
         Args:
             step: optimizer steps before it.
             figures: name to value.
-            gap: steps between two that are kept.
+            gap: steps within which no three are kept.
         """
         for name, value in figures.items():
             self.history[name] = noted(self.history.get(name, ()), step, value, gap)
@@ -245,7 +245,7 @@ def _curve(pairs: Iterable[Sequence[float]]) -> Curve:
 
 
 def noted(curve: Curve, step: int, value: float, gap: float) -> Curve:
-    """Return the curve with one more value, in place of the last if that is too near its own last.
+    """Return the curve with one more value, in place of the last if three would be within ``gap``.
 
     Example:
         >>> noted(((0, 1.0), (4, 0.5)), 6, 0.25, gap=5)

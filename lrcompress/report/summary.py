@@ -26,16 +26,38 @@ class Summary:
 def summary(report: Report) -> Summary:
     """Return the sizes, figures and times of a run with at least one point."""
     points = report.points
-    columns = ["before", *(_heading(point) for point in points), "at the end"]
+    when, last = ending(report)
+    columns = ["before", *(_heading(point) for point in points), when]
     found = _Rows([], len(columns))
     _sizes(found, report)
-    _metrics(found, report)
+    _metrics(found, report, last)
     seconds = report.seconds_per_step
     if seconds:
         found.add("seconds per step", [seconds.get("dense")], [seconds.get("factored")])
     if "pruning" in seconds:
         found.add("… while pruning", [None] * len(points) + [seconds["pruning"]])
-    return Summary(columns, found.rows, _notes(report))
+    notes = []
+    if not last:
+        notes.append("not validated after the last point")
+    dense = sum(layer.rank is None for layer in report.layers_after(len(points)))
+    if dense:
+        notes.append(f"{dense} of the targeted layers are left dense")
+    return Summary(columns, found.rows, notes)
+
+
+def ending(report: Report) -> tuple[str, dict[str, float]]:
+    """Return the figures that a run ended with, and when they were taken.
+
+    They are those of the last validation after the last point, none if there was none.
+    """
+    if report.final:
+        return "at the end", report.final
+    steps = [curve[-1][0] for curve in report.history.values()]
+    last = max(steps, default=0)
+    if last <= (report.points[-1].step or 0):
+        return "at the end", {}
+    figures = {name: dict(curve).get(last) for name, curve in report.history.items()}
+    return f"at {last:,}", {name: x for name, x in figures.items() if x is not None}
 
 
 @dataclass(frozen=True)
@@ -84,38 +106,25 @@ def _shares(sizes: list[int]) -> list[float]:
     return [size / sizes[0] for size in sizes]
 
 
-def _metrics(found: _Rows, report: Report) -> None:
+def _metrics(found: _Rows, report: Report, last: dict[str, float]) -> None:
     points = report.points
     before = points[0].metrics.get("before", {})
     after = [point.metrics.get("after", {}) for point in points]
-    names = dict.fromkeys([*before, *(name for one in after for name in one), *report.final])
+    names = dict.fromkeys([*before, *(name for one in after for name in one), *last])
     for name in names:
-        found.add(
-            name, [before.get(name), *(one.get(name) for one in after)], [report.final.get(name)]
-        )
+        found.add(name, [before.get(name), *(one.get(name) for one in after)], [last.get(name)])
     predicted = [point.predicted_loss for point in points]
     if any(value is not None for value in predicted):
         found.add("predicted change of loss", [None, *predicted], say=change)
     loss = loss_name(before)
     if loss is not None:
-        end = report.final.get(loss)
+        end = last.get(loss)
         found.add(
             f"measured change of {loss}",
             [None, *(measured_change(point, loss) for point in points)],
             [None if end is None else end - before[loss]],
             say=change,
         )
-
-
-def _notes(report: Report) -> list[str]:
-    notes = []
-    if not report.final and report.history:
-        last = max(curve[-1][0] for curve in report.history.values())
-        notes.append(f"not validated at the end: the last validation was after step {last:,}")
-    kept = [layer for layer in report.layers_after(len(report.points)) if layer.rank is None]
-    if kept:
-        notes.append(f"{len(kept)} of the targeted layers are left dense")
-    return notes
 
 
 def loss_name(figures: dict[str, float]) -> str | None:

@@ -454,7 +454,9 @@ def test_a_schedule_or_a_budget_that_cannot_be(
 
 
 def test_the_same_layer_cannot_be_factored_twice(tagger: Make, loader: Make, trainer: Make) -> None:
-    other = lrcompress.Factorize(keep=0.5, at=0.5, method="svd", targets=["blocks.0.*"], report_path=None)
+    other = lrcompress.Factorize(
+        keep=0.5, at=0.5, method="svd", targets=["blocks.0.*"], report_path=None
+    )
     with pytest.raises(
         SettingError, match=r"LoSparse and Factorize both target layer 'blocks.0.down'"
     ):
