@@ -209,7 +209,7 @@ def _budget(report: Report) -> Plot:
             [point.keep for point in points],
             **look(number) | {"linestyle": "none"},
         )
-    axes.set_ylim(0, 1.05)
+    axes.set_ylim(bottom=0)
     name_series(figure, axes)
     caption = "Parameters that remain, over those before. Dots: points at which structure changes."
     return Plot("budget", "The budget over training", caption, figure)
