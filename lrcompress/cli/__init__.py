@@ -5,8 +5,7 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   fit        train as the recipe says, and compress on the way
   validate   run once over the validation data
   test       run once over the test data
-  plan       print which layers the recipe would replace, without training;
-             with --curve N what is lost at several keeps, from N batches
+  plan       print which layers the recipe would replace, without training
   export     write the model of a checkpoint to a folder that transformers loads:
              lrcompress export CKPT FOLDER --config RECIPE --format transformers|dense
   report     write the page of a run, or of several side by side:

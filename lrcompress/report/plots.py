@@ -4,6 +4,7 @@ Colours stand for what they show, by the names of :data:`COLOURS`; a page gives 
 the dark.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -95,8 +96,8 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
 
 
 def new_axes(x: str, y: str) -> tuple[Figure, Axes]:
-    """Return a figure of 5 × 3.4 inches with labelled axes."""
-    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
+    """Return a figure 5 inches wide with labelled axes."""
+    figure = Figure(figsize=(5.0, 3.0), layout="constrained")
     axes = figure.add_subplot(xlabel=x, ylabel=y)
     return figure, axes
 
@@ -118,6 +119,7 @@ def name_series(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
         columns = 2 if max(map(len, names)) < 28 else 1
+        figure.set_figheight(2.8 + 0.22 * math.ceil(len(names) / columns))
         figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
@@ -312,7 +314,7 @@ def _importance(report: Report) -> Iterator[Plot]:
             scores = [(count, score) for count, score in layer.importance if score > 0]
             _faded(axes, scores, layer, members, number)
             kept = layer.rank if alone else (layer.rows if layer.entries is None else layer.entries)
-            if kept:
+            if kept and scores:
                 dot = look(number) | {"linestyle": "none"}
                 axes.plot([kept], [_at(layer.importance, kept)], **dot)
         _logarithmic(axes)
@@ -321,5 +323,6 @@ def _importance(report: Report) -> Iterator[Plot]:
 
 
 def _at(curve: Curve, x: float) -> float:
-    """Return the value of the last unit that is no later than ``x``."""
-    return next((y for place, y in reversed(curve) if place <= x), curve[0][1])
+    """Return the value at ``x``, between two of the curve on the logarithmic line through them."""
+    places, values = zip(*((place, value) for place, value in curve if value > 0), strict=True)
+    return float(np.exp(np.interp(x, places, np.log(values))))
