@@ -1,6 +1,5 @@
 """Observe, plan, solve, replace: the whole method on a bare ``nn.Module``."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,12 @@ from torch.optim import Optimizer
 
 from lrcompress.budget import ALLOCATIONS, Candidate, allocate, check_keep, match_bounds
 from lrcompress.errors import NoMatchError, ObservationError, SettingError, nearest
-from lrcompress.nn import Factored, LowRankLinear
+from lrcompress.nn import LowRankLinear
 from lrcompress.objective import COMPARABLE, METHODS, Metric, method_named
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.sharded import Dealt, share_, solve
+from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
 from lrcompress.statistics.capture import Recorder
@@ -235,26 +235,26 @@ def factor_(
     _check_falling(model, ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
     factors = _factors(dealt, chosen)
-    before = dense_size(model)
+    before, bytes_before = dense_size(model), dense_bytes(model)
     for name, rank in chosen.items():
         metric = dealt.own[name].metric if name in dealt.own else None
         _put(model, name, rank, factors.get(name), metric, tuple(optimizers))
     share_(model, {name: dealt.owner[name] for name in chosen}, tuple(optimizers), team)
     layers = [
-        LayerRecord(
-            c.name,
-            c.out_features,
-            c.in_features,
-            ranks[c.name],
-            measured[c.name].error(ranks[c.name]),
-            measured[c.name].loss(ranks[c.name]),
-            measured[c.name].note,
-        )
+        measured[c.name].record(c.name, (c.out_features, c.in_features), ranks[c.name])
         for c in asked
     ]
-    after = sum(p.numel() for p in model.parameters())
-    seconds = time.perf_counter() - started
-    return PointRecord(settings.method, step, layers, before, after, statistics.figures(), seconds)
+    return PointRecord(
+        settings.method,
+        step,
+        layers,
+        before,
+        sum(p.numel() for p in model.parameters()),
+        statistics.figures(),
+        time.perf_counter() - started,
+        bytes_before=bytes_before,
+        bytes_after=stored_bytes(model),
+    )
 
 
 def _factors(dealt: Dealt, ranks: Mapping[str, int]) -> dict[str, Factors]:
@@ -276,13 +276,6 @@ def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
         layer = model.get_submodule(name)
         if isinstance(layer, LowRankLinear) and (rank is None or rank > layer.rank):
             ranks[name] = layer.rank
-
-
-def dense_size(model: nn.Module) -> int:
-    """Return how many parameters ``model`` would have with its factored layers dense."""
-    now = sum(p.numel() for p in model.parameters())
-    views = [view(module) for module in model.modules() if isinstance(module, Factored)]
-    return now + sum(math.prod(v.shape) - sum(p.numel() for p in v.parameters) for v in views)
 
 
 def _put(

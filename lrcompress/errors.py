@@ -10,6 +10,7 @@
     ├── PlatformError     a trainer, strategy or callback in the way    (RuntimeError)
     ├── CheckpointError   a file that does not hold what was expected   (RuntimeError)
     ├── ExportError       an export that cannot be made, or differs     (RuntimeError)
+    ├── ReportError       a report that cannot be read                  (RuntimeError)
     └── RecipeError       a recipe that cannot be read, all its faults  (ValueError)
 
 Each message says what was expected, what was found, and where it was found.
@@ -57,6 +58,10 @@ class CheckpointError(LRCompressError, RuntimeError):
 
 class ExportError(LRCompressError, RuntimeError):
     """A model that cannot be exported, or an export that computes something else."""
+
+
+class ReportError(LRCompressError, RuntimeError):
+    """A report that cannot be read."""
 
 
 class RecipeError(LRCompressError, ValueError):

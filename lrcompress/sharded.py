@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 
 from lrcompress.objective import Metric, metric_of
 from lrcompress.parallel import ALONE, Team
+from lrcompress.report.record import LayerRecord
 from lrcompress.solvers.truncation import Truncation, relative_error, truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
 
 # Multiply-adds of a product that take as long as one of an eigendecomposition.
 _EIGEN = 25
+_SHOWN = 20  # ranks of an error curve that are kept for the report
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ class Measured:
             return 0.0
         scale = self.loss_scale
         return None if scale is None else 0.5 * scale * float(self.energies[rank:].sum())
+
+    def record(self, name: str, shape: tuple[int, int], rank: int | None) -> LayerRecord:
+        """Return what became of the layer at ``rank``, with some of its error curve."""
+        most = len(self.energies)
+        shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)}
+        # six digits: a report is read by people
+        curve = tuple((r, float(f"{self.error(r):.6g}")) for r in sorted(shown))
+        error, loss = self.error(rank), self.loss(rank)
+        return LayerRecord(name, *shape, rank, error, loss, self.note, curve=curve)
 
 
 @dataclass(frozen=True)

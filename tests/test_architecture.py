@@ -15,16 +15,19 @@ LAYERS = [
     {"errors", "checkpoint", "linalg", "parallel", "schedules"},
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
-    {"nn", "plan", "surgery"},
-    {"engine", "sharded", "pruning", "report", "export"},
+    {"nn", "plan", "size", "surgery"},
+    {"engine", "forecast", "sharded", "pruning", "report", "export"},
     {"callbacks", "distill"},
     {"tasks", "cli", "recipe", "__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 STRANGERS = ({"statistics", "solvers"},)  # they meet in the engine
 LIGHTNING_FROM = 5
-# What an exported folder is made for; the rest of the lower levels needs neither.
-ALSO = {"export": {"transformers", "safetensors"}}
+# What an exported folder is made for, and what draws a report; the other lower levels need neither.
+ALSO = {
+    "export": {"transformers", "safetensors"},
+    "report": {"jinja2", "markupsafe", "matplotlib", "numpy"},
+}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 

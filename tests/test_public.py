@@ -23,7 +23,7 @@ NAMES = [
     "restore_structure",
     "save_pretrained",
 ]
-HEAVY = ("lightning", "transformers", "datasets", "torchmetrics", "jsonargparse")
+HEAVY = ("lightning", "transformers", "datasets", "torchmetrics", "jsonargparse", "matplotlib")
 
 
 def test_the_public_names_are_these() -> None:

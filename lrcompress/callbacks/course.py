@@ -1,21 +1,23 @@
 """The course of a fit in which layers are replaced: what all such callbacks have in common."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
+from rich.console import RenderableType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import platform
+from lrcompress.callbacks import platform, telling
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.restart import Restart
 from lrcompress.engine import Settings
@@ -23,11 +25,12 @@ from lrcompress.errors import CheckpointError, LayerError, ObservationError, Set
 from lrcompress.parallel import ALONE
 from lrcompress.plan import Plan
 from lrcompress.report import PointRecord, Report
-from lrcompress.report.tables import point_table, summary_table
+from lrcompress.report.tables import point_table
 from lrcompress.schedules import Point, Warmup
 from lrcompress.statistics.views import view
 
 VERSION = 1
+_VALIDATIONS = 200  # of a run that are kept for the report
 
 
 class Course(pl.Callback, ABC):
@@ -41,7 +44,7 @@ class Course(pl.Callback, ABC):
         sampling: which steps are observed before a point.
         window: how long before a point to observe.
         validate: run validation just before and just after each point, for the report.
-        report_path: file for the report.
+        report_path: where the report goes; see :func:`lrcompress.callbacks.telling.destination`.
         verbose: print a table at each point and at the end.
     """
 
@@ -58,6 +61,7 @@ class Course(pl.Callback, ABC):
         super().__init__()
         self.points, self.sampling = points, sampling
         self.validate, self.report_path, self.verbose = validate, report_path, verbose
+        telling.check_path(report_path)
         self._window = window
         self._hooks = ExitStack()  # for the fit
         self._reset()
@@ -73,13 +77,14 @@ class Course(pl.Callback, ABC):
         self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
         self._times: dict[str, list[float]] = {}
         self._started: float | None = None
+        self._destination: Path | None = None
 
     # What a subclass says
 
     at: float | str | list[float | str]  # its argument; part of the state's key
 
     @abstractmethod
-    def _settings_at(self, stage: int) -> Settings:
+    def settings_at(self, stage: int) -> Settings:
         """Return how layers are chosen and measured at a point."""
 
     @abstractmethod
@@ -90,6 +95,10 @@ class Course(pl.Callback, ABC):
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         """Change the model at the point ``self._stage``."""
 
+    @abstractmethod
+    def preview(self, model: nn.Module) -> RenderableType:
+        """Return what would become of ``model``, as a table; nothing is changed."""
+
     def _phase(self) -> str:
         """Return what the time of a step now counts as."""
         return "factored" if self._stage else "dense"
@@ -97,7 +106,7 @@ class Course(pl.Callback, ABC):
     @property
     @override
     def state_key(self) -> str:
-        settings = self._settings_at(0)
+        settings = self.settings_at(0)
         return self._generate_state_key(
             at=self.at, targets=settings.targets, exclude=list(settings.exclude)
         )
@@ -113,6 +122,7 @@ class Course(pl.Callback, ABC):
             self._team = platform.team(trainer)
             self._observation = Observation(self.sampling, self._team)
             platform.check_same_module(pl_module, self._team)
+            self._destination = telling.destination(trainer, self.report_path)
         follow = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _follow_checkpoint
         )
@@ -129,7 +139,7 @@ class Course(pl.Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._live = (pl_module, trainer.optimizers)
         platform.refuse_optimizers(trainer.optimizers, type(self).__name__)
-        for name in self._settings_at(0).select(pl_module).names:
+        for name in self.settings_at(0).select(pl_module).names:
             if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
                 raise LayerError(
                     f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
@@ -235,7 +245,7 @@ class Course(pl.Callback, ABC):
     def _watch(self, module: nn.Module) -> None:
         total = self._total if self._window.unit == "fraction" else float("inf")
         self._window_steps = max(1, self._window.step(total, self._per_epoch))
-        nbytes = self._observation.watch(module, self._settings_at(self._stage))
+        nbytes = self._observation.watch(module, self.settings_at(self._stage))
         if nbytes and self.verbose and not self._stage:
             rank_zero_info(f"lrcompress: statistics will take at most {nbytes / 2**20:.0f} MiB")
 
@@ -298,7 +308,7 @@ class Course(pl.Callback, ABC):
         if self._next is not None and self._observes(self._stage):
             self._watch(module)
         platform.reset_best(trainer)
-        self._save_report(trainer)
+        telling.save(trainer, self._report_of_run(trainer), self._destination)
 
     def _settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Let training go on with the new structure, once all processes have the same."""
@@ -326,6 +336,13 @@ class Course(pl.Callback, ABC):
         self._restart = Restart(schedule, taken)
         self._restart.attach(self._live[1], self._hooks)
 
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures = platform.validated(trainer)
+        if figures:
+            gap = self._total / _VALIDATIONS if math.isfinite(self._total) else 0
+            self.report.note(platform.steps_done(trainer), figures, gap)
+
     # The end
 
     @override
@@ -333,15 +350,9 @@ class Course(pl.Callback, ABC):
         for name, (steps, seconds) in self._times.items():
             if steps:
                 self.report.seconds_per_step[name] = seconds / steps
-        metrics = self.report.points[-1].metrics if self.report.points else {}
-        known = [name for figures in metrics.values() for name in figures]
-        seen = trainer.callback_metrics
-        self.report.final = {name: float(seen[name]) for name in known if name in seen}
-        self._save_report(trainer)
-
-    def _save_report(self, trainer: pl.Trainer) -> None:
-        if self.report_path is not None and trainer.is_global_zero:
-            self.report.save(self.report_path)
+        now = platform.steps_done(trainer)
+        taken = {name: curve[-1] for name, curve in self.report.history.items()}
+        self.report.final = {name: value for name, (step, value) in taken.items() if step == now}
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -356,8 +367,18 @@ class Course(pl.Callback, ABC):
                 f"{platform.steps_done(trainer)}, the point was step "
                 f"{self._at_steps[self._stage]}"
             )
-        if self.report.points and self.verbose and trainer.is_global_zero:
-            Console().print(summary_table(self.report))
+        courses = self._courses(trainer)
+        if self is courses[-1]:  # all of them have ended
+            paths, verbose = [one._destination for one in courses], [x.verbose for x in courses]
+            telling.tell(trainer, self._report_of_run(trainer), paths, verbose=any(verbose))
+
+    def _report_of_run(self, trainer: pl.Trainer) -> Report:
+        """Return what all callbacks that change the model have done so far."""
+        return Report.joined(one.report for one in self._courses(trainer))
+
+    @staticmethod
+    def _courses(trainer: pl.Trainer) -> "list[Course]":
+        return [one for one in trainer.callbacks if isinstance(one, Course)]  # type: ignore[attr-defined]
 
     @override
     def on_exception(

@@ -1,5 +1,6 @@
 """The callback that makes a fine-tune come out smaller."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import lightning.pytorch as pl
@@ -9,7 +10,9 @@ from typing_extensions import override
 
 from lrcompress.callbacks import platform
 from lrcompress.callbacks.course import Course, check_restart
+from lrcompress.callbacks.layerwise import Dense
 from lrcompress.callbacks.observation import Sampling
+from lrcompress.callbacks.telling import AUTO
 from lrcompress.engine import Settings, factor_, preview
 from lrcompress.errors import SettingError
 from lrcompress.objective import METHODS
@@ -65,7 +68,11 @@ class Factorize(Course):
             or as a fraction of all steps.
         restart_scale: What the learning rate is multiplied by after the rise.
         validate: Run validation just before and just after each point, for the report.
-        report_path: File to write the report to, as JSON, at each point and at the end.
+        measure_layers: At each point also measure, on the validation data, what every layer alone
+            loses, beside what was predicted: one validation more a layer, for the report.
+        report_path: JSON file for the report, written at each point and at the end, then with a
+            page of figures beside it. ``auto``: ``report.json`` in the folder of the logger,
+            without one in the trainer's ``default_root_dir``. None for no files.
         verbose: Print a table at each point and at the end.
 
     Raises:
@@ -103,11 +110,13 @@ class Factorize(Course):
         restart_steps: float = 0.05,
         restart_scale: float = 1.0,
         validate: bool = True,
-        report_path: str | None = None,
+        measure_layers: bool = False,
+        report_path: str | None = AUTO,
         verbose: bool = True,
     ) -> None:
         self.keep, self.at, self.method, self.window = keep, at, method, window
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
+        self.measure_layers = measure_layers
         check_restart(restart_steps, restart_scale)
         points = [Point.parse(one) for one in (at if isinstance(at, list) else [at])]
         keeps_at = keep if isinstance(keep, list) else [keep]
@@ -158,7 +167,7 @@ class Factorize(Course):
         )
 
     @override
-    def _settings_at(self, stage: int) -> Settings:
+    def settings_at(self, stage: int) -> Settings:
         return self.settings[stage]
 
     @override
@@ -174,14 +183,19 @@ class Factorize(Course):
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         settings, statistics = self.settings[self._stage], self._observation.statistics
         before = platform.validate(trainer) if self.validate else {}
+        dense = Dense(module, settings.select(module).names) if self.measure_layers else None
         optimizers, team = trainer.optimizers, self._team
         record = factor_(module, statistics, settings, optimizers=optimizers, step=now, team=team)
         self._settle(trainer, module)
         after = platform.validate(trainer) if self.validate else {}
         record.metrics = {"before": before, "after": after}
+        if dense is not None:
+            lost = dense.losses(trainer, module, record.layers)
+            record.layers = [replace(x, measured_loss=lost.get(x.name)) for x in record.layers]
         self._record(trainer, record)
         self._rise(self.restart_steps, self.restart_scale)
 
+    @override
     def preview(self, model: nn.Module) -> RenderableType:
         """Return what the first point would do to ``model``, as a table; nothing is changed."""
         settings = self.settings[0]
@@ -190,5 +204,9 @@ class Factorize(Course):
         notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
         if settings.spread == "global":
             notes.append("ranks are shown uniform; global allocation shares them out at the point")
+        notes += [
+            f"point {point} is step {step:,} of {self._total:,.0f}"
+            for point, step in zip(self.points, self._at_steps, strict=False)
+        ]
         whole = sum(p.numel() for p in model.parameters())
         return plan_table(records, title, whole, nbytes, notes)

@@ -14,7 +14,8 @@ from typing_extensions import override
 from lrcompress.callbacks import platform
 from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.observation import Sampling
-from lrcompress.engine import Settings, dense_size
+from lrcompress.callbacks.telling import AUTO
+from lrcompress.engine import Settings
 from lrcompress.errors import SettingError
 from lrcompress.importance import Importance
 from lrcompress.objective import METHODS
@@ -22,9 +23,11 @@ from lrcompress.pruning import Pruner, Shares, check_dense, outlook, split_
 from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
+from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.statistics.batches import MASK
 
 _FROM, _UNTIL = 0.1, 0.6  # of the way from `at` to the end
+_BUDGETS = 100  # in the course of pruning that are kept for the report
 
 
 class LoSparse(Course):
@@ -82,7 +85,8 @@ class LoSparse(Course):
         offload: Device for the statistics; by default each layer's own.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         validate: Run validation before splitting and after compacting, for the report.
-        report_path: File to write the report to, as JSON.
+        report_path: JSON file for the report, with a page of figures beside it; ``auto`` and None
+            are as for ``Factorize``.
         verbose: Print a table where structure is fixed and at the end.
 
     Raises:
@@ -127,7 +131,7 @@ class LoSparse(Course):
         offload: str | None = None,
         shrink: tuple[float, float] = (0.0, 0.1),
         validate: bool = True,
-        report_path: str | None = None,
+        report_path: str | None = AUTO,
         verbose: bool = True,
     ) -> None:
         self.keep, self.low_rank_share, self.at, self.init = keep, low_rank_share, at, init
@@ -186,10 +190,10 @@ class LoSparse(Course):
     def _reset(self) -> None:
         super()._reset()
         self._pruner: Pruner | None = None
-        self._split_record: dict[str, Any] = {"metrics": {}, "observed": {}}
+        self._split_record: dict[str, Any] = {"metrics": {}, "observed": {}, "budget": []}
 
     @override
-    def _settings_at(self, stage: int) -> Settings:
+    def settings_at(self, stage: int) -> Settings:
         return self.settings
 
     @override
@@ -212,7 +216,7 @@ class LoSparse(Course):
             check_dense(pl_module, sorted(names))
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, Course) and other is not self:
-                both = sorted(names & set(other._settings_at(0).select(pl_module).names))
+                both = sorted(names & set(other.settings_at(0).select(pl_module).names))
                 if both:
                     raise SettingError(
                         f"LoSparse and {type(other).__name__} both target layer {both[0]!r}; "
@@ -287,8 +291,13 @@ class LoSparse(Course):
             return
         if now >= self._schedule.start and pruner.importance.steps == 0:
             pruner.prune_(self._schedule(now), trainer.optimizers)
-            if trainer.loggers:
-                platform.log(trainer, {"keep": pruner.keep})
+            kept = self._split_record["budget"]
+            enough = (self._at_steps[1] - self._schedule.start) / _BUDGETS
+            due = not kept or now - kept[-1][0] >= enough
+            if trainer.loggers or due:
+                keep = pruner.keep
+                platform.log(trainer, {"keep": keep})
+                self._split_record["budget"] = [*kept, [now, keep]] if due else kept
 
     @override
     def on_before_optimizer_step(
@@ -325,6 +334,7 @@ class LoSparse(Course):
         self._split_record = {
             "metrics": platform.validate(trainer) if self.validate and now else {},
             "observed": statistics.figures(),
+            "budget": [],
         }
         optimizers, team = trainer.optimizers, self._team
         means, quotas = split_(
@@ -340,14 +350,25 @@ class LoSparse(Course):
             self._pruner.importance.close()
         self._pruner.prune_(0.0, trainer.optimizers)
         platform.check_identical(module, self._team)  # the same units, before they are structure
-        before = dense_size(module)
+        before, bytes_before = dense_size(module), dense_bytes(module)
         layers = self._pruner.compact_(module, trainer.optimizers)
         self._settle(trainer, module)
         after = sum(p.numel() for p in module.parameters())
         seconds = time.perf_counter() - started
         method = "LoSparse" if self.init == "svd" else f"LoSparse from {self.init}"
         observed = self._split_record["observed"]
-        record = PointRecord(method, now, layers, before, after, observed, seconds)
+        record = PointRecord(
+            method,
+            now,
+            layers,
+            before,
+            after,
+            observed,
+            seconds,
+            bytes_before=bytes_before,
+            bytes_after=stored_bytes(module),
+            budget=tuple(map(tuple, self._split_record["budget"])),
+        )
         record.metrics = {
             "before": self._split_record["metrics"],
             "after": platform.validate(trainer) if self.validate else {},
@@ -356,11 +377,18 @@ class LoSparse(Course):
         if not self._pruner.masks:
             self._pruner = None
 
+    @override
     def preview(self, model: nn.Module) -> RenderableType:
         """Return what would become of ``model``, as a table; nothing is changed."""
         records, selection, nbytes = outlook(model, self.settings, self.shares)
         title = f"LoSparse: init {self.init}, keep {self.keep}, split at {self.at}"
         notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
         notes.append("ranks and rows are shown uniform; training shares them out by their scores")
+        if self._at_steps:
+            split, fixed = self._at_steps
+            notes.append(
+                f"split at step {split:,}, pruned from {self._schedule.start:,} to "
+                f"{self._schedule.stop:,}, compacted at {fixed:,}, of {self._total:,.0f} steps"
+            )
         whole = sum(p.numel() for p in model.parameters())
         return plan_table(records, title, whole, nbytes, notes)

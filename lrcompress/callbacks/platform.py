@@ -261,6 +261,17 @@ def validate(trainer: pl.Trainer) -> dict[str, float]:
     return {name: float(value) for figures in logged for name, value in figures.items()}
 
 
+def validated(trainer: pl.Trainer) -> dict[str, float]:
+    """Return the figures of a validation of the fit that has just ended; of others none.
+
+    Not those of the sanity check, nor of :func:`validate`.
+    """
+    if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.barebones:
+        return {}
+    figures = trainer._logger_connector.metrics["callback"]
+    return {name: float(value) for name, value in figures.items()}
+
+
 @contextmanager
 def _set_aside(trainer: pl.Trainer) -> Iterator[None]:
     """Let the trainer be validating, as trainer.validate would, and put everything back."""
@@ -370,7 +381,12 @@ def log(trainer: pl.Trainer, values: dict[str, float]) -> None:
     """Send figures to every logger there is, under ``lrcompress/``."""
     named = {f"lrcompress/{name}": value for name, value in values.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(named, step=logged_step(trainer))
+
+
+def logged_step(trainer: pl.Trainer) -> int:
+    """Return the step under which loggers have what is logged now."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def show(trainer: pl.Trainer, table: RenderableType) -> None:

@@ -9,6 +9,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   export     write the model of a checkpoint to a folder, for transformers or as one graph:
              lrcompress export CKPT FOLDER --config RECIPE
                  --format transformers|dense|onnx|torch-export [--int8]
+  report     write the page of a run, or of several side by side:
+             lrcompress report RUN [RUN ...] --out PAGE
 
 A recipe is a LightningCLI file with trainer, model and data; every key of it can be
 given on the command line too, and what comes later wins. All of them: lrcompress fit --help
@@ -28,7 +30,6 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import rich
 import transformers
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -46,10 +47,13 @@ import lrcompress.callbacks  # noqa: F401  so that recipes may say Factorize
 import lrcompress.distill  # noqa: F401  and Distilled
 import lrcompress.tasks  # noqa: F401  and TextClassification
 from lrcompress.cli.export import export
+from lrcompress.cli.plan import print_plan
+from lrcompress.cli.report import report
 from lrcompress.errors import LRCompressError, RecipeError, nearest
 from lrcompress.recipe import find_faults, link_
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
+WITHOUT_TRAINER = {"export": export, "report": report}
 UNASKED = ("Seed set to", "GPU available", "TPU available", "HPU available", "💡 Tip")
 
 
@@ -67,7 +71,7 @@ def main(args: list[str] | None = None) -> int:
         sys.path.append("")  # modules beside the recipe, as under `python -m`
     try:
         with _quiet():
-            export(args[1:]) if args[0] == "export" else _RecipeCLI(args)
+            WITHOUT_TRAINER.get(args[0], lambda _: _RecipeCLI(args))(args[1:])
     except Exception as error:
         expected = _unwrapped(error)
         if not isinstance(expected, EXPECTED):
@@ -92,28 +96,22 @@ class _Trainer(Trainer):
     def plan(
         self,
         model: LightningModule,
-        datamodule: LightningDataModule | None = None,  # noqa: ARG002  LightningCLI gives it
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        curve: int | None = None,
+        plot: str | None = None,
     ) -> None:
-        """Print which layers the recipe would replace, without training."""
-        print_plan(self, model)
+        """Print which layers the recipe would replace, without training, after a fit's checks.
 
-
-def print_plan(trainer: Trainer, model: LightningModule) -> None:
-    """Print what each callback of the recipe would make of the model.
-
-    Raises:
-        RecipeError: if no callback has a ``preview``.
-    """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    planners = [callback for callback in callbacks if hasattr(callback, "preview")]
-    if not planners:
-        found = ", ".join(type(callback).__name__ for callback in callbacks)
-        raise RecipeError(
-            f"trainer.callbacks: expected one that replaces layers, such as lrcompress.Factorize, "
-            f"found {found or 'none'}"
-        )
-    for callback in planners:
-        rich.print(callback.preview(model))
+        Args:
+            model: of the recipe.
+            datamodule: of the recipe.
+            ckpt_path: A checkpoint whose weights the model gets first.
+            curve: Training batches from which to predict the loss of every method at several
+                keeps.
+            plot: A file for a figure of that.
+        """
+        print_plan(self, model, datamodule, ckpt_path=ckpt_path, curve=curve, plot=plot)
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -143,7 +141,7 @@ class _RecipeCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         verbs = self.subcommands()
         if args[0] not in verbs:
-            near = nearest(args[0], [*verbs, "export"])
+            near = nearest(args[0], [*verbs, *WITHOUT_TRAINER])
             raise RecipeError(f"expected a verb, found {args[0]!r}; nearest valid: {near}")
         self._options = args[1:]
         settings = {"exit_on_error": False, "allow_abbrev": False}

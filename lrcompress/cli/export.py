@@ -51,9 +51,9 @@ def export(options: list[str]) -> None:
         raise RecipeError(f"{FLAG} is for --format onnx, got --format {kind}")
     if len(places) != 2 or "--config" not in given:
         raise RecipeError(f"expected a checkpoint, a folder and --config; usage: {USAGE}")
-    checkpoint = _read(Path(places[0]))
+    checkpoint = read_lightning(Path(places[0]))
     module, data = _parts(Path(given["--config"]), overrides, int8)
-    _load(module, checkpoint, places[0])
+    load_(module, checkpoint, places[0])
     if kind in ("onnx", "torch-export"):
         _write_graph(module, data, kind, places[1])
         return
@@ -129,7 +129,7 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
     return places, given, overrides
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_lightning(path: Path) -> dict[str, Any]:
     """Return a checkpoint; nothing in it can run.
 
     Raises:
@@ -141,7 +141,7 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _load(module: LightningModule, checkpoint: dict[str, Any], where: str) -> None:
+def load_(module: LightningModule, checkpoint: dict[str, Any], where: str) -> None:
     """Give the module the structure and the weights of a checkpoint.
 
     Raises:
@@ -228,7 +228,7 @@ def _report(checkpoint: dict[str, Any], model: PreTrainedModel) -> Report | None
     if not kept:
         return None
     try:
-        report = Report.from_dict(kept[-1])
+        report = Report.joined(map(Report.from_dict, kept))
         model_card(model, Plan(), report)  # which reads all of it
     except Exception as error:  # values may be anything
         raise CheckpointError(f"the report in the checkpoint cannot be read: {error!r}") from error

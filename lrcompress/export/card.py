@@ -2,9 +2,9 @@
 
 from transformers import PreTrainedModel
 
-from lrcompress.engine import dense_size
 from lrcompress.plan import Plan
 from lrcompress.report import PointRecord, Report
+from lrcompress.size import dense_size
 
 
 def model_card(model: PreTrainedModel, plan: Plan, report: Report | None) -> str:
@@ -79,7 +79,7 @@ def _table(report: Report, last: PointRecord) -> list[str]:
         f"{_figure(report.final, name)} |"
         for name in names
     ]
-    head = ["| | dense | just after compression | at the end |", "|---|---|---|---|"]
+    head = ["| | before | just after compression | at the end |", "|---|---|---|---|"]
     return [*head, *rows, ""]
 
 

@@ -13,11 +13,12 @@ from lrcompress.budget import kept_units
 from lrcompress.importance import ROW_SCORES, Importance, component, entries
 from lrcompress.nn import LowRankSparseLinear
 from lrcompress.pruning.shares import Quota, Shares
-from lrcompress.report.record import LayerRecord
+from lrcompress.report.record import Curve, LayerRecord
 from lrcompress.statistics.views import view
 from lrcompress.surgery import carry_kept, replace_, swap_parameters_
 
 _NAMES = ("inner.weight", "left.weight")
+_SHOWN = 25  # units of a layer whose scores are kept for the report
 
 
 class Pruner:
@@ -47,6 +48,7 @@ class Pruner:
         self.quotas, self.shares, self.importance = list(quotas), shares, importance
         self.means = dict(means or {})
         self.masks: dict[str, Tensor] = {}  # entries that stay, where single entries are pruned
+        self.ranking: dict[str, Curve] = {}  # for the report: scores when pruning began
         self.layers: dict[str, LowRankSparseLinear] = {}
         for name in names:
             layer = model.get_submodule(name)
@@ -117,6 +119,7 @@ class Pruner:
                 scores[name] = torch.zeros(
                     sum(map(len, kept[name].values())), device=layer.kept.device
                 )
+        self._rank_once(scores)
         chosen: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
         left = 0.0
         for quota in self.quotas:
@@ -128,6 +131,13 @@ class Pruner:
         for name, layer in self.layers.items():
             parts = kept[name] | chosen[name]
             self._apply(name, layer, parts["components"], parts["rows"], tuple(optimizers))
+
+    def _rank_once(self, scores: Mapping[str, Tensor]) -> None:
+        if self.ranking:
+            return
+        for name, score in scores.items():
+            both = score.tensor_split([self.layers[name].rank])
+            self.ranking[name] = _ranking(both[int(self.shares.sparse)])
 
     def _units(self, name: str, layer: LowRankSparseLinear) -> dict[str, Tensor]:
         rows = layer.kept[layer.rank :]
@@ -240,7 +250,16 @@ class Pruner:
         rows = new.num_rows if isinstance(new, LowRankSparseLinear) else 0
         single = int(self.masks[name].sum()) if name in self.masks and rows else None
         sizes = (layer.out_features, layer.in_features)
-        record = LayerRecord(name, *sizes, new.rank, None, None, rows=rows, entries=single)  # type: ignore[arg-type]
+        record = LayerRecord(
+            name,
+            *sizes,
+            rank=int(new.rank),  # type: ignore[arg-type]
+            error=None,
+            predicted_loss=None,
+            rows=rows,
+            entries=single,
+            importance=self.ranking.get(name, ()),
+        )
         if record.after < record.before:
             return record
         return replace(record, rank=None, rows=None, entries=None)
@@ -262,6 +281,7 @@ class Pruner:
             "quotas": quotas,
             "means": dict(self.means),
             "masks": dict(self.masks),
+            "ranking": dict(self.ranking),
             "importance": self.importance.state_dict(),
         }
 
@@ -275,6 +295,7 @@ class Pruner:
         device = next(model.parameters()).device
         pruner.means = {name: mean.to(device) for name, mean in state["means"].items()}
         pruner.masks = {name: mask.to(device) for name, mask in state["masks"].items()}
+        pruner.ranking = dict(state["ranking"])
         importance.load_state_dict(state["importance"], device)
         return pruner
 
@@ -284,6 +305,14 @@ def _output(layer: LowRankSparseLinear, inner: Tensor, x: Tensor) -> Tensor:
     parts = inner @ x.to(inner)
     low_rank = layer.left.weight @ parts[: layer.rank]
     return low_rank.index_add(0, layer.index, parts[layer.rank :])
+
+
+def _ranking(scores: Tensor) -> Curve:
+    """Return how many units are at least as important as some of them, and their scores."""
+    ordered = scores.sort(descending=True).values.cpu()
+    steps = max(1, min(_SHOWN, len(ordered)) - 1)
+    places = sorted({i * (len(ordered) - 1) // steps for i in range(steps + 1)})
+    return tuple((place + 1, float(f"{ordered[place]:.6g}")) for place in places)
 
 
 def _unit(layer: LowRankSparseLinear) -> int:

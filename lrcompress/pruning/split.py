@@ -211,8 +211,14 @@ def outlook(
     """Return what would remain if every layer kept the same share, and bytes of statistics.
 
     Nothing is observed or changed. Scores share the same parameters out otherwise.
+
+    Raises:
+        SettingError: if ``keep`` is less than one rank a layer takes.
+        LayerError: if a targeted layer is factored already.
     """
     selection = settings.select(model)
+    check_dense(model, selection.names)
+    _budget({name: view(model.get_submodule(name)).shape for name in selection.names}, shares)
     share = 0.5 if shares.low_rank_share == AUTO else float(shares.low_rank_share)
     records = []
     for name in selection.names:

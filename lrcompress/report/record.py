@@ -1,9 +1,16 @@
 """What a run lost and gained, as data."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from lrcompress.errors import ReportError
+
+VERSION = 2  # of the JSON; 1 said nothing of it, and had neither curves nor a history
+
+Curve = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,11 @@ class LayerRecord:
         note: what was done about ill-conditioned statistics, or "".
         rows: rows of its sparse part; None where there is none.
         entries: entries of these rows that are not zero, where single ones were pruned.
+        measured_loss: increase of the validation loss with this layer alone replaced; None if it
+            was not measured.
+        curve: ranks and the relative errors they would have, some of them, rising.
+        importance: how many units were at least as important, and the score of the last of them,
+            when pruning began: some of the units that pruning chooses from, in falling order.
     """
 
     name: str
@@ -32,6 +44,9 @@ class LayerRecord:
     note: str = ""
     rows: int | None = None
     entries: int | None = None
+    measured_loss: float | None = None
+    curve: Curve = ()
+    importance: Curve = ()
 
     @property
     def before(self) -> int:
@@ -40,12 +55,18 @@ class LayerRecord:
 
     @property
     def after(self) -> int:
-        """Parameters of what stands there now."""
+        """Parameters of what stands there now; of rows with single entries, those not zero."""
+        if self.entries is None or self.rank is None:
+            return self.stored
+        return self.rank * (self.out_features + self.in_features) + self.entries
+
+    @property
+    def stored(self) -> int:
+        """Parameters that take up memory, zeros among them."""
         if self.rank is None:
             return self.before
         rows = (self.rows or 0) * self.in_features
-        sparse = rows if self.entries is None else self.entries
-        return self.rank * (self.out_features + self.in_features) + sparse
+        return self.rank * (self.out_features + self.in_features) + rows
 
 
 @dataclass
@@ -61,6 +82,9 @@ class PointRecord:
         observed: steps, tokens and skipped steps behind the statistics, and their bytes.
         seconds: the solves and the surgery took.
         metrics: validation figures just before and just after, without any retraining.
+        bytes_before: of the whole model's parameters, dense; None in records of version 1.
+        bytes_after: of the whole model's parameters now.
+        budget: steps of gradual pruning and what was kept of the layers after them.
     """
 
     method: str
@@ -71,6 +95,9 @@ class PointRecord:
     observed: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    budget: Curve = ()
 
     @property
     def keep(self) -> float:
@@ -102,31 +129,151 @@ class Report:
 
     Attributes:
         points: in the order they were reached.
-        final: validation figures at the end of training.
+        final: validation figures after the last step of training; empty if none were taken then.
         seconds_per_step: of training before the first and after the last point.
+        history: figures of the validations in the course of training: name to steps and values.
     """
 
     points: list[PointRecord] = field(default_factory=list)
     final: dict[str, float] = field(default_factory=dict)
     seconds_per_step: dict[str, float] = field(default_factory=dict)
+    history: dict[str, Curve] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, reports: Iterable["Report"]) -> "Report":
+        """Return the one report of a run in which several callbacks replaced layers.
+
+        Steps are timed as dense until the first point of all, as factored after the last.
+        """
+        held = [report for report in reports if report.points]
+        if len(held) < 2:
+            return held[0] if held else cls()
+        held.sort(key=lambda report: report.points[0].step or 0)
+        last = max(held, key=lambda report: report.points[-1].step or 0)
+        seconds = {k: v for k, v in held[0].seconds_per_step.items() if k != "factored"}
+        seconds |= {k: v for k, v in last.seconds_per_step.items() if k != "dense"}
+        points = sorted((p for one in held for p in one.points), key=lambda p: p.step or 0)
+        return cls(points, dict(held[0].final), seconds, dict(held[0].history))
+
+    def layers_after(self, point: int) -> list[LayerRecord]:
+        """Return all layers that any point targets, as they stand after point number ``point``.
+
+        Those that no point has reached yet are dense. Number −1 is before the first.
+        """
+        names = {layer.name: layer for record in self.points for layer in record.layers}
+        now = {
+            name: LayerRecord(name, one.out_features, one.in_features, None, 0.0, 0.0)
+            for name, one in names.items()
+        }
+        for record in self.points[: point + 1]:
+            now |= {layer.name: layer for layer in record.layers}
+        return list(now.values())
+
+    def note(self, step: int, figures: Mapping[str, float], gap: float) -> None:
+        """Add figures of a validation to the history, the latest of which always stay.
+
+        Args:
+            step: optimizer steps before it.
+            figures: name to value.
+            gap: steps within which no three are kept.
+        """
+        for name, value in figures.items():
+            self.history[name] = noted(self.history.get(name, ()), step, value, gap)
 
     def to_dict(self) -> dict[str, object]:
         """Return the report in plain types."""
-        return asdict(self)
+        return {"version": VERSION, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, object]) -> "Report":
-        """Return the report that :meth:`to_dict` described."""
-        points = [
-            PointRecord(**{**point, "layers": [LayerRecord(**layer) for layer in point["layers"]]})
-            for point in data["points"]  # type: ignore[attr-defined]
-        ]
-        return cls(points, dict(data["final"]), dict(data["seconds_per_step"]))  # type: ignore[call-overload]
+    def from_dict(cls, data: Mapping[str, Any]) -> "Report":
+        """Return the report that :meth:`to_dict` described, here or in an earlier version.
+
+        Raises:
+            ReportError: if ``data`` is no such description, or of a later version.
+        """
+        version = data.get("version", 1) if isinstance(data, Mapping) else None
+        if version not in range(1, VERSION + 1):
+            raise ReportError(
+                f"expected a report of version 1 to {VERSION}, got {version!r}"
+                if isinstance(version, int)
+                else f"this is no report: expected a mapping with points, got {str(data)[:40]!r}"
+            )
+        try:
+            points = [_point(point) for point in data["points"]]
+            history = {name: _curve(pairs) for name, pairs in data.get("history", {}).items()}
+            return cls(points, dict(data["final"]), dict(data["seconds_per_step"]), history)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ReportError(f"this is no report: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        """Return the report in a file, or in the folder that holds it as ``report.json``.
+
+        Raises:
+            ReportError: if there is none, or it cannot be read.
+        """
+        file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ReportError(f"{file}: there is no such report") from None
+        except (OSError, ValueError) as error:
+            raise ReportError(f"{file} cannot be read as a report: {error}") from error
+
+
+def _point(data: Mapping[str, Any]) -> PointRecord:
+    layers = [
+        LayerRecord(
+            **{**one, "curve": _curve(one.get("curve", ()))}
+            | {"importance": _curve(one.get("importance", ()))}
+        )
+        for one in data["layers"]
+    ]
+    point = PointRecord(**{**data, "layers": layers, "budget": _curve(data.get("budget", ()))})
+    if not layers:
+        raise ValueError("a point without layers")
+    return point
+
+
+def _curve(pairs: Iterable[Sequence[float]]) -> Curve:
+    return tuple((int(x), float(y)) for x, y in pairs)
+
+
+def noted(curve: Curve, step: int, value: float, gap: float) -> Curve:
+    """Return the curve with one more value, in place of the last if three would be within ``gap``.
+
+    Example:
+        >>> noted(((0, 1.0), (4, 0.5)), 6, 0.25, gap=5)
+        ((0, 1.0), (4, 0.5), (6, 0.25))
+        >>> noted(((0, 1.0), (4, 0.5)), 6, 0.25, gap=8)
+        ((0, 1.0), (6, 0.25))
+    """
+    crowded = len(curve) > 1 and step - curve[-2][0] < gap
+    again = bool(curve) and curve[-1][0] == step
+    return (*(curve[:-1] if crowded or again else curve), (step, value))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one method would lose at one ``keep``.
+
+    Attributes:
+        method: a key of :data:`lrcompress.objective.METHODS`.
+        keep: parameters that remain / parameters before, over the targeted layers.
+        error: mean of the layers' relative errors in the method's metric; None if the layers'
+            least ranks take more than ``keep`` leaves.
+        predicted_loss: increase of the loss; None also where the metric does not know it.
+    """
+
+    method: str
+    keep: float
+    error: float | None
+    predicted_loss: float | None
 
 
 def sum_or_none(values: Iterable[float | None]) -> float | None:

@@ -252,7 +252,8 @@ import lrcompress.sharded
 
 def fails(message, model, given, *others, kind=PlatformError):
     before = {{k: v.clone() for k, v in model.state_dict().items()}}
-    callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)
+    quiet = dict(verbose=False, report_path=None)
+    callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, **quiet)
     run = trainer(callback, *others)
     try:
         run.fit(model, Loader(given))
@@ -293,7 +294,7 @@ class Deaf(L.Callback):
         if number == 1:
             callback = trainer.callbacks[0]
             callback._observation.due = lambda *args: False
-callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)
+callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False, report_path=None)
 trainer(callback, Deaf()).fit(tagger(), Loader(parts()))
 assert len(callback.report.points) == 1 and callback.report.points[0].observed["tokens"] > 0
 print("four refused, one went on")

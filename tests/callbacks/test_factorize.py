@@ -42,6 +42,7 @@ Make = Callable[..., Any]
 
 def factorize(**kwargs: Any) -> lrcompress.Factorize:
     defaults: dict[str, Any] = {"keep": 0.5, "at": 0.5, "every_n_steps": 2, "verbose": False}
+    defaults["report_path"] = None
     return lrcompress.Factorize(**(defaults | kwargs))
 
 

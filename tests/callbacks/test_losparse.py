@@ -38,6 +38,7 @@ each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=list(VA
 
 def losparse(**kwargs: Any) -> lrcompress.LoSparse:
     defaults: dict[str, Any] = {"keep": 0.4, "mask_every": 2, "verbose": False}
+    defaults["report_path"] = None
     return lrcompress.LoSparse(**(defaults | kwargs))
 
 
@@ -453,7 +454,9 @@ def test_a_schedule_or_a_budget_that_cannot_be(
 
 
 def test_the_same_layer_cannot_be_factored_twice(tagger: Make, loader: Make, trainer: Make) -> None:
-    other = lrcompress.Factorize(keep=0.5, at=0.5, method="svd", targets=["blocks.0.*"])
+    other = lrcompress.Factorize(
+        keep=0.5, at=0.5, method="svd", targets=["blocks.0.*"], report_path=None
+    )
     with pytest.raises(
         SettingError, match=r"LoSparse and Factorize both target layer 'blocks.0.down'"
     ):
@@ -479,7 +482,7 @@ def test_what_losparse_made_is_no_start_for_factorize(
     model = tagger()
     trainer(losparse()).fit(model, loader())
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    again = lrcompress.Factorize(keep=0.2, at=0.5, verbose=False)
+    again = lrcompress.Factorize(keep=0.2, at=0.5, verbose=False, report_path=None)
     with pytest.raises(
         LayerError, match=r"layer 'blocks.0.up' is low rank plus sparse rows, which"
     ):

@@ -40,7 +40,9 @@ def fit(bert: str, rows: Path, *callbacks: L.Callback, **kwargs: Any) -> TextCla
     torch.manual_seed(0)
     model = TextClassification(bert, lr=1e-3)
     data = TextData(bert, [1], 0, train=str(rows), header=False, batch_size=8, max_length=32)
-    factorize = lrcompress.Factorize(keep=0.4, at="step:5", every_n_steps=2, verbose=False)
+    factorize = lrcompress.Factorize(
+        keep=0.4, at="step:5", every_n_steps=2, verbose=False, report_path=None
+    )
     trainer = L.Trainer(
         max_epochs=3,
         accelerator="cpu",

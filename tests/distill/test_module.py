@@ -266,7 +266,9 @@ def test_weights_follow_their_schedules_and_cost_nothing_at_zero(
 
 def test_factorize_starts_it(reader: Make, loader: Make, trainer: Make) -> None:
     module = Distilled(reader(width=16), losses=everything())
-    factorize = lrcompress.Factorize(keep=0.4, at=0.5, method="svd", align=1, verbose=False)
+    factorize = lrcompress.Factorize(
+        keep=0.4, at=0.5, method="svd", align=1, verbose=False, report_path=None
+    )
     run = trainer(factorize)
     run.fit(module, loader())
     assert len(lrcompress.Plan.of(module)) > 0
@@ -284,7 +286,9 @@ def test_a_checkpoint_of_the_same_module_teaches_a_factored_student(
     run.fit(dense, loader())
     run.save_checkpoint(tmp_path / "dense.ckpt")
     module = Distilled(reader(width=16), teacher=str(tmp_path / "dense.ckpt"), losses=everything())
-    factorize = lrcompress.Factorize(keep=0.4, at=0.5, method="svd", align=1, verbose=False)
+    factorize = lrcompress.Factorize(
+        keep=0.4, at=0.5, method="svd", align=1, verbose=False, report_path=None
+    )
     trainer(factorize).fit(module, loader())
     assert same(module._distillation.teacher.module, dense)
     assert len(lrcompress.Plan.of(module)) > 0

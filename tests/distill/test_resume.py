@@ -43,7 +43,13 @@ def test_a_run_resumed_at_any_step_ends_bit_identical(
         if not factored:
             return start_at(3)
         return lrcompress.Factorize(
-            keep=0.4, at="step:3", method="svd", align=1, verbose=False, validate=False
+            keep=0.4,
+            at="step:3",
+            method="svd",
+            align=1,
+            verbose=False,
+            validate=False,
+            report_path=None,
         )
 
     sizes = {"width": 16, "dropout": 0.0}

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from lrcompress.errors import ReportError
 from lrcompress.report import LayerRecord, PointRecord, Report
 from lrcompress.report.record import sum_or_none
+
+from .conftest import factorized, pruned
 
 FACTORED = LayerRecord("a", 10, 20, 4, 0.25, 0.125, "a note")
 DENSE = LayerRecord("b", 10, 20, None, 0.0, 0.0)
@@ -48,3 +51,69 @@ def test_a_report_is_saved_as_json(report: Report, tmp_path: Path) -> None:
     text = (tmp_path / "report.json").read_text()
     assert text.endswith("}\n")
     assert Report.from_dict(json.loads(text)) == report
+
+
+def test_every_entry_comes_back_from_a_file(whole: Report, tmp_path: Path) -> None:
+    whole.save(tmp_path / "report.json")
+    assert Report.load(tmp_path) == Report.load(tmp_path / "report.json") == whole
+
+
+def test_zeros_that_are_stored_count_apart() -> None:
+    layer = LayerRecord("a", 10, 20, 4, None, None, rows=3, entries=41)
+    assert (layer.after, layer.stored) == (4 * 30 + 41, 4 * 30 + 3 * 20)
+    assert DENSE.stored == DENSE.after == 200
+
+
+def test_several_callbacks_have_one_report(whole: Report) -> None:
+    first = Report([factorized()], {"acc": 0.9}, {"dense": 0.3, "factored": 0.2})
+    times = {"dense": 0.35, "pruning": 0.25, "factored": 0.1}
+    second = Report([pruned()], {"acc": 0.9}, times)
+    joined = Report.joined([Report(), second, first])
+    assert [point.method for point in joined.points] == ["kfac", "LoSparse"]
+    assert joined.seconds_per_step == {"dense": 0.3, "pruning": 0.25, "factored": 0.1}
+    assert Report.joined([Report(), first]) is first
+    assert Report.joined([]) == Report()
+    before, between, end = (joined.layers_after(i) for i in (-1, 0, 1))
+    assert [layer.rank for layer in before] == [None] * 6
+    assert [layer.rank for layer in between] == [4] * 4 + [None] * 2
+    assert [layer.rank for layer in end] == [4] * 4 + [2] * 2
+
+
+def test_a_history_keeps_the_last_of_those_that_are_too_near() -> None:
+    report = Report()
+    for step in range(0, 101, 2):
+        report.note(step, {"loss": float(step)}, gap=10)
+    report.note(100, {"loss": 7.0}, gap=10)
+    steps = [step for step, _ in report.history["loss"]]
+    assert all(third - first >= 10 for first, third in zip(steps, steps[2:], strict=False))
+    assert 10 < len(steps) < 20
+    assert report.history["loss"][-1] == (100, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", r"this is no report: expected a mapping with points, got '\[1\]'"),
+        ('{"version": 3}', "expected a report of version 1 to 2, got 3"),
+        ('{"points": []}', r"this is no report: KeyError\('final'\)"),
+        ('{"points": [{"layers": []}], "final": {}, "seconds_per_step": {}}', "is no report"),
+        ('{"points": [7], "final": {}, "seconds_per_step": {}}', "this is no report: TypeError"),
+        ('{"poin', "report.json cannot be read as a report: Unterminated string"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ReportError, match=message):
+        Report.load(tmp_path)
+
+
+def test_a_report_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"none.json: there is no such report"):
+        Report.load(tmp_path / "none.json")
+    with pytest.raises(ReportError, match="a point without layers"):
+        Report.from_dict(
+            {
+                **Report([point(FACTORED)]).to_dict(),
+                "points": [{**point(FACTORED).__dict__, "layers": []}],
+            }
+        )

@@ -1,0 +1,86 @@
+"""``lrcompress plan``: what a recipe would do, without training."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import rich
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lrcompress.callbacks.course import Course
+from lrcompress.callbacks.rehearsal import look, rehearse
+from lrcompress.cli.export import load_, read_lightning
+from lrcompress.errors import RecipeError
+from lrcompress.forecast import forecast
+from lrcompress.objective import METHODS
+from lrcompress.report.plots import forecast_figure
+from lrcompress.report.tables import forecast_table
+
+
+def print_plan(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    *,
+    ckpt_path: str | None = None,
+    curve: int | None = None,
+    plot: str | None = None,
+) -> None:
+    """Print what each callback of the recipe would make of the model.
+
+    The checks of a fit are made too. With ``curve``, also print what every method is predicted
+    to lose at several ``keep``.
+
+    Args:
+        trainer: with the recipe's callbacks.
+        model: of the recipe.
+        datamodule: of the recipe.
+        ckpt_path: checkpoint whose weights the model gets.
+        curve: training batches to observe.
+        plot: file for a figure of the curve, of any type that matplotlib writes.
+
+    Raises:
+        RecipeError: if no callback has a ``preview``, or none that could be given a curve.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    planners = [callback for callback in callbacks if hasattr(callback, "preview")]
+    courses = [callback for callback in planners if isinstance(callback, Course)]
+    if not planners:
+        found = ", ".join(type(callback).__name__ for callback in callbacks)
+        raise RecipeError(
+            f"trainer.callbacks: expected one that replaces layers, such as lrcompress.Factorize, "
+            f"found {found or 'none'}"
+        )
+    if curve is not None and (curve < 1 or not courses):
+        raise RecipeError(
+            "curve: expected a number of training batches from 1, and a callback such as "
+            f"lrcompress.Factorize in the recipe; got {curve!r}"
+        )
+    if ckpt_path is not None:
+        load_(model, read_lightning(Path(ckpt_path)), str(ckpt_path))
+    for callback in courses:  # before any data is read
+        callback.preview(model)
+    if courses:
+        rehearse(trainer, model, datamodule=datamodule)
+    for callback in planners:
+        rich.print(callback.preview(model))
+    for course in courses if curve is not None else ():
+        assert curve is not None
+        _print_curve(trainer, model, datamodule, course, curve, plot)
+
+
+def _print_curve(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None,
+    course: Course,
+    curve: int,
+    plot: str | None,
+) -> None:
+    kinds = tuple(dict.fromkeys(kind for one in METHODS.values() for kind in one.kinds))
+    sampling = replace(course.sampling, kinds=kinds, max_tokens=None)
+    settings = course.settings_at(0)
+    statistics = look(trainer, model, settings, sampling, curve, datamodule=datamodule)
+    found = forecast(model, statistics, settings, tuple(METHODS))
+    rich.print(forecast_table(found, f"from {statistics.tokens:,} tokens of {curve} batches"))
+    if plot is not None:
+        forecast_figure(found).savefig(plot)

@@ -1,0 +1,45 @@
+"""How figures are written, in the terminal and in the page."""
+
+
+def number(value: float | None) -> str:
+    """Return a figure as people read it: whole ones in full, others to four places.
+
+    Example:
+        >>> [number(x) for x in (1234567, 0.25, 0.00012345, 12.0, None)]
+        ['1,234,567', '0.2500', '1.23e-04', '12.0000', '']
+    """
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:,.4f}"
+
+
+def change(value: float | None) -> str:
+    """Return a difference with its sign.
+
+    Example:
+        >>> change(0.5), change(-0.00001), change(None)
+        ('+0.5000', '-1.00e-05', '')
+    """
+    return "" if value is None else f"{'+' if value >= 0 else ''}{number(float(value))}"
+
+
+def share(value: float) -> str:
+    """Return a share of a whole.
+
+    Example:
+        >>> share(0.3)
+        '0.300'
+    """
+    return f"{value:.3f}"
+
+
+def mebibytes(value: int | None) -> str:
+    """Return bytes in MiB.
+
+    Example:
+        >>> mebibytes(3 * 2**19), mebibytes(None)
+        ('1.50', '')
+    """
+    return "" if value is None else f"{value / 2**20:,.2f}"

@@ -1,0 +1,192 @@
+"""The report as a page: one file, no network, light and dark, readable on a phone.
+
+Every figure of the report stands in it, written as :mod:`lrcompress.report.numbers` says.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from lrcompress.report.numbers import change, number, share
+from lrcompress.report.plots import COLOURS, Plot, plots
+from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
+from lrcompress.report.summary import summary
+
+_DARK = {
+    "ink": "#ececf1",
+    "line": "#3a3a42",
+    "c0": "#5db4f0",
+    "c1": "#ff9457",
+    "c2": "#45d0a2",
+    "c3": "#f08cc8",
+    "c4": "#efc14a",
+    "c5": "#a79fff",
+    "c6": "#a5d65f",
+    "c7": "#b4b4be",
+}
+_PAGES = Environment(
+    loader=PackageLoader("lrcompress.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        corner: above the labels.
+        headings: of the columns after the first.
+        rows: a label and a text for every column.
+        notes: what has to be said about them.
+    """
+
+    corner: str
+    headings: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def write_page(report: Report, path: str | Path) -> None:
+    """Write the report of a run with at least one point as a page, named after its folder."""
+    found = summary(report)
+    points = [
+        {"title": _title(point), "figures": _scalars(point), "layers": _layers(point)}
+        for point in report.points
+    ]
+    page = render(
+        "run.html",
+        title=Path(path).resolve().parent.name,
+        lead=_lead(report),
+        summary=Table("", found.headings, found.rows, found.notes),
+        drawn=drawn(plots(report)),
+        points=points,
+        data=[*_history(report), *_curves(report)],
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def render(template: str, **values: object) -> str:
+    """Return a page of the package's templates, in its colours."""
+    return _PAGES.get_template(template).render(light=COLOURS, dark=_DARK, **values)
+
+
+def drawn(figures: Iterable[Plot]) -> list[dict[str, object]]:
+    """Return what a template needs of each figure."""
+    return [
+        {"title": plot.title, "caption": plot.caption, "svg": Markup(to_svg(plot.figure, plot))}
+        for plot in figures
+    ]
+
+
+def to_svg(figure: Figure, plot: Plot) -> str:
+    """Return a figure as an element of a page, in the page's fonts and colours."""
+    file = io.StringIO()
+    without = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": plot.name}):
+        figure.savefig(file, format="svg", metadata=without)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # of the same names in every figure
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would style the whole page
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    label = Markup.escape(plot.title)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
+
+
+def _lead(report: Report) -> str:
+    first, last = report.points[0], report.points[-1]
+    now = report.layers_after(len(report.points))
+    kept = sum(x.after for x in now) / sum(x.before for x in now)
+    methods = ", ".join(dict.fromkeys(point.method for point in report.points))
+    return (
+        f"{methods}: the {len(now)} targeted layers keep {share(kept)} of their parameters, the "
+        f"whole model {share(last.model_after / first.model_before)}."
+    )
+
+
+def _title(point: PointRecord) -> str:
+    return point.method + ("" if point.step is None else f", at step {point.step:,}")
+
+
+def _scalars(point: PointRecord) -> Table:
+    sizes = {
+        "parameters of the model": (point.model_before, point.model_after),
+        "bytes of its parameters": (point.bytes_before, point.bytes_after),
+    }
+    rows = [
+        (name, [number(before), number(after)])
+        for name, (before, after) in sizes.items()
+        if before is not None
+    ]
+    before, after = (point.metrics.get(when, {}) for when in ("before", "after"))
+    names = dict.fromkeys([*before, *after])
+    rows += [(name, [number(before.get(name)), number(after.get(name))]) for name in names]
+    rows += [(f"observed {what}", ["", number(count)]) for what, count in point.observed.items()]
+    rows.append(("seconds it took", ["", number(point.seconds)]))
+    return Table("", ("before", "after"), rows)
+
+
+def _layers(point: PointRecord) -> Table:
+    columns: dict[str, Callable[[LayerRecord], str]] = {
+        "out": lambda x: number(x.out_features),
+        "in": lambda x: number(x.in_features),
+        "rank": lambda x: "dense" if x.rank is None else number(x.rank),
+        "rows": lambda x: number(x.rows),
+        "entries": lambda x: number(x.entries),
+        "kept": lambda x: share(x.after / x.before),
+        "error": lambda x: number(x.error),
+        "predicted loss": lambda x: change(x.predicted_loss),
+        "measured loss": lambda x: change(x.measured_loss),
+        "note": lambda x: x.note,
+    }
+    shown = {name: [say(layer) for layer in point.layers] for name, say in columns.items()}
+    shown = {name: cells for name, cells in shown.items() if any(cells)}
+    rows = [
+        (layer.name, [cells[i] for cells in shown.values()]) for i, layer in enumerate(point.layers)
+    ]
+    return Table("layer", list(shown), rows)
+
+
+def _history(report: Report) -> list[Table]:
+    tables = []
+    if report.history:
+        steps = sorted({step for curve in report.history.values() for step, _ in curve})
+        known = {name: dict(curve) for name, curve in report.history.items()}
+        rows = [(number(s), [number(curve.get(s)) for curve in known.values()]) for s in steps]
+        tables.append(Table("Validation, by step", list(known), rows))
+    for point in report.points:
+        if point.budget:
+            rows = [(number(step), [number(kept)]) for step, kept in point.budget]
+            tables.append(Table(f"Budget of {_title(point)}, by step", ["kept"], rows))
+    return tables
+
+
+def _curves(report: Report) -> list[Table]:
+    tables = []
+    for point in report.points:
+        for what, label in (("curve", "Error at each rank"), ("importance", "Score of each unit")):
+            held: dict[tuple[int, ...], list[tuple[LayerRecord, Curve]]] = {}
+            for layer in point.layers:
+                curve: Curve = getattr(layer, what)
+                if curve:
+                    held.setdefault(tuple(x for x, _ in curve), []).append((layer, curve))
+            for places, members in held.items():
+                rows = [(one.name, [number(y) for _, y in curve]) for one, curve in members]
+                tables.append(Table(f"{label}: {_title(point)}", [*map(number, places)], rows))
+    return tables

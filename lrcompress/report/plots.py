@@ -1,0 +1,328 @@
+"""What happened, drawn: figures that are narrow enough for a phone.
+
+Colours stand for what they show, by the names of :data:`COLOURS`; a page gives them others in
+the dark.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from lrcompress.report.kinds import by_kind, depth
+from lrcompress.report.record import Curve, Forecast, LayerRecord, PointRecord, Report
+
+COLOURS = {
+    "ink": "#1d1d21",
+    "line": "#dcdce1",
+    "c0": "#0b6bb0",
+    "c1": "#cc4c02",
+    "c2": "#0a8f68",
+    "c3": "#a83279",
+    "c4": "#b07c00",
+    "c5": "#5a4fcf",
+    "c6": "#4b7d12",
+    "c7": "#6e6e78",
+}
+_SERIES = [colour for name, colour in COLOURS.items() if name.startswith("c")]
+_MARKERS = "os^DvPX*"
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": COLOURS["line"],
+    "xtick.color": COLOURS["ink"],
+    "ytick.color": COLOURS["ink"],
+    "text.color": COLOURS["ink"],
+    "text.parse_math": False,  # a name may hold a dollar sign
+    "font.size": 11,
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure.
+
+    Attributes:
+        name: short and unique among those of a report.
+        title: what it shows.
+        caption: how to read it.
+        figure: to be drawn on any of matplotlib's canvases.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def plots(report: Report) -> list[Plot]:
+    """Return the figures of a run with at least one point."""
+    with rc_context(STYLE):
+        return [
+            *_over_depth(report.layers_after(len(report.points))),
+            _budget(report),
+            *_history(report),
+            *_measured(report),
+            *_curves(report.points[-1]),
+            *_importance(report),
+        ]
+
+
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    """Return a figure as an image ``(height, width, 3)`` on white."""
+    canvas: Any = FigureCanvasAgg(figure)
+    figure.set_facecolor("white")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def new_axes(x: str, y: str) -> tuple[Figure, Axes]:
+    """Return a figure 5 inches wide with labelled axes."""
+    figure = Figure(figsize=(5.0, 3.0), layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    return figure, axes
+
+
+def look(number: int) -> dict[str, Any]:
+    """Return the colour and the marker of a series."""
+    colour = _SERIES[number % len(_SERIES)]
+    return {"color": colour, "marker": _MARKERS[number % len(_MARKERS)], "markeredgecolor": colour}
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def name_series(figure: Figure, axes: Axes) -> None:
+    """Put the names of the series below, where there is more than one."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > 1:
+        columns = 2 if max(map(len, names)) < 28 else 1
+        figure.set_figheight(2.8 + 0.22 * math.ceil(len(names) / columns))
+        figure.legend(handles, names, loc="outside lower center", ncols=columns)
+
+
+def forecast_figure(found: Sequence[Forecast]) -> Figure:
+    """Return what every method is predicted to lose over ``keep``, where it knows the loss."""
+    with rc_context(STYLE):
+        figure, axes = new_axes("keep", "predicted change of loss")
+        known = [one for one in found if one.predicted_loss is not None]
+        for number, method in enumerate(dict.fromkeys(one.method for one in known)):
+            pairs = [(x.keep, x.predicted_loss or 0.0) for x in known if x.method == method]
+            axes.plot(*_columns(pairs), label=method, **look(number))
+        _logarithmic(axes)
+        name_series(figure, axes)
+        figure.set_facecolor("white")
+    return figure
+
+
+# Over the depth of the model
+
+
+def _over_depth(layers: Sequence[LayerRecord]) -> Iterator[Plot]:
+    shown: dict[str, tuple[str, str, Callable[[LayerRecord], float | None]]] = {
+        "ranks": ("Ranks over depth", "rank", lambda x: x.rank),
+        "rows": ("Kept rows over depth", "rows", lambda x: x.rows),
+        "kept": ("Share of each layer that stays", "kept", lambda x: x.after / x.before),
+        "losses": (
+            "Where the loss is predicted to rise",
+            "predicted change of loss",
+            lambda x: x.predicted_loss,
+        ),
+    }
+    for name, (title, label, value) in shown.items():
+        if any(value(layer) is not None for layer in layers if layer.rank is not None):
+            caption = _of_kinds(layers) + (" Hollow: left dense." if name == "kept" else "")
+            yield Plot(name, title, caption, _by_depth(layers, label, value))
+
+
+def _of_kinds(layers: Sequence[LayerRecord]) -> str:
+    shared, _ = by_kind(layers)
+    return f"Layers of {shared}, by kind." if shared else "Layers by kind."
+
+
+def _by_depth(
+    layers: Sequence[LayerRecord], label: str, value: Callable[[LayerRecord], float | None]
+) -> Figure:
+    figure, axes = new_axes("block", label)
+    for number, (kind, members) in enumerate(by_kind(layers)[1].items()):
+        placed = [(depth(x), value(x)) for x in members if x.rank is not None]
+        known = [(x, y) for x, y in placed if y is not None]
+        axes.plot(*_columns(known), label=kind or "layer", **look(number))
+        if label == "kept":
+            dense = [depth(x) for x in members if x.rank is None]
+            hollow = look(number) | {"linestyle": "none", "markerfacecolor": "none"}
+            axes.plot(dense, [1.0] * len(dense), **hollow)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    name_series(figure, axes)
+    return figure
+
+
+def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+# Over training
+
+
+def _budget(report: Report) -> Plot:
+    figure, axes = new_axes("step", "kept of the targeted layers")
+    end = _last_step(report)
+    groups = groupby(
+        sorted(report.points, key=_targets), key=_targets
+    )  # points of one callback target the same layers
+    for number, (_, group) in enumerate(groups):
+        points = sorted(group, key=lambda point: point.step or 0)
+        xs, ys = [0.0], [1.0]
+        for point in points:
+            gradual = list(point.budget)
+            xs += [step for step, _ in gradual]
+            ys += [kept for _, kept in gradual]
+            xs += [point.step or 0] * (1 if gradual else 2)
+            ys += [point.keep] if gradual else [ys[-1], point.keep]
+        xs, ys = [*xs, end], [*ys, ys[-1]]
+        names = dict.fromkeys(point.method for point in points)
+        colour = look(number)["color"]
+        axes.plot(xs, ys, color=colour, label=", ".join(names))
+        axes.plot(
+            [point.step or 0 for point in points],
+            [point.keep for point in points],
+            **look(number) | {"linestyle": "none"},
+        )
+    axes.set_ylim(bottom=0)
+    name_series(figure, axes)
+    caption = "Parameters that remain, over those before. Dots: points at which structure changes."
+    return Plot("budget", "The budget over training", caption, figure)
+
+
+def _targets(point: PointRecord) -> list[str]:
+    return sorted(layer.name for layer in point.layers)
+
+
+def _last_step(report: Report) -> int:
+    steps = [point.step or 0 for point in report.points]
+    steps += [curve[-1][0] for curve in report.history.values()]
+    return max(steps) if report.history else round(1.1 * max(steps))
+
+
+def _history(report: Report) -> Iterator[Plot]:
+    for number, (name, curve) in enumerate(report.history.items()):
+        figure, axes = new_axes("step", name)
+        axes.plot(*_columns(curve), **look(number))
+        for point in report.points:
+            if point.step is None:
+                continue
+            axes.axvline(point.step, color=COLOURS["ink"], linewidth=1, linestyle="--")
+            figures = [point.metrics.get(when, {}).get(name) for when in ("before", "after")]
+            taken = [value for value in figures if value is not None]
+            axes.plot([point.step] * len(taken), taken, "s", mfc="none", color=COLOURS["ink"])
+        caption = (
+            "Dashed: points. Squares: just before and just after them, without any retraining."
+        )
+        yield Plot(f"history{number}", f"{name} over training", caption, figure)
+
+
+# What was predicted
+
+
+def _measured(report: Report) -> Iterator[Plot]:
+    """Yield predicted against measured changes of the loss, where they were measured by layer."""
+    layers = [x for point in report.points for x in point.layers if x.measured_loss is not None]
+    known = [layer for layer in layers if layer.predicted_loss is not None]
+    if not known:
+        return
+    figure, axes = new_axes("predicted change of loss", "measured")
+    for number, (kind, members) in enumerate(by_kind(known)[1].items()):
+        pairs = [(x.predicted_loss or 0.0, x.measured_loss or 0.0) for x in members]
+        style = look(number) | {"linestyle": "none"}
+        axes.plot(*_columns(pairs), label=kind or "layer", **style)
+    low, high = axes.get_xlim()
+    axes.axline((0, 0), slope=1, color=COLOURS["ink"], linewidth=1, linestyle="--")
+    axes.set_xlim(low, high)
+    name_series(figure, axes)
+    caption = "Each layer replaced alone, without any retraining. Dashed: as predicted."
+    yield Plot("measured", "Predicted and measured, by layer", caption, figure)
+
+
+# Per layer
+
+
+def _curves(point: PointRecord) -> Iterator[Plot]:
+    layers = [layer for layer in point.layers if layer.curve]
+    for number, (kind, members) in enumerate(by_kind(layers)[1].items()):
+        figure, axes = new_axes("kept of the layer's parameters", "relative error")
+        for layer in members:
+            shares = [(_share(layer, rank), error) for rank, error in layer.curve]
+            _faded(axes, shares, layer, members, number)
+            if layer.rank is not None and layer.error is not None:
+                dot = look(number) | {"linestyle": "none"}
+                axes.plot([_share(layer, layer.rank)], [layer.error], **dot)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        caption = f"In the metric of {point.method}. {_SHADES} Dots: the chosen cuts."
+        yield Plot(f"curves{number}", f"Error curves: {kind or 'layer'}", caption, figure)
+
+
+_SHADES = "One line a layer, the stronger the deeper."
+
+
+def _share(layer: LayerRecord, rank: int) -> float:
+    return rank * (layer.out_features + layer.in_features) / layer.before
+
+
+def _faded(
+    axes: Axes,
+    pairs: Sequence[tuple[float, float]],
+    layer: LayerRecord,
+    members: Sequence[LayerRecord],
+    number: int,
+) -> None:
+    """Draw a layer's line, the stronger the deeper the layer."""
+    deepest = max(map(depth, members))
+    alpha = 0.3 + 0.7 * (depth(layer) / deepest if deepest else 1)
+    axes.plot(*_columns(pairs), color=look(number)["color"], alpha=alpha, linewidth=1.2)
+
+
+def _importance(report: Report) -> Iterator[Plot]:
+    layers = [x for point in report.points for x in point.layers if x.importance]
+    for number, (kind, members) in enumerate(by_kind(layers)[1].items()):
+        figure, axes = new_axes("units in falling order", "score when pruning began")
+        alone = not any(layer.rows for layer in layers)  # low rank alone: units are components
+        for layer in members:
+            scores = [(count, score) for count, score in layer.importance if score > 0]
+            _faded(axes, scores, layer, members, number)
+            kept = layer.rank if alone else (layer.rows if layer.entries is None else layer.entries)
+            if kept and scores:
+                dot = look(number) | {"linestyle": "none"}
+                axes.plot([kept], [_at(layer.importance, kept)], **dot)
+        _logarithmic(axes)
+        caption = f"{_SHADES} Dots: as many as were kept in the end."
+        yield Plot(f"importance{number}", f"Importance: {kind or 'layer'}", caption, figure)
+
+
+def _at(curve: Curve, x: float) -> float:
+    """Return the value at ``x``, between two of the curve on the logarithmic line through them."""
+    places, values = zip(*((place, value) for place, value in curve if value > 0), strict=True)
+    return float(np.exp(np.interp(x, places, np.log(values))))

@@ -1,0 +1,138 @@
+"""What was lost and gained, in rows: before, after each point, and at the end."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lrcompress.report.numbers import change, mebibytes, number, share
+from lrcompress.report.record import PointRecord, Report
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table of figures.
+
+    Attributes:
+        headings: of the columns after the first.
+        rows: a label and a text for every column.
+        notes: what has to be said about them.
+    """
+
+    headings: list[str]
+    rows: list[tuple[str, list[str]]]
+    notes: list[str]
+
+
+def summary(report: Report) -> Summary:
+    """Return the sizes, figures and times of a run with at least one point."""
+    points = report.points
+    when, last = ending(report)
+    columns = ["before", *(_heading(point) for point in points), when]
+    found = _Rows([], len(columns))
+    _sizes(found, report)
+    _metrics(found, report, last)
+    seconds = report.seconds_per_step
+    if seconds:
+        found.add("seconds per step", [seconds.get("dense")], [seconds.get("factored")])
+    if "pruning" in seconds:
+        found.add("… while pruning", [None] * len(points) + [seconds["pruning"]])
+    notes = []
+    if not last:
+        notes.append("not validated after the last point")
+    dense = sum(layer.rank is None for layer in report.layers_after(len(points)))
+    if dense:
+        notes.append(f"{dense} of the targeted layers are left dense")
+    return Summary(columns, found.rows, notes)
+
+
+def ending(report: Report) -> tuple[str, dict[str, float]]:
+    """Return the figures that a run ended with, and when they were taken.
+
+    They are those of the last validation after the last point, none if there was none.
+    """
+    if report.final:
+        return "at the end", report.final
+    steps = [curve[-1][0] for curve in report.history.values()]
+    last = max(steps, default=0)
+    if last <= (report.points[-1].step or 0):
+        return "at the end", {}
+    figures = {name: dict(curve).get(last) for name, curve in report.history.items()}
+    return f"at {last:,}", {name: x for name, x in figures.items() if x is not None}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    rows: list[tuple[str, list[str]]]
+    columns: int
+
+    def add(
+        self,
+        label: str,
+        first: Sequence[float | None],
+        last: Sequence[float | None] = (),
+        say: Callable[[Any], str] = number,
+    ) -> None:
+        """Add a row of figures from the left and from the right, blank between them."""
+        blank = [None] * (self.columns - len(first) - len(last))
+        self.rows.append((label, [say(value) for value in (*first, *blank, *last)]))
+
+
+def _heading(point: PointRecord) -> str:
+    return "after" if point.step is None else f"after, at {point.step:,}"
+
+
+def _sizes(found: _Rows, report: Report) -> None:
+    stages = [report.layers_after(i) for i in range(-1, len(report.points))]
+    single = any(layer.entries is not None for layer in stages[-1])
+    targeted = _both_ends([sum(x.after for x in layers) for layers in stages])
+    found.add("targeted parameters" + (", not zero" if single else ""), targeted)
+    found.add("  kept", _shares(targeted), say=share)
+    if single:
+        found.add("… stored", _both_ends([sum(x.stored for x in layers) for layers in stages]))
+    first = report.points[0]
+    whole = _both_ends([first.model_before, *(point.model_after for point in report.points)])
+    found.add("all parameters" + (", stored" if single else ""), whole)
+    found.add("  kept", _shares(whole), say=share)
+    if first.bytes_before is not None:
+        sizes = [first.bytes_before, *(point.bytes_after for point in report.points)]
+        found.add("size, MiB", [*sizes, sizes[-1]], say=mebibytes)
+
+
+def _both_ends(sizes: list[int]) -> list[int]:
+    return [*sizes, sizes[-1]]
+
+
+def _shares(sizes: list[int]) -> list[float]:
+    return [size / sizes[0] for size in sizes]
+
+
+def _metrics(found: _Rows, report: Report, last: dict[str, float]) -> None:
+    points = report.points
+    before = points[0].metrics.get("before", {})
+    after = [point.metrics.get("after", {}) for point in points]
+    names = dict.fromkeys([*before, *(name for one in after for name in one), *last])
+    for name in names:
+        found.add(name, [before.get(name), *(one.get(name) for one in after)], [last.get(name)])
+    predicted = [point.predicted_loss for point in points]
+    if any(value is not None for value in predicted):
+        found.add("predicted change of loss", [None, *predicted], say=change)
+    loss = loss_name(before)
+    if loss is not None:
+        end = last.get(loss)
+        found.add(
+            f"measured change of {loss}",
+            [None, *(measured_change(point, loss) for point in points)],
+            [None if end is None else end - before[loss]],
+            say=change,
+        )
+
+
+def loss_name(figures: dict[str, float]) -> str | None:
+    """Return the figure that is a loss, or None."""
+    return next((name for name in figures if "loss" in name), None)
+
+
+def measured_change(point: PointRecord, name: str) -> float | None:
+    """Return by how much a point changed a validation figure; None where it was not measured."""
+    before, after = (point.metrics.get(when, {}).get(name) for when in ("before", "after"))
+    return None if before is None or after is None else after - before

@@ -1,0 +1,111 @@
+"""``lrcompress plan``: the checks of a fit, where points lie, and what cuts would cost."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrcompress.cli import main
+
+QUICKSTART = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+
+
+@pytest.fixture
+def arguments(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    return [
+        *("--config", QUICKSTART, f"--model.path={tiny_bert}", "--trainer.accelerator=cpu"),
+        *("--data.train_size=96", "--data.val_size=12", "--data.test_size=12"),
+        *("--trainer.max_epochs=3", f"--trainer.default_root_dir={tmp_path / 'root'}"),
+    ]
+
+
+def losparse(*options: str) -> list[str]:
+    given = [f"--trainer.callbacks.{option}" for option in ("keep=0.5", "mask_every=2", *options)]
+    return ["--trainer.callbacks=lrcompress.LoSparse", *given]
+
+
+def test_points_lie_at_steps_and_nothing_is_written(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["plan", *arguments, "--trainer.logger=true"]) == 0
+    assert "point epoch:2 is step 6 of 9" in capsys.readouterr().out
+    assert main(["plan", *arguments, *losparse()]) == 0
+    shown = capsys.readouterr().out
+    assert "split at step 0, pruned from 1 to 5, compacted at 5, of 9 steps" in shown
+    assert not [path for path in tmp_path.iterdir() if path.name != "datasets_cache"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (losparse("prune_from=step:7", "prune_until=step:7"), "phases must follow each other"),
+        (["--trainer.callbacks.keep=0.001"], "the least keep is"),
+        (losparse("keep=0.001"), "the least keep is"),
+        (["--trainer.callbacks.at=step:9"], "point step:9 is step 9, at or beyond the end"),
+        (
+            [
+                "--trainer.callbacks=[{class_path: lrcompress.Factorize, init_args: {keep: 0.5}},"
+                "{class_path: lrcompress.LoSparse, init_args: {keep: 0.5}}]"
+            ],
+            "LoSparse and Factorize both target layer",
+        ),
+    ],
+    ids=["phases", "keep", "keep of LoSparse", "point", "both"],
+)
+def test_what_a_fit_refuses_a_plan_refuses(
+    arguments: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments, *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_curve_is_the_loss_at_every_keep_and_a_picture(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments, "--curve=2", "--plot=curve.svg"]) == 0
+    shown = capsys.readouterr().out
+    rows = dict(re.findall(r"^ (0\.\d+) +(.*?) *$", shown, flags=re.MULTILINE))
+    assert len(rows) == 10
+    half, tenth = rows["0.5"].split(), rows["0.2"].split()
+    assert len(half) == 7
+    assert [text[0] for text in half] == [*"0000", *"+++"]  # the last three know the loss
+    assert all(float(more) > float(less) for more, less in zip(tenth, half, strict=True))
+    assert "tokens of 2 batches" in shown
+    assert "<svg" in Path("curve.svg").read_text(encoding="utf-8")
+
+
+def test_a_curve_is_of_the_weights_of_a_checkpoint_and_leaves_them_alone(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saving = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {dirpath: saved"
+    both = f"[{saving}, filename: last}}}}, {{class_path: lrcompress.Factorize, init_args: "
+    both += "{keep: 0.5, at: epoch:2, report_path: null, verbose: false}}]"
+    fit = ["--trainer.enable_checkpointing=true", "--model.lr=0.01", f"--trainer.callbacks={both}"]
+    assert main(["fit", *arguments, *fit]) == 0
+    capsys.readouterr()
+    checkpoint = tmp_path / "saved" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 6  # dense, trained
+    shown = []
+    for options in ([], [f"--ckpt_path={checkpoint}"], [f"--ckpt_path={checkpoint}"]):
+        assert main(["plan", *arguments, "--curve=1", *options]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] != shown[1] == shown[2]
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--curve=0"], "curve: expected a number of training batches from 1"),
+        (["--ckpt_path=none.ckpt"], "none.ckpt cannot be read as a checkpoint"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    arguments: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments, *options]) != 0
+    assert message in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""The page holds every figure of the report, asks for nothing else, and runs nothing."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lrcompress.report import LayerRecord, Report
+from lrcompress.report.numbers import number
+from lrcompress.report.page import write_page
+from lrcompress.report.plots import COLOURS
+
+from .conftest import factorized
+
+Distinct = Callable[[Report], tuple[Report, list[float]]]
+VOID = {"meta", "br", "img", "link"}
+
+
+class Page(HTMLParser):
+    """The words of a page outside of its figures, and every tag with its attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "svg" not in self.open and "style" not in self.open:
+            self.words += [word.strip(",+()") for word in data.split()]
+
+
+def written(report: Report, folder: Path) -> str:
+    write_page(report, folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_figure_of_the_report_stands_in_the_page(
+    whole: Report, distinct: Distinct, tmp_path: Path
+) -> None:
+    report, numbers = distinct(whole)
+    words = set(Page(written(report, tmp_path)).words)
+    assert len(numbers) > 100
+    missing = [one for one in numbers if number(one) not in words]
+    assert not missing
+    for point in report.points:
+        assert {layer.name for layer in point.layers} <= words
+        assert all(layer.note.split()[-1] in words for layer in point.layers if layer.note)
+
+
+def test_the_page_needs_no_network_and_has_no_scripts(whole: Report, tmp_path: Path) -> None:
+    text = written(whole, tmp_path)
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object"}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert set(re.findall(r'[\w:]+="https?://[^"]*"', text)) == {
+        'xmlns="http://www.w3.org/2000/svg"',
+        'xmlns:xlink="http://www.w3.org/1999/xlink"',
+    }
+    assert "url(http" not in text
+    assert "@import" not in text
+
+
+def test_figures_follow_the_colours_of_the_page(whole: Report, tmp_path: Path) -> None:
+    text = written(whole, tmp_path)
+    figures = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(figures) >= 9
+    for figure in figures:
+        assert "var(--ink)" in figure
+        assert not set(re.findall(r"#[0-9a-f]{6}\b", figure)) & set(COLOURS.values())
+        assert 'role="img"' in figure
+        assert "<style" not in figure
+    light, dark = text.split("prefers-color-scheme: dark")
+    for name in COLOURS:
+        assert f"--{name}: " in light
+        assert f"--{name}: " in dark
+
+
+def test_no_two_figures_share_an_id(whole: Report, tmp_path: Path) -> None:
+    ids = [held["id"] for _, held in Page(written(whole, tmp_path)).tags if held.get("id")]
+    assert len(ids) == len(set(ids)) > 10
+
+
+def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
+    name = "layer.0.<script>alert(1)</script>$x_1$"
+    point = factorized(layers=[LayerRecord(name, 10, 20, 4, 0.2, 0.3)])
+    report = Report([point, replace(point, step=50)], {"<b>loss": 0.5}, {}, {"$a": ((1, 0.5),)})
+    text = written(report, tmp_path)
+    assert "script" not in {tag for tag, _ in Page(text).tags}
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;$x_1$" in text
+
+
+def test_a_report_of_version_1_has_a_page(tmp_path: Path) -> None:
+    layer = {"name": "0.up", "out_features": 10, "in_features": 20, "rank": 4, "error": 0.25}
+    point = {"method": "svd", "step": 7, "model_before": 900, "model_after": 800}
+    layers = [layer | {"predicted_loss": None}]
+    data = {"points": [point | {"layers": layers}], "final": {}, "seconds_per_step": {}}
+    text = written(Report.from_dict(data), tmp_path / "old")
+    assert "<h1>old</h1>" in text
+    assert {"0.up", "0.2500", "900", "800"} <= set(Page(text).words)
+
+
+@pytest.mark.parametrize("path", ["a/b/report.html", "report.html"])
+def test_the_folder_is_made_and_names_the_page(whole: Report, tmp_path: Path, path: str) -> None:
+    write_page(whole, tmp_path / path)
+    title = (tmp_path / path).parent.name
+    assert f"<title>{title}</title>" in (tmp_path / path).read_text(encoding="utf-8")
