@@ -16,7 +16,7 @@ LAYERS = [
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
     {"nn", "plan", "surgery"},
-    {"engine", "sharded", "pruning", "report", "export"},
+    {"bench", "engine", "sharded", "pruning", "report", "settings", "export"},
     {"callbacks", "distill"},
     {"tasks", "cli", "recipe", "__main__"},
 ]

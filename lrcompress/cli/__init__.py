@@ -8,6 +8,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   plan       print which layers the recipe would replace, without training
   export     write the model of a checkpoint to a folder that transformers loads:
              lrcompress export CKPT FOLDER --config RECIPE --format transformers|dense
+  bench      measure time, memory and size of a model, beside another or its dense form:
+             lrcompress bench FOLDER [FOLDER] --shapes 32x128,1x32
 
 A recipe is a LightningCLI file with trainer, model and data; every key of it can be
 given on the command line too, and what comes later wins. All of them: lrcompress fit --help
@@ -44,10 +46,12 @@ from typing_extensions import override
 import lrcompress.callbacks  # noqa: F401  so that recipes may say Factorize
 import lrcompress.distill  # noqa: F401  and Distilled
 import lrcompress.tasks  # noqa: F401  and TextClassification
+from lrcompress.cli.bench import bench
 from lrcompress.cli.export import export
 from lrcompress.errors import LRCompressError, RecipeError, nearest
 from lrcompress.recipe import LINKED, find_faults, linked_from
 
+OWN = {"bench": bench, "export": export}  # verbs without a Trainer
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
 UNASKED = ("Seed set to", "GPU available", "TPU available", "HPU available", "💡 Tip")
 
@@ -66,7 +70,7 @@ def main(args: list[str] | None = None) -> int:
         sys.path.append("")  # modules beside the recipe, as under `python -m`
     try:
         with _quiet():
-            export(args[1:]) if args[0] == "export" else _RecipeCLI(args)
+            OWN[args[0]](args[1:]) if args[0] in OWN else _RecipeCLI(args)
     except Exception as error:
         expected = _unwrapped(error)
         if not isinstance(expected, EXPECTED):
@@ -142,7 +146,7 @@ class _RecipeCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         verbs = self.subcommands()
         if args[0] not in verbs:
-            near = nearest(args[0], [*verbs, "export"])
+            near = nearest(args[0], [*verbs, *OWN])
             raise RecipeError(f"expected a verb, found {args[0]!r}; nearest valid: {near}")
         self._options = args[1:]
         settings = {"exit_on_error": False, "allow_abbrev": False}

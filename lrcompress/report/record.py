@@ -61,6 +61,7 @@ class PointRecord:
         observed: steps, tokens and skipped steps behind the statistics, and their bytes.
         seconds: the solves and the surgery took.
         metrics: validation figures just before and just after, without any retraining.
+        note: why ``keep`` was not met, or "".
     """
 
     method: str
@@ -71,6 +72,7 @@ class PointRecord:
     observed: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def keep(self) -> float:

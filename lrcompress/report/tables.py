@@ -18,7 +18,7 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     for layer in layers:
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", layer.name), []).append(layer)
     shared = _shared_path(kinds)
-    table = _table(title + (f"; layers of {shared}" if shared else ""))
+    table = plain_table(title + (f"; layers of {shared}" if shared else ""))
     table.add_column("layer", no_wrap=True)
     sparse = any(x.rows is not None for members in kinds.values() for x in members)
     found = ("rows", "kept") if sparse else ("kept", "error", "loss +")
@@ -43,7 +43,8 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """Return an empty table, in the style of all of them."""
     return Table(
         title=title,
         title_justify="left",
@@ -90,6 +91,7 @@ def point_table(point: PointRecord) -> RenderableType:
             + (f", {point.observed['skipped']} skipped" if point.observed.get("skipped") else "")
             + f", {point.observed['bytes'] / 2**20:.0f} MiB"
         )
+    lines += [point.note] if point.note else []
     lines += [f"{layer.name}: {layer.note}" for layer in point.layers if layer.note]
     return Group(table, Text("\n".join(lines)))
 
@@ -97,7 +99,7 @@ def point_table(point: PointRecord) -> RenderableType:
 def summary_table(report: Report) -> Table:
     """Return what was lost and gained: dense beside factored, each point, and the end."""
     first, last = report.points[0], report.points[-1]
-    table = _table("lrcompress: what was lost and gained")
+    table = plain_table("lrcompress: what was lost and gained")
     table.add_column("", no_wrap=True)
     table.add_column("dense", justify="right")
     for point in report.points:
