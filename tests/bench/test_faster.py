@@ -13,7 +13,7 @@ from lrcompress.nn import LowRankLinear
 
 # Two calls in place of one are slower where there is next to nothing to compute, and faster
 # where there is much: far from where noise could turn it.
-TINY, WIDE = nn.Linear(16, 16), nn.Linear(1024, 2048)
+WIDE = nn.Linear(1024, 2048)
 TOKENS = 64
 
 PROCESS = """
@@ -31,10 +31,10 @@ def never(*_):
 if team.index:
     faster.relative_time = never
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(16, 16), nn.Linear(1024, 2048))
+model = nn.Sequential(nn.Linear(1024, 2048), *(nn.Linear(16, 16) for _ in range(20)))
 settings = Settings(method="svd", keep=0.2, keep_measured=True, measured_tokens=64)
 record = factor_(model, Statistics(), settings, team=team)
-print([layer.rank for layer in record.layers], torch.rand(1).item())
+print(sum(bool(x.note) for x in record.layers), [x.rank for x in record.layers])
 """
 
 
@@ -44,18 +44,18 @@ def asked(model: nn.Module) -> list[Candidate]:
 
 
 def test_the_others_pay_for_layers_that_stay() -> None:
-    model = nn.Sequential(TINY, WIDE, TINY, nn.Linear(16, 16))
+    model = nn.Sequential(WIDE, *(nn.Linear(16, 16) for _ in range(100)))
     layers = asked(model)
     choice = allocate_faster(model, layers, 0.2, "uniform", 1, TOKENS)
     first = allocate(layers, 0.2)
-    assert first["0"] == 1
-    assert choice.ranks["0"] is choice.ranks["3"] is None
-    assert set(choice.notes) == {"0", "3"}
-    assert "stays as it is: a rank of 1 takes" in choice.notes["3"]
-    assert choice.notes["3"].endswith("× its time at 64 tokens")
-    wide = choice.ranks["1"]
-    assert wide is not None
-    assert wide <= (first["1"] or 0)
+    cut = {name for name, rank in first.items() if rank is not None} - {"0"}
+    assert len(cut) > 50
+    assert set(choice.notes) == cut
+    assert all(choice.ranks[name] is None for name in cut)
+    note = choice.notes["100"]
+    assert note.startswith(f"stays as it is: a rank of {first['100']} takes ")
+    assert note.endswith("× its time at 64 tokens")
+    assert choice.ranks["0"] < first["0"]  # type: ignore[operator]
     assert 0.2 - 3072 / (1024 * 2048) < shares(layers, choice.ranks) <= 0.2
     assert choice.missed == ""
 
@@ -76,14 +76,14 @@ def test_a_keep_that_cannot_be_met_is_told_and_the_others_do_not_suffer() -> Non
 
 
 def test_where_nothing_is_faster_all_stays() -> None:
-    model = nn.Sequential(TINY)
+    model = nn.Sequential(nn.Linear(16, 16))
     choice = allocate_faster(model, asked(model), 0.5, "uniform", 1, TOKENS)
     assert choice.ranks == {"0": None}
     assert choice.missed.startswith("keep=0.5 is missed, 1.000 remains: 1 of 1 layers")
 
 
 def test_what_is_asked_for_by_name_is_not_measured() -> None:
-    model = nn.Sequential(TINY, nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     layers = [Candidate("0", 16, 16, rank=3), Candidate("1", 16, 16, keep=0.5)]
     choice = allocate_faster(model, layers, None, "uniform", 1, TOKENS)
     assert (choice.ranks, choice.notes) == ({"0": 3, "1": 4}, {})
@@ -97,12 +97,13 @@ def test_a_factored_layer_stays_factored() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_is_compared_with_what_stands_there(dtype: torch.dtype) -> None:
-    wide = nn.Linear(1024, 2048, dtype=dtype)
+    wide, tiny = (nn.Linear(*sizes, dtype=dtype) for sizes in ((1024, 2048), (16, 16)))
+    high, low = (LowRankLinear(1024, 2048, rank, dtype=dtype) for rank in (512, 16))
     state = torch.get_rng_state()
     assert relative_time(wide, 16, TOKENS) < 0.5
-    assert relative_time(LowRankLinear(1024, 2048, rank=512, dtype=dtype), 16, TOKENS) < 0.5
-    assert relative_time(LowRankLinear(1024, 2048, rank=16, dtype=dtype), 512, TOKENS) > 2
-    assert relative_time(nn.Linear(16, 16, bias=False), 7, 1) > 1
+    assert relative_time(high, 16, TOKENS) < 0.5
+    assert relative_time(low, 512, TOKENS) > 2
+    assert relative_time(tiny, 7, 1) > 1
     assert torch.get_rng_state().equal(state)
 
 
@@ -111,4 +112,4 @@ def test_one_process_decides_for_all(launch: Callable[..., list[str]], tmp_path:
     script.write_text(PROCESS)
     one, other = launch(script, 2)
     assert one == other
-    assert one.startswith("[None, ")
+    assert int(one.split()[0]) > 0

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ def test_attention_is_counted(tiny_bert: Path) -> None:
     assert flops == 2 * (2 * (products + attention) + 3 * hidden**2)  # two layers and a pooler
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in itself
 def test_a_compiled_module_computes_the_same() -> None:
     model, x = Net().eval(), torch.randn(4, 64)
     subject = TorchSubject("net", model, stored_bytes=7, compiled=True)
