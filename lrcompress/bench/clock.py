@@ -18,8 +18,12 @@ def now() -> float:
     One thread's own time is what it takes on a machine that does nothing else, and is there on a
     busy one too. With several, or an accelerator, which is waited for, it is the time that passes.
     """
-    alone = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
-    return time.process_time() if alone else timer()
+    return time.process_time() if one_thread() else timer()
+
+
+def one_thread() -> bool:
+    """Return whether one CPU thread does all the work."""
+    return torch.get_num_threads() == 1 and not torch.accelerator.is_available()
 
 
 def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -17,11 +17,11 @@ def bench_table(subjects: Sequence[Subject], runs: Sequence[Run], title: str) ->
     """Return how large the models are, how fast each run was, and what layers gained nothing."""
     layers = [_layers(runs)] if any(run.layers for run in runs) else []
     warnings = [Text(line, style="yellow") for run in runs for line in _slower(run)]
-    return Group(_sizes(subjects, title), _runs(runs), *layers, *warnings)
+    return Group(Text(title, style="bold"), _sizes(subjects), _runs(runs), *layers, *warnings)
 
 
-def _sizes(subjects: Sequence[Subject], title: str) -> Table:
-    table = plain_table(title)
+def _sizes(subjects: Sequence[Subject]) -> Table:
+    table = plain_table("")
     table.add_column("model", no_wrap=True)
     table.add_column("parameters", justify="right")
     table.add_column("file MiB", justify="right")
@@ -57,7 +57,7 @@ def _runs(runs: Iterable[Run]) -> Table:
 
 
 def _layers(runs: Iterable[Run]) -> Table:
-    table = plain_table("factored layers: × faster than plain, (1 / the parameters they keep)")
+    table = plain_table("factored layers: × faster than plain (ideally)")
     table.add_column("out×in", no_wrap=True)
     for heading in ("n", "rank"):
         table.add_column(heading, justify="right", no_wrap=True)

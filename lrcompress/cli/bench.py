@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from lrcompress.bench import OnnxSubject, Run, Subject, TorchSubject, compare
+from lrcompress.bench.clock import one_thread
 from lrcompress.bench.tables import bench_table
 from lrcompress.errors import (
     NoMatchError,
@@ -115,14 +116,13 @@ def _measure(given: argparse.Namespace) -> None:
     title = f"lrcompress bench: {machine}, {given.dtype}, {given.rounds} rounds"
     Console().print(bench_table(subjects, runs, title))
     if given.json is not None:
-        sizes = {x.name: (x.parameters, x.stored_bytes) for x in subjects}
-        models_found = {
-            name: dict(zip(("parameters", "stored_bytes"), pair, strict=True))
-            for name, pair in sizes.items()
+        sizes = {
+            one.name: {"parameters": one.parameters, "stored_bytes": one.stored_bytes}
+            for one in subjects
         }
-        found = {"machine": machine, "dtype": given.dtype, "models": models_found}
-        given.json.parent.mkdir(parents=True, exist_ok=True)
+        found = {"machine": machine, "dtype": given.dtype, "models": sizes}
         text = json.dumps(found | {"runs": [run.to_dict() for run in runs]}, indent=1)
+        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(text + "\n", encoding="utf-8")
 
 
@@ -211,5 +211,8 @@ def _check_device(device: str) -> None:
 
 
 def _machine(devices: Sequence[str]) -> str:
-    found = f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+    threads = (
+        "1 CPU thread's own time" if one_thread() else f"{torch.get_num_threads()} CPU threads"
+    )
+    found = f"torch {torch.__version__}, {threads}"
     return found + (f", {torch.cuda.get_device_name()}" if "cuda" in devices else "")
