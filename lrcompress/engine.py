@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -11,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.budget import ALLOCATIONS, Candidate, allocate, check_keep, match_bounds
+from lrcompress.bench.faster import Choice, allocate_faster
+from lrcompress.budget import Candidate, allocate, match_bounds
 from lrcompress.errors import NoMatchError, ObservationError, SettingError, nearest
 from lrcompress.nn import LowRankLinear
-from lrcompress.objective import COMPARABLE, METHODS, Metric, method_named
+from lrcompress.objective import METHODS, Metric, method_named
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
+from lrcompress.settings import Settings as Settings
 from lrcompress.sharded import Dealt, share_, solve
 from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.solvers.truncation import Factors
@@ -38,88 +39,6 @@ from lrcompress.surgery import (
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Share = TypeVar("Share", int, float)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How layers are chosen, measured and cut; every entry is checked when it is made.
-
-    Attributes:
-        method: a key of :data:`lrcompress.objective.METHODS`.
-        keep: parameters that remain / parameters before, over the targeted layers.
-        targets: patterns of layer names; None is every linear layer of a numbered block.
-        exclude: patterns of layers to leave out.
-        allocation: ``"uniform"``, or ``"global"`` for methods that predict the loss; None
-            takes global where it can be had.
-        ranks: ranks of their own for layers matching a pattern.
-        keeps: shares of their own for layers matching a pattern.
-        keep_range: least and greatest keep any one layer may get; 1 allows it to stay dense.
-        align: what ranks are multiples of, as far as no budget is lost by it.
-        refit_bias: let the bias take up the mean error, where the input moment is known.
-        shrink: shares of their mean diagonal mixed into the input and the output metric.
-        shared: also factor layers used in several places, and untie tied weights.
-
-    Raises:
-        SettingError: if an entry is not what it may be.
-    """
-
-    method: str = "kfac"
-    keep: float | None = None
-    targets: Sequence[str] | None = None
-    exclude: Sequence[str] = ()
-    allocation: str | None = None
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    keeps: Mapping[str, float] = field(default_factory=dict)
-    keep_range: tuple[float, float] = (0.0, 1.0)
-    align: int = 8
-    refit_bias: bool = True
-    shrink: tuple[float, float] = (0.0, 0.1)
-    shared: bool = False
-
-    def __post_init__(self) -> None:
-        method = method_named(self.method)
-        if self.keep is not None:
-            check_keep(self.keep)
-        for pattern, keep in self.keeps.items():
-            check_keep(keep, f"keeps[{pattern!r}]")
-        for pattern, rank in self.ranks.items():
-            _check_whole(f"ranks[{pattern!r}]", rank)
-        if self.allocation not in (None, *ALLOCATIONS):
-            raise SettingError(
-                f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
-            )
-        if self.allocation == "global" and not method.comparable:
-            raise SettingError(
-                f"allocation='global' compares predicted losses of layers, which method "
-                f"{self.method!r} does not know; use allocation='uniform', or one of "
-                f"{', '.join(COMPARABLE)}"
-            )
-        _check_shares("keep_range", self.keep_range)
-        _check_shares("shrink", self.shrink)
-        if self.keep_range[0] > self.keep_range[1]:
-            raise SettingError(f"keep_range must rise, got {self.keep_range!r}")
-        _check_whole("align", self.align)
-
-    @property
-    def spread(self) -> str:
-        """The allocation in force."""
-        default = "global" if METHODS[self.method].comparable else "uniform"
-        return self.allocation or default
-
-    def select(self, model: nn.Module) -> Selection:
-        """Return the layers of ``model`` that are targeted."""
-        return select(model, self.targets, self.exclude, shared=self.shared)
-
-
-def _check_whole(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SettingError(f"{name} must be a whole number from 1, got {value!r}")
-
-
-def _check_shares(name: str, shares: object) -> None:
-    pair = shares if isinstance(shares, tuple | list) else ()
-    if len(pair) != 2 or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in pair):
-        raise SettingError(f"{name} must be two shares from 0 to 1, got {shares!r}")
 
 
 def candidates(
@@ -231,7 +150,8 @@ def factor_(
     )
     measured = dealt.measured
     asked = candidates(model, names, settings, {n: one.curve for n, one in measured.items()})
-    ranks = team.decide(lambda: allocate(asked, settings.keep, settings.spread, settings.align))
+    choice = team.decide(lambda: _choose(model, asked, settings, statistics, team))
+    ranks = choice.ranks
     _check_falling(model, ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
     factors = _factors(dealt, chosen)
@@ -241,7 +161,12 @@ def factor_(
         _put(model, name, rank, factors.get(name), metric, tuple(optimizers))
     share_(model, {name: dealt.owner[name] for name in chosen}, tuple(optimizers), team)
     layers = [
-        measured[c.name].record(c.name, (c.out_features, c.in_features), ranks[c.name])
+        measured[c.name].record(
+            c.name,
+            (c.out_features, c.in_features),
+            ranks[c.name],
+            choice.notes.get(c.name, ""),
+        )
         for c in asked
     ]
     return PointRecord(
@@ -254,7 +179,22 @@ def factor_(
         time.perf_counter() - started,
         bytes_before=bytes_before,
         bytes_after=stored_bytes(model),
+        note=choice.missed,
     )
+
+
+def _choose(
+    model: nn.Module,
+    asked: Sequence[Candidate],
+    settings: Settings,
+    statistics: Statistics,
+    team: Team,
+) -> Choice:
+    budget = settings.keep, settings.spread, settings.align
+    if not settings.keep_measured:
+        return Choice(allocate(asked, *budget))
+    seen = statistics.tokens / max(1, statistics.steps) / team.size
+    return allocate_faster(model, asked, *budget, settings.measured_tokens or max(1, round(seen)))
 
 
 def _factors(dealt: Dealt, ranks: Mapping[str, int]) -> dict[str, Factors]:

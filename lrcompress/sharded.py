@@ -56,14 +56,17 @@ class Measured:
         scale = self.loss_scale
         return None if scale is None else 0.5 * scale * float(self.energies[rank:].sum())
 
-    def record(self, name: str, shape: tuple[int, int], rank: int | None) -> LayerRecord:
+    def record(
+        self, name: str, shape: tuple[int, int], rank: int | None, note: str = ""
+    ) -> LayerRecord:
         """Return what became of the layer at ``rank``, with some of its error curve."""
         most = len(self.energies)
         shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)}
         # six digits: a report is read by people
         curve = tuple((r, float(f"{self.error(r):.6g}")) for r in sorted(shown))
         error, loss = self.error(rank), self.loss(rank)
-        return LayerRecord(name, *shape, rank, error, loss, self.note, curve=curve)
+        notes = "; ".join(filter(None, (self.note, note)))
+        return LayerRecord(name, *shape, rank, error, loss, notes, curve=curve)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ LAYERS = [
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
     {"nn", "plan", "size", "surgery"},
-    {"engine", "forecast", "sharded", "pruning", "report", "export"},
+    {"bench", "engine", "forecast", "sharded", "pruning", "report", "settings", "export"},
     {"callbacks", "distill"},
     {"tasks", "cli", "recipe", "__main__"},
 ]

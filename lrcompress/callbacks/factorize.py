@@ -64,6 +64,11 @@ class Factorize(Course):
         refit_bias: Let biases take up the mean error, where the method knows the inputs.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         shared: Also factor layers used in several places, and untie tied weights.
+        keep_measured: Leave layers as they are whose factors of the rank they would get are not
+            faster on this machine, measured at the point. The others then get lower ranks, so
+            that ``keep`` is met; where that cannot be, the report says what remains.
+        measured_tokens: How many tokens layers read while they are measured; by default as many
+            as in a training step, padding excluded.
         restart_steps: Steps after a point over which the learning rate rises again, as a number
             or as a fraction of all steps.
         restart_scale: What the learning rate is multiplied by after the rise.
@@ -107,6 +112,8 @@ class Factorize(Course):
         refit_bias: bool = True,
         shrink: tuple[float, float] = (0.0, 0.1),
         shared: bool = False,
+        keep_measured: bool = False,
+        measured_tokens: int | None = None,
         restart_steps: float = 0.05,
         restart_scale: float = 1.0,
         validate: bool = True,
@@ -143,6 +150,8 @@ class Factorize(Course):
                 refit_bias=refit_bias,
                 shrink=shrink,
                 shared=shared,
+                keep_measured=keep_measured,
+                measured_tokens=measured_tokens,
             )
             for share in keeps_at
         ]
@@ -208,5 +217,7 @@ class Factorize(Course):
             f"point {point} is step {step:,} of {self._total:,.0f}"
             for point, step in zip(self.points, self._at_steps, strict=False)
         ]
+        if settings.keep_measured:
+            notes.append("layers that are not faster with factors stay; measured at the point")
         whole = sum(p.numel() for p in model.parameters())
         return plan_table(records, title, whole, nbytes, notes)

@@ -9,6 +9,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   export     write the model of a checkpoint to a folder, for transformers or as one graph:
              lrcompress export CKPT FOLDER --config RECIPE
                  --format transformers|dense|onnx|torch-export [--int8]
+  bench      measure time, memory and size of a model, beside another or its dense form:
+             lrcompress bench FOLDER [FOLDER] --shapes 32x128,1x32
   report     write the page of a run, or of several side by side:
              lrcompress report RUN [RUN ...] --out PAGE
 
@@ -46,6 +48,7 @@ from typing_extensions import override
 import lrcompress.callbacks  # noqa: F401  so that recipes may say Factorize
 import lrcompress.distill  # noqa: F401  and Distilled
 import lrcompress.tasks  # noqa: F401  and TextClassification
+from lrcompress.cli.bench import bench
 from lrcompress.cli.export import export
 from lrcompress.cli.plan import print_plan
 from lrcompress.cli.report import report
@@ -53,7 +56,7 @@ from lrcompress.errors import LRCompressError, RecipeError, nearest
 from lrcompress.recipe import find_faults, link_
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
-WITHOUT_TRAINER = {"export": export, "report": report}
+WITHOUT_TRAINER = {"bench": bench, "export": export, "report": report}
 UNASKED = ("Seed set to", "GPU available", "TPU available", "HPU available", "💡 Tip")
 
 

@@ -85,6 +85,7 @@ class PointRecord:
         bytes_before: of the whole model's parameters, dense; None in records of version 1.
         bytes_after: of the whole model's parameters now.
         budget: steps of gradual pruning and what was kept of the layers after them.
+        note: why ``keep`` was not met, or "".
     """
 
     method: str
@@ -98,6 +99,7 @@ class PointRecord:
     bytes_before: int | None = None
     bytes_after: int | None = None
     budget: Curve = ()
+    note: str = ""
 
     @property
     def keep(self) -> float:

@@ -22,7 +22,7 @@ from lrcompress.report.summary import summary
 def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     """Return one row per kind of layer: the same path in every block, numbers aside."""
     shared, kinds = by_kind(layers)
-    table = _table(title + (f"; layers of {shared}" if shared else ""))
+    table = plain_table(title + (f"; layers of {shared}" if shared else ""))
     table.add_column("layer", no_wrap=True)
     sparse = any(x.rows is not None for members in kinds.values() for x in members)
     found = ("rows", "kept") if sparse else ("kept", "error", "loss +")
@@ -47,7 +47,8 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """Return an empty table, in the style of all of them."""
     return Table(
         title=title,
         title_justify="left",
@@ -114,6 +115,7 @@ def point_table(point: PointRecord) -> RenderableType:
             + (f", {point.observed['skipped']} skipped" if point.observed.get("skipped") else "")
             + f", {point.observed['bytes'] / 2**20:.0f} MiB"
         )
+    lines += [point.note] if point.note else []
     lines += [f"{layer.name}: {layer.note}" for layer in point.layers if layer.note]
     return Group(table, Text("\n".join(lines)))
 
@@ -129,7 +131,7 @@ def columns_table(
     title: str, headings: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]
 ) -> Table:
     """Return a label and a text for every column, row by row."""
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", overflow="fold")

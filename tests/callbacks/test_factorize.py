@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from rich.console import Console
 from torch import Tensor, nn
 
 import lrcompress
@@ -104,6 +105,26 @@ def test_a_run_resumed_at_any_step_ends_bit_identical(
         trainer(factorize(**options)).fit(model, loader(), loader(), ckpt_path=path)
         assert same(model, whole), path.name
         assert hooks(model) == 0
+
+
+def test_layers_that_factors_do_not_make_faster_stay(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    path, model = tmp_path / "report.json", tagger()  # layers far too small to gain anything
+    callback = factorize(keep_measured=True, report_path=str(path))
+    console = Console(width=150, color_system=None)
+    with console.capture() as capture:
+        console.print(callback.preview(model))
+    assert "layers that are not faster with factors stay; measured at the poi" in capture.get()
+    before = sum(p.numel() for p in model.parameters())
+    trainer(callback).fit(model, loader(), loader())
+    assert not any(isinstance(m, LowRankLinear) for m in model.modules())
+    (point,) = callback.report.points
+    assert point.model_after == before
+    assert point.note.startswith("keep=0.5 is missed, 1.000 remains: ")
+    assert sum("stays as it is: a rank of" in layer.note for layer in point.layers) >= 2
+    assert lrcompress.Report.from_dict(json.loads(path.read_text())) == callback.report
+    assert hooks(model) == 0
 
 
 def test_the_schedule_and_the_optimizer_object_stay(

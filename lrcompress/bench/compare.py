@@ -1,0 +1,123 @@
+"""One model measured beside another, in turns."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from lrcompress.bench.clock import interleaved, ratio, timed_layers
+from lrcompress.bench.onnx import OnnxSubject
+from lrcompress.bench.record import LayerTime, Run, Speed, ideal_speedup
+from lrcompress.bench.subject import Batch, Subject, TorchSubject
+from lrcompress.errors import SettingError
+from lrcompress.nn import Factored
+from lrcompress.statistics.views import is_linear, view
+
+
+def compare(
+    subject: Subject, reference: Subject | None, batch: Batch, *, device: str, rounds: int
+) -> Run:
+    """Measure one model, or two in turns; where both are modules, their layers too.
+
+    Args:
+        subject: the first model.
+        reference: what it is compared with; of the same mode.
+        batch: what both are called with; the first tensor's shape is (batch, length).
+        device: for the record.
+        rounds: how often each is called.
+
+    Raises:
+        SettingError: if both have one name.
+    """
+    subjects = [one for one in (subject, reference) if one is not None]
+    if len({one.name for one in subjects}) < len(subjects):
+        raise SettingError(f"two models are called {subject.name!r}; give them two names")
+    work: dict[str, Callable[[], object]] = {one.name: partial(one.call, batch) for one in subjects}
+    layers: list[LayerTime] = []
+    ideal = None
+    if isinstance(subject, TorchSubject) and isinstance(reference, TorchSubject):
+        taken, layers, ideal = _with_layers(subject, reference, work, batch, rounds)
+    else:
+        taken = interleaved(work, rounds)
+    if isinstance(subject, OnnxSubject) and isinstance(reference, OnnxSubject):
+        now, before = (one.products(batch) for one in (subject, reference))
+        ideal = ideal_speedup(before.share, now.size / before.size)
+    size, length = next(iter(batch.values())).shape[:2]
+    speeds = {
+        one.name: Speed(taken[one.name], size, one.peak_bytes(batch), one.flops(batch))
+        for one in subjects
+    }
+    faster = None if reference is None else ratio(taken[reference.name], taken[subject.name])
+    return Run(subject.mode, device, size, length, speeds, faster, ideal, layers)
+
+
+def _with_layers(
+    subject: TorchSubject,
+    reference: TorchSubject,
+    work: Mapping[str, Callable[[], object]],
+    batch: Batch,
+    rounds: int,
+) -> tuple[dict[str, list[float]], list[LayerTime], float | None]:
+    """Measure the models, and in the same rounds the layers in which they differ."""
+    names = _factored_in_one(subject.model, reference.model)
+    seen: dict[str, list[dict[str, float]]] = {subject.name: [], reference.name: []}
+
+    def layers_of(one: TorchSubject) -> None:
+        with torch.no_grad(), timed_layers(one.model, names) as spent:
+            one.model(**batch)
+        seen[one.name].append(spent)
+
+    every = dict(work)
+    for one in (subject, reference) if names else ():
+        every[f"layers of {one.name}"] = partial(layers_of, one)
+    taken = interleaved(every, rounds)
+    if not names:
+        return taken, [], None
+    whole = taken[reference.name]
+    # the first call of all is not among the rounds
+    factored, plain = seen[subject.name][1:], seen[reference.name][1:]
+    layers = [
+        _layer_time(name, subject.model, [row[name] for row in factored], plain, whole)
+        for name in names
+    ]
+    share = ratio([sum(row.values()) for row in plain], whole)
+    keep = sum(x.plain * x.keep for x in layers) / sum(x.plain for x in layers)
+    return taken, layers, ideal_speedup(share, keep)
+
+
+def _layer_time(
+    name: str,
+    model: nn.Module,
+    factored: Sequence[float],
+    rows: Sequence[Mapping[str, float]],
+    whole: Sequence[float],
+) -> LayerTime:
+    layer, plain = model.get_submodule(name), [row[name] for row in rows]
+    assert isinstance(layer, Factored)
+    found = view(layer)
+    return LayerTime(
+        name,
+        *found.shape,
+        rank=layer.rank,
+        keep=sum(p.numel() for p in found.parameters) / math.prod(found.shape),
+        plain=statistics.median(plain),
+        factored=statistics.median(factored),
+        share=ratio(plain, whole),
+        ratio=ratio(factored, plain),
+    )
+
+
+def _factored_in_one(model: nn.Module, reference: nn.Module) -> list[str]:
+    """Return the layers that are factored in ``model`` and plain in ``reference``."""
+    plain = {n: m for n, m in reference.named_modules() if not isinstance(m, Factored)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Factored)
+        and name in plain
+        and is_linear(plain[name])
+        and view(plain[name]).shape == view(module).shape
+    ]

@@ -1,0 +1,102 @@
+"""What was measured, in a terminal."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lrcompress.bench.record import LayerTime, Run
+from lrcompress.bench.subject import Subject
+from lrcompress.report.tables import plain_table
+
+_MANY = 6  # names in one warning
+
+
+def bench_table(subjects: Sequence[Subject], runs: Sequence[Run], title: str) -> RenderableType:
+    """Return how large the models are, how fast each run was, and what layers gained nothing."""
+    layers = [_layers(runs)] if any(run.layers for run in runs) else []
+    warnings = [Text(line, style="yellow") for run in runs for line in _slower(run)]
+    return Group(Text(title, style="bold"), _sizes(subjects), _runs(runs), *layers, *warnings)
+
+
+def _sizes(subjects: Sequence[Subject]) -> Table:
+    table = plain_table("")
+    table.add_column("model", no_wrap=True)
+    table.add_column("parameters", justify="right")
+    table.add_column("file MiB", justify="right")
+    for one in {one.name: one for one in subjects}.values():
+        count = "" if one.parameters is None else f"{one.parameters:,}"
+        table.add_row(one.name, count, f"{one.stored_bytes / 2**20:.1f}")
+    return table
+
+
+def _runs(runs: Iterable[Run]) -> Table:
+    table = plain_table("median and 95th percentile of a call; × faster than the last, and ideally")
+    for heading in ("", "batch×length", "model"):
+        table.add_column(heading, no_wrap=True)
+    figures = ("ms", "p95", "per s", "peak MiB", "GFLOPs", "×", "ideal", "share")
+    for heading in figures:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        gained = [_two(run.faster), _two(run.ideal), _two(run.share_of_ideal)]
+        where = [f"{run.device} {run.mode}", f"{run.batch}×{run.length}"]
+        for name, speed in run.speeds.items():
+            table.add_row(
+                *where,
+                name,
+                f"{1e3 * speed.median:.1f}",
+                f"{1e3 * speed.p95:.1f}",
+                f"{speed.throughput:.1f}",
+                "" if speed.peak_bytes is None else f"{speed.peak_bytes / 2**20:.0f}",
+                "" if speed.flops is None else f"{speed.flops / 1e9:.2f}",
+                *gained,
+            )
+            where, gained = ["", ""], ["", "", ""]
+    return table
+
+
+def _layers(runs: Iterable[Run]) -> Table:
+    table = plain_table("factored layers: × faster than plain (ideally)")
+    table.add_column("out×in", no_wrap=True)
+    for heading in ("n", "rank"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows: dict[tuple[int, int], list[str]] = {}
+    for run in runs:
+        if not run.layers:
+            continue
+        table.add_column(f"{run.device} {run.mode} {run.batch}×{run.length}", justify="right")
+        kinds: dict[tuple[int, int], list[LayerTime]] = {}
+        for layer in run.layers:
+            kinds.setdefault((layer.out_features, layer.in_features), []).append(layer)
+        for (out_features, in_features), members in kinds.items():
+            ranks = sorted({layer.rank for layer in members})
+            span = f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+            plain, factored = (sum(getattr(x, y) for x in members) for y in ("plain", "factored"))
+            keep = sum(layer.keep for layer in members) / len(members)
+            row = rows.setdefault(
+                (out_features, in_features),
+                [f"{out_features}×{in_features}", str(len(members)), span],
+            )
+            row.append(f"{plain / factored:.2f} ({1 / keep:.2f})")
+    for row in rows.values():
+        table.add_row(*row)
+    return table
+
+
+def _slower(run: Run) -> list[str]:
+    found = sorted(run.slower, key=lambda layer: -layer.ratio)
+    named = [f"{layer.name} (rank {layer.rank}) {layer.ratio:.2f} ×" for layer in found[:_MANY]]
+    if len(found) > _MANY:
+        named.append(f"and {len(found) - _MANY} more")
+    if not named:
+        return []
+    where = f"on {run.device}, {run.batch}×{run.length}"
+    return [
+        f"warning: {len(found)} of {len(run.layers)} factored layers take longer than plain ones "
+        f"{where}: {', '.join(named)}"
+    ]
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

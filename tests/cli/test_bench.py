@@ -1,0 +1,106 @@
+"""``lrcompress bench``: a compressed folder beside its dense form, or another, in one command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+from lrcompress.cli import main
+from lrcompress.export import save_pretrained
+from lrcompress.plan import LayerPlan, Plan
+
+
+@pytest.fixture
+def folder(tiny_bert: Path, tmp_path: Path) -> Path:
+    """A compressed classifier; its body is that of the tiny BERT."""
+    model = tf.BertForSequenceClassification.from_pretrained(tiny_bert)
+    names = [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]
+    sizes = {"in": 64, "out": 32, "rank": 5}
+    Plan(tuple(LayerPlan(name, "low_rank", sizes) for name in names)).apply_(model)
+    save_pretrained(model, tmp_path / "small")
+    return tmp_path / "small"
+
+
+def bench(*options: str | Path) -> int:
+    return main(["bench", *map(str, options), "--rounds=2"])
+
+
+def test_a_compressed_model_is_measured_beside_its_dense_form(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads, record = torch.get_num_threads(), tmp_path / "made" / "bench.json"
+    options = "--threads=1", "--shapes=4x16,1x8", f"--json={record}"
+    assert bench(folder, *options) == 0
+    assert torch.get_num_threads() == threads
+    found = json.loads(record.read_text())
+    small, dense = found["models"][str(folder)], found["models"]["its dense form"]
+    saved = 2 * (64 * 32 - 5 * 96)
+    assert dense["parameters"] - small["parameters"] == saved
+    assert small["stored_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert dense["stored_bytes"] == 4 * dense["parameters"]
+    assert [(run["batch"], run["length"]) for run in found["runs"]] == [(4, 16), (1, 8)]
+    for run in found["runs"]:
+        speeds = run["speeds"]
+        flops = [speeds[name]["flops"] for name in found["models"]]
+        assert flops[1] - flops[0] == 2 * run["batch"] * run["length"] * saved
+        assert run["share_of_ideal"] == pytest.approx(run["faster"] / run["ideal"])
+        assert [layer["keep"] for layer in run["layers"]] == [5 * 96 / (64 * 32)] * 2
+    said = capsys.readouterr().out
+    assert "lrcompress bench: torch" in said
+    assert "32×64" in said
+
+
+def test_another_model_of_its_kind_is_given_the_same_head(
+    folder: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    record = tmp_path / "bench.json"
+    options = "--shapes=1x8", "--dtype=bfloat16", f"--json={record}"
+    assert bench(folder, tiny_bert, *options) == 0
+    found = json.loads(record.read_text())
+    assert len(found["runs"][0]["layers"]) == 2
+    small, dense = (found["models"][str(path)]["parameters"] for path in (folder, tiny_bert))
+    assert dense - small == 2 * (64 * 32 - 5 * 96)
+    assert bench(tiny_bert, *options) == 0  # alone
+    found = json.loads(record.read_text())
+    assert (list(found["models"]), found["runs"][0]["faster"]) == ([str(tiny_bert)], None)
+
+
+def test_what_was_typed_wrong_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tf.ViTConfig().save_pretrained(tmp_path / "images")
+    tf.ViTModel(
+        tf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path / "images")
+    for options, code, message in [
+        ([], 2, "the following arguments are required: model; usage: lrcompress bench"),
+        ([folder, "--shape", "1x8"], 2, "unrecognized arguments: --shape 1x8; usage"),
+        ([folder, "--shapes", "32"], 2, "expected BATCHxLENGTH such as 32x128,1x32, got '32'"),
+        ([folder, "--modes", "fast"], 2, "expected some of eager,compiled, got 'fast'"),
+        ([folder, "--threads", "0"], 2, "expected a whole number from 1, got '0'"),
+        ([folder, "--devices", "gpu"], 2, "--devices: expected some of cpu,cuda, got 'gpu'"),
+        ([folder, "--shapes", "1x65"], 1, "reads at most 64 tokens, got length 65"),
+        ([tmp_path / "images"], 1, "makes up token ids, which a vit model does not read"),
+        ([tmp_path / "none"], 1, "there is no folder"),
+        ([tmp_path / "none.onnx"], 1, "there is no file"),
+    ]:
+        assert bench(*options) == code, options
+        assert message in capsys.readouterr().err, options
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_not_there_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(folder, "--devices=cuda") == 1
+    assert "torch finds no CUDA device here; leave cuda out" in capsys.readouterr().err
+
+
+def test_a_graph_is_not_compared_with_a_module(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "graph" / "model.onnx").touch()
+    tf.AutoConfig.from_pretrained(folder).save_pretrained(tmp_path / "graph")
+    assert bench(tmp_path / "graph", folder) == 2
+    assert "expected two models for torch or two for onnxruntime" in capsys.readouterr().err
