@@ -18,7 +18,7 @@ from lrcompress.nn import Factored, LowRankLinear
 from lrcompress.objective import COMPARABLE, METHODS, Metric, method_named
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
-from lrcompress.sharded import Dealt, share_, solve
+from lrcompress.sharded import Solved, share_, solve
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
 from lrcompress.statistics.capture import Recorder
@@ -208,6 +208,7 @@ def factor_(
         step: for the record.
         team: the processes that do the same at the same time, with the same model, statistics and
             settings. Each solves some of the layers; all end with the same values, bit for bit.
+            Where each holds a part of the parameters, a layer at a time is made whole.
 
     Returns:
         What was done, layer by layer.
@@ -234,12 +235,16 @@ def factor_(
     ranks = team.decide(lambda: allocate(asked, settings.keep, settings.spread, settings.align))
     _check_falling(model, ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
-    factors = _factors(dealt, chosen)
     before = dense_size(model)
-    for name, rank in chosen.items():
-        metric = dealt.own[name].metric if name in dealt.own else None
-        _put(model, name, rank, factors.get(name), metric, tuple(optimizers))
-    share_(model, {name: dealt.owner[name] for name in chosen}, tuple(optimizers), team)
+    held = tuple(optimizers)
+    for turn, own in dealt.turns(chosen):
+        factors = _factors(team, own, {name: chosen[name] for name in turn})
+        for part in [[name] for name in turn] if team.parted else [turn]:
+            with team.whole(model, part, held):
+                for name in part:
+                    metric = own[name].metric if name in own else None
+                    _put(model, name, chosen[name], factors.get(name), metric, held)
+                share_(model, {name: dealt.owner[name] for name in part}, held, team)
     layers = [
         LayerRecord(
             c.name,
@@ -257,16 +262,18 @@ def factor_(
     return PointRecord(settings.method, step, layers, before, after, statistics.figures(), seconds)
 
 
-def _factors(dealt: Dealt, ranks: Mapping[str, int]) -> dict[str, Factors]:
+def _factors(
+    team: Team, own: Mapping[str, Solved], ranks: Mapping[str, int]
+) -> dict[str, Factors]:
     """Return the factors of the layers that this process has solved."""
     found: dict[str, Factors] = {}
 
     def work() -> None:
-        for name, one in dealt.own.items():
+        for name, one in own.items():
             if name in ranks:
                 found[name] = one.truncation.factors(ranks[name])
 
-    dealt.team.attempt(work)
+    team.attempt(work)
     return found
 
 

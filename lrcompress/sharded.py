@@ -4,7 +4,7 @@ One process alone solves them all, and tells no one.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,10 +57,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Solved:
-    """A layer that this process has solved."""
+    """A layer that this process has solved.
+
+    Attributes:
+        truncation: of its weight, all ranks.
+        metric: what it was measured in, as far as it is kept.
+        weight: ``(out, in)``, as it was solved.
+    """
 
     truncation: Truncation
     metric: Metric
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,15 +76,23 @@ class Dealt:
 
     Attributes:
         team: the processes.
-        owner: which of them has solved a layer.
-        own: the layers that this process has solved.
+        owner: which of them solves a layer.
+        own: the layers that this process has solved; none where parameters are parted, since
+            they would not fit.
         measured: all layers.
+        solve: solves layers of a turn, those that this process owns.
     """
 
     team: Team
     owner: Mapping[str, int]
     own: Mapping[str, Solved]
     measured: Mapping[str, Measured]
+    solve: Callable[[Sequence[str]], Mapping[str, Solved]]
+
+    def turns(self, names: Iterable[str]) -> Iterator[tuple[list[str], Mapping[str, Solved]]]:
+        """Yield layers turn by turn, each with what this process has solved of them."""
+        for turn in self.team.turns({name: self.owner[name] for name in names}):
+            yield turn, self.solve(turn) if self.team.parted else self.own
 
 
 def solve(
@@ -104,22 +119,36 @@ def solve(
         team: the processes.
     """
     owner = team.deal({name: _cost(view(model.get_submodule(name)).shape) for name in names})
+
+    def of_layer(name: str, weight: Tensor) -> Solved:
+        refit = refit_bias and view(model.get_submodule(name)).bias is not None
+        metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
+        truncation = truncate(weight, metric.output, metric.input)
+        small = metric if keep_metric else replace(metric, output=None, input=None)
+        return Solved(truncation, small, weight)
+
+    def of_turn(turn: Sequence[str]) -> tuple[dict[str, Solved], dict[str, Measured]]:
+        weights: dict[str, Tensor] = {}
+        for name in turn:
+            with team.reading(model, name):
+                if owner[name] == team.index:
+                    weights[name] = view(model.get_submodule(name)).weight
+        own: dict[str, Solved] = {}
+
+        def work() -> dict[str, Measured]:
+            own.update((name, of_layer(name, weight)) for name, weight in weights.items())
+            return {name: _measured(one) for name, one in own.items()}
+
+        return own, {name: one for part in team.attempt(work) for name, one in part.items()}
+
     own: dict[str, Solved] = {}
-
-    def work() -> dict[str, Measured]:
-        for name in names:
-            if owner[name] != team.index:
-                continue
-            layer = view(model.get_submodule(name))
-            refit = refit_bias and layer.bias is not None
-            metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
-            truncation = truncate(layer.weight, metric.output, metric.input)
-            small = metric if keep_metric else replace(metric, output=None, input=None)
-            own[name] = Solved(truncation, small)
-        return {name: _measured(one) for name, one in own.items()}
-
-    found = {name: one for part in team.attempt(work) for name, one in part.items()}
-    return Dealt(team, owner, own, {name: found[name] for name in names})
+    found: dict[str, Measured] = {}
+    for turn in team.turns(owner):
+        solved, measured = of_turn(turn)
+        found |= measured
+        own |= {} if team.parted else solved
+    measured = {name: found[name] for name in names}
+    return Dealt(team, owner, own, measured, lambda turn: of_turn(turn)[0])
 
 
 def _measured(one: Solved) -> Measured:

@@ -121,7 +121,9 @@ class Course(pl.Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._live = (pl_module, trainer.optimizers)
         platform.refuse_optimizers(trainer.optimizers, type(self).__name__)
-        for name in self._settings_at(0).select(pl_module).names:
+        names = self._settings_at(0).select(pl_module).names
+        platform.check_layers(pl_module, names, self._team, type(self).__name__)
+        for name in names:
             if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
                 raise LayerError(
                     f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
@@ -167,6 +169,7 @@ class Course(pl.Callback, ABC):
             return {"version": VERSION, "stage": self._stage}
         module, optimizers = self._live
         restart = self._restart
+        self._team.lay_down(module)
         return {
             "version": VERSION,
             "plan": Plan.of(module).to_dict(),
@@ -195,6 +198,8 @@ class Course(pl.Callback, ABC):
         self._stage = state_dict["stage"]
         self.report = Report.from_dict(state_dict["report"])
         self._times = {name: list(spent) for name, spent in state_dict["times"].items()}
+        if self._live is not None:  # sharded models are loaded after on_fit_start
+            self._resume(*self._live, state_dict)
 
     # The course of a fit
 
@@ -282,6 +287,7 @@ class Course(pl.Callback, ABC):
         if self._observes(self._stage):
             self._observation.merge_()
             self._observation.check(self.points[self._stage])
+        self._team.lay_down(module)
         if not self._stage:
             platform.announce(module)
         self._change(trainer, module, now)

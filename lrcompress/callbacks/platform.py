@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lrcompress.callbacks import sharding
 from lrcompress.errors import CheckpointError, PlatformError
 from lrcompress.nn import Factored
 from lrcompress.parallel import ALONE, Team, checksums
@@ -26,6 +27,7 @@ _REFUSED = {
 }
 # Strategies that are DDPStrategies by inheritance alone.
 _OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
+_FSDP2 = "ModelParallelStrategy"
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
 
 
@@ -52,11 +54,20 @@ def _refuse_strategy(strategy: Any, owner: str) -> None:
     names, name = _names(type(strategy)), type(strategy).__name__
     if "SingleDeviceStrategy" in names:
         return
+    if _FSDP2 in names:
+        over = strategy.device_mesh["tensor_parallel"].size()
+        if over > 1:
+            raise PlatformError(
+                f"{owner} replaces layers that lie over processes by rows, and tensor parallelism "
+                f"lays them over {over} otherwise; use ModelParallelStrategy("
+                "data_parallel_size=N, tensor_parallel_size=1)"
+            )
+        return
     if "DDPStrategy" not in names or names & _OTHER_THAN_DDP:
         raise PlatformError(
-            f"{owner} replaces layers while fit runs, which it can do on one device and under DDP "
-            f"so far, not under {name}; use strategy='ddp' or Trainer(devices=1), or call "
-            "lrcompress.compress() between two fits"
+            f"{owner} replaces layers while fit runs, which it can do on one device, under DDP "
+            f"and FSDP2 (ModelParallelStrategy), not under {name}; use strategy='ddp' or "
+            "Trainer(devices=1), or call lrcompress.compress() between two fits"
         )
     method = getattr(strategy, "_start_method", "popen")
     if method != "popen":
@@ -89,7 +100,19 @@ def refuse_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
 
 def team(trainer: pl.Trainer) -> Team:
     """Return the processes that train together."""
+    if _FSDP2 in _names(type(trainer.strategy)):
+        return sharding.ShardedTeam.of()
     return Team.of() if trainer.world_size > 1 else ALONE
+
+
+def check_layers(module: nn.Module, names: Sequence[str], team: Team, owner: str) -> None:
+    """Refuse layers that are sharded in a way that cannot be followed.
+
+    Raises:
+        PlatformError: with the way out.
+    """
+    if team.parted:
+        sharding.check_layers(module, names, team, owner)
 
 
 def check_same_module(module: nn.Module, team: Team) -> None:
@@ -134,14 +157,22 @@ def check_same_lengths(trainer: pl.Trainer, team: Team) -> None:
 def check_identical(module: nn.Module, team: Team) -> None:
     """Compare all parameters and the structure over the processes.
 
+    Of a parameter of which each process holds a part, its shape is compared; it was compared
+    whole when it was changed.
+
     Raises:
         PlatformError: naming the first parameter that differs.
     """
+    if team.parted:
+        team.attempt(lambda: sharding.check_units(module))
     if team.size == 1:
         return
     ignored = set(getattr(module, _IGNORED, ()))
     tensors = dict(module.named_parameters()) | dict(_structure_buffers(module))
-    found = team.differing(checksums({n: t for n, t in tensors.items() if n not in ignored}))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    parted = {n: str(t.shape) for n, t in tensors.items() if hasattr(t, "full_tensor")}
+    sums = checksums({n: t for n, t in tensors.items() if n not in parted})
+    found = team.differing(parted | sums)
     if found is not None:
         name, sums = found
         alike = [str(number) for number, one in enumerate(sums) if one == sums[0]]
