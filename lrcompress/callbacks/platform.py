@@ -55,13 +55,7 @@ def _refuse_strategy(strategy: Any, owner: str) -> None:
     if "SingleDeviceStrategy" in names:
         return
     if _FSDP2 in names:
-        over = strategy.device_mesh["tensor_parallel"].size()
-        if over > 1:
-            raise PlatformError(
-                f"{owner} replaces layers that lie over processes by rows, and tensor parallelism "
-                f"lays them over {over} otherwise; use ModelParallelStrategy("
-                "data_parallel_size=N, tensor_parallel_size=1)"
-            )
+        refuse_tensor_parallel(strategy, owner)
         return
     if "DDPStrategy" not in names or names & _OTHER_THAN_DDP:
         raise PlatformError(
@@ -83,6 +77,26 @@ def _refuse_strategy(strategy: Any, owner: str) -> None:
         )
 
 
+def is_sharding(trainer: pl.Trainer) -> bool:
+    """Return whether the strategy is FSDP2, under which each process holds a part of the model."""
+    return _FSDP2 in _names(type(trainer.strategy))
+
+
+def refuse_tensor_parallel(strategy: Any, owner: str) -> None:
+    """Raise for FSDP2 with parameters that lie over processes in more than one way.
+
+    Raises:
+        PlatformError: with the way out.
+    """
+    over = strategy.device_mesh["tensor_parallel"].size()
+    if over > 1:
+        raise PlatformError(
+            f"{owner} follows parameters that lie over processes by rows, and tensor parallelism "
+            f"lays them over {over} otherwise; use ModelParallelStrategy(data_parallel_size=N, "
+            "tensor_parallel_size=1)"
+        )
+
+
 def refuse_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
     """Raise for optimizers whose state is not all here.
 
@@ -100,7 +114,7 @@ def refuse_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
 
 def team(trainer: pl.Trainer) -> Team:
     """Return the processes that train together."""
-    if _FSDP2 in _names(type(trainer.strategy)):
+    if is_sharding(trainer):
         return sharding.ShardedTeam.of()
     return Team.of() if trainer.world_size > 1 else ALONE
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -22,6 +24,7 @@ from lrcompress.errors import PlatformError
 from lrcompress.parallel import Team, checksums, own_rows
 from lrcompress.statistics.views import view
 
+T = TypeVar("T")
 Owners = Mapping[int, tuple[Any, Any]]  # a parameter's identity -> its unit's group, its manager
 
 
@@ -42,9 +45,7 @@ class ShardedTeam(Team):
 
     @override
     def lay_down(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        lay_down(model)
 
     @override
     @contextmanager
@@ -107,8 +108,8 @@ class _Opened:
                 self.group, self.place = group, group.fsdp_params.index(manager)
             group.fsdp_params.remove(manager)
             manager._post_load_hook_handle.remove()  # which would keep the old layer alive
-            whole = module._parameters[key] = _whole_parameter(parameter)
-            _hand_over(self.optimizers, parameter, whole, _whole)
+            made = module._parameters[key] = _whole_parameter(parameter)
+            _hand_over(self.optimizers, parameter, made, whole)
 
     def close_(self, layer: nn.Module, name: str) -> None:
         """Shard what stands in the layer's place now, and what the optimizers know of it."""
@@ -136,14 +137,13 @@ def _sharded_in(layer: nn.Module) -> Iterator[tuple[nn.Module, str, DTensor]]:
 
 
 @torch.no_grad()
-def _whole(value: object) -> object:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def whole(value: T) -> T:
+    """Return a tensor that is sharded whole, which all processes have to ask for together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value  # type: ignore[return-value]
 
 
 def _whole_parameter(parameter: DTensor) -> nn.Parameter:
-    whole = _whole(parameter.detach())
-    assert isinstance(whole, Tensor)
-    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    return nn.Parameter(whole(parameter.detach()), requires_grad=parameter.requires_grad)
 
 
 def _like(manager: Any) -> Callable[[object], object]:
@@ -163,8 +163,9 @@ def _like(manager: Any) -> Callable[[object], object]:
 def sharded_like(parameter: DTensor, whole: Tensor) -> DTensor:
     """Return a tensor that every process has whole, sharded as ``parameter`` is."""
     local, rows = own_rows(parameter)
+    device = local.device if local.device.type != "meta" else parameter.device_mesh.device_type
     return DTensor.from_local(
-        whole[rows].to(local.device, copy=True),
+        whole[rows].to(device, copy=True),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
@@ -186,6 +187,80 @@ def _hand_over(
         if old in optimizer.state:
             state = optimizer.state.pop(old)
             optimizer.state[new] = {key: turned(state[key]) for key in list(state)}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 has sharded anything of a model."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def lay_down(model: nn.Module) -> None:
+    """Have units hold their shards, not what a forward pass has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+# A second model beside a sharded one
+
+
+@contextmanager
+def copying(model: nn.Module) -> Iterator[dict[int, Any]]:
+    """Let a sharded model be deep-copied inside the block, with the memo that this yields.
+
+    The copy has plain classes, no units, and parameters of full shape on the meta device.
+    """
+    lay_down(model)
+    kinds = {m: type(m) for m in model.modules() if isinstance(m, FSDPModule)}
+    aside = [(m, key) for m in kinds for key in (STATE_KEY, REGISTRY_KEY) if key in vars(m)]
+    held = [(module, key, vars(module).pop(key)) for module, key in aside]
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        memo |= {id(value): value for value in vars(module).values() if isinstance(value, DeviceMesh)}
+    for _, _, parameter in _sharded_in(model):
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+    try:
+        for module, kind in kinds.items():
+            module.__class__ = kind.__bases__[1]
+        yield memo
+    finally:
+        for module, kind in kinds.items():
+            module.__class__ = kind
+        for module, key, value in held:
+            vars(module)[key] = value
+
+
+@torch.no_grad()
+def shard_alike_(made: nn.Module, model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """Shard a copy that :func:`copying` allowed in the units of ``model``, and give it values.
+
+    Args:
+        made: the copy, with factored layers as they are in ``values``.
+        model: the sharded one.
+        values: by name: whole, the same in all processes, or sharded as the model is.
+    """
+    mesh = next(_groups(model)).mesh_info.mesh
+    names = {module: name for name, module in model.named_modules()}
+    for module in reversed(list(names)):  # what is inside first
+        state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+        if state is not None and module is state._modules[0]:
+            unit = [made.get_submodule(names[one]) for one in state._modules]
+            fully_shard(unit, mesh=mesh, mp_policy=state._mp_policy, reshard_after_forward=True)
+    filled: dict[int, nn.Parameter] = {}  # a tied one once
+    for name, module in made.named_modules():
+        for key, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor):
+                if id(parameter) not in filled:
+                    value = values[f"{name}.{key}".lstrip(".")].detach()
+                    same = isinstance(value, DTensor)
+                    local = value.clone() if same else sharded_like(parameter, value)
+                    filled[id(parameter)] = nn.Parameter(local, requires_grad=False)
+                module._parameters[key] = filled[id(parameter)]
+    for name, rest in (*made.named_buffers(), *made.named_parameters()):
+        if not isinstance(rest, DTensor) and name in values:
+            rest.copy_(values[name])
+    return made
 
 
 # What fully_shard keeps

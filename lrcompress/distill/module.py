@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lrcompress.callbacks import platform
 from lrcompress.distill.distillation import START, Distillation
 from lrcompress.distill.losses import DistillationLoss, Logits, Weight
 from lrcompress.distill.teacher import reload
@@ -20,7 +21,7 @@ from lrcompress.errors import CheckpointError, PlatformError, SettingError
 from lrcompress.statistics.batches import MASK
 
 KEY = "lrcompress_teacher"  # in a checkpoint
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy")
 
 
 _CLASSES: dict[type[pl.LightningModule], "type[Distilled]"] = {}
@@ -206,7 +207,8 @@ class Distilled(_InPlace, pl.LightningModule):
         record = self._distillation.record()
         if record is not None:
             checkpoint[KEY] = record
-            if self.trainer.is_global_zero:
+            teacher = self._distillation.teacher
+            if self.trainer.is_global_zero or (teacher is not None and teacher.sharded):
                 self._distillation.save(self._teacher_folder)
 
     @override
@@ -328,8 +330,15 @@ def _refuse(module: Distilled) -> None:
     for name in sorted(strategy.intersection(_SHARDED)):
         raise PlatformError(
             f"Distilled copies and calls the whole module on each rank, which {name} takes "
-            "apart; use one device or DDP"
+            "apart; use one device, DDP or FSDP2 (ModelParallelStrategy)"
         )
+    if platform.is_sharding(module.trainer):
+        platform.refuse_tensor_parallel(module.trainer.strategy, "Distilled")
+        if module._distillation.cache is not None:
+            raise PlatformError(
+                "cache= spares a process its call of the teacher, for which the others, that hold "
+                "parts of it, would wait; leave cache= out under FSDP2"
+            )
 
 
 def _make_hparams_its_own(module: Distilled) -> None:

@@ -77,8 +77,7 @@ def tagger(seed: int = 0, **kwargs: Any) -> Sharded:
 
 
 def distilled(model: L.LightningModule, root: str) -> Distilled:
-    losses = [Logits(), HiddenStates({"model.blocks.*": "model.blocks.*"})]
-    return Distilled(model, losses=losses, teacher_dir=root)
+    return Distilled(model, losses=[Logits(), HiddenStates()], teacher_dir=root)
 
 
 def loader() -> Loader:
