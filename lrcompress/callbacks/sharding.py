@@ -22,7 +22,6 @@ from typing_extensions import override
 
 from lrcompress.errors import PlatformError
 from lrcompress.parallel import Team, checksums, own_rows
-from lrcompress.statistics.views import view
 
 T = TypeVar("T")
 Owners = Mapping[int, tuple[Any, Any]]  # a parameter's identity -> its unit's group, its manager
@@ -97,7 +96,6 @@ class _Opened:
 
     def __init__(self, layer: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         self.layer, self.optimizers = layer, optimizers
-        self.apart = {id(p) for p in layer.parameters() if not isinstance(p, DTensor)}
         self.group: Any = None
         self.place = 0
 
@@ -116,7 +114,7 @@ class _Opened:
         made = []
         for path, module in layer.named_modules(prefix=name):
             for key, whole in list(module._parameters.items()):
-                if whole is None or isinstance(whole, DTensor) or id(whole) in self.apart:
+                if whole is None or isinstance(whole, DTensor):
                     continue
                 manager = _manager(self.group, module, key, whole)
                 manager._param_fqn = f"{path}.{key}"
@@ -341,7 +339,7 @@ def check_layers(model: nn.Module, names: Iterable[str], team: Team, owner: str)
                 "give the module that holds it to fully_shard instead, or leave it out with "
                 "exclude="
             )
-        for parameter in view(layer).parameters:
+        for parameter in layer.parameters():
             group, manager = owners.get(id(parameter), (None, None))
             reason = _reason(parameter, group, manager, team)
             if reason is not None:
