@@ -18,7 +18,7 @@ from lrcompress.nn import Factored, LowRankLinear
 from lrcompress.objective import COMPARABLE, METHODS, Metric, method_named
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
-from lrcompress.sharded import Solved, share_, solve
+from lrcompress.sharded import Found, install_, solve
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
 from lrcompress.statistics.capture import Recorder
@@ -237,14 +237,11 @@ def factor_(
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
     before = dense_size(model)
     held = tuple(optimizers)
-    for turn, own in dealt.turns(chosen):
-        factors = _factors(team, own, {name: chosen[name] for name in turn})
-        for part in [[name] for name in turn] if team.parted else [turn]:
-            with team.whole(model, part, held):
-                for name in part:
-                    metric = own[name].metric if name in own else None
-                    _put(model, name, chosen[name], factors.get(name), metric, held)
-                share_(model, {name: dealt.owner[name] for name in part}, held, team)
+
+    def put(name: str, found: Found | None) -> None:
+        _put(model, name, chosen[name], found, held)
+
+    install_(model, dealt, chosen, put, held)
     layers = [
         LayerRecord(
             c.name,
@@ -260,21 +257,6 @@ def factor_(
     after = sum(p.numel() for p in model.parameters())
     seconds = time.perf_counter() - started
     return PointRecord(settings.method, step, layers, before, after, statistics.figures(), seconds)
-
-
-def _factors(
-    team: Team, own: Mapping[str, Solved], ranks: Mapping[str, int]
-) -> dict[str, Factors]:
-    """Return the factors of the layers that this process has solved."""
-    found: dict[str, Factors] = {}
-
-    def work() -> None:
-        for name, one in own.items():
-            if name in ranks:
-                found[name] = one.truncation.factors(ranks[name])
-
-    team.attempt(work)
-    return found
 
 
 def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
@@ -296,8 +278,7 @@ def _put(
     model: nn.Module,
     name: str,
     rank: int,
-    factors: Factors | None,
-    metric: Metric | None,
+    found: Found | None,
     optimizers: Sequence[Optimizer],
 ) -> None:
     """Put factors in place of a layer; without any, a layer to receive them from elsewhere."""
@@ -305,8 +286,8 @@ def _put(
     old, new = view(layer), LowRankLinear.in_place_of(layer, rank)
     factored = (new.right.weight, new.left.weight)
     carry = carry_later(factored)
-    if factors is not None and metric is not None:
-        carry = _set_(new, layer, factors, metric)
+    if found is not None:
+        carry = _set_(new, layer, *found)
     replace_(model, name, new)
     tied = any(parameter is old.parameters[0] for parameter in model.parameters())
     swap_parameters_(optimizers, old.parameters, factored, carry, staying=tied)

@@ -142,13 +142,16 @@ class Team:
         """Have ``model`` hold its own parameters, not what a forward pass has gathered."""
 
     @contextmanager
-    def reading(self, model: nn.Module, name: str) -> Iterator[None]:
+    def reading(self, model: nn.Module, name: str) -> Iterator[None]:  # noqa: ARG002
         """Have a layer's parameters whole inside the block, to be read and not changed."""
         yield
 
     @contextmanager
     def whole(
-        self, model: nn.Module, names: Sequence[str], optimizers: Sequence[Optimizer] = ()
+        self,
+        model: nn.Module,  # noqa: ARG002
+        names: Sequence[str],  # noqa: ARG002
+        optimizers: Sequence[Optimizer] = (),  # noqa: ARG002
     ) -> Iterator[None]:
         """Have layers and their optimizer state whole inside the block, which may replace them.
 

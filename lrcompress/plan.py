@@ -230,7 +230,11 @@ def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:
 
 
 def _plan_in(folder: Path) -> Plan:
-    """Return the plan that a callback has left beside the shards of a checkpoint."""
+    """Return the plan that a callback has left beside the shards of a checkpoint.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
     path = folder / "meta.pt"
     if not path.is_file():
         raise CheckpointError(f"{folder} is no distributed checkpoint: it has no {path.name}")

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from lrcompress.objective import Metric, metric_of
 from lrcompress.parallel import ALONE, Team
-from lrcompress.solvers.truncation import Truncation, relative_error, truncate
+from lrcompress.solvers.truncation import Factors, Truncation, relative_error, truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
 
+Found = tuple[Factors, Metric]
 # Multiply-adds of a product that take as long as one of an eigendecomposition.
 _EIGEN = 25
 
@@ -89,10 +90,13 @@ class Dealt:
     measured: Mapping[str, Measured]
     solve: Callable[[Sequence[str]], Mapping[str, Solved]]
 
-    def turns(self, names: Iterable[str]) -> Iterator[tuple[list[str], Mapping[str, Solved]]]:
-        """Yield layers turn by turn, each with what this process has solved of them."""
+    def turns(self, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, Solved]]]:
+        """Yield layers turn by turn, each with what this process has solved of them.
+
+        The latter is to be emptied, with all that is large in it, before the next turn.
+        """
         for turn in self.team.turns({name: self.owner[name] for name in names}):
-            yield turn, self.solve(turn) if self.team.parted else self.own
+            yield turn, dict(self.solve(turn) if self.team.parted else self.own)
 
 
 def solve(
@@ -161,6 +165,40 @@ def _cost(shape: tuple[int, int]) -> float:
     """Return roughly what solving a layer takes, in multiply-adds of a product."""
     smaller, larger = sorted(shape)
     return float(_EIGEN * smaller**3 + 2 * math.prod(shape) * (smaller + larger))
+
+
+def install_(
+    model: nn.Module,
+    dealt: Dealt,
+    ranks: Mapping[str, int],
+    put: Callable[[str, Found | None], None],
+    optimizers: Sequence[Optimizer],
+) -> None:
+    """Put factors in place of layers, the same in all processes.
+
+    Args:
+        model: changed in place.
+        dealt: the layers, solved.
+        ranks: of the factors of each.
+        put: puts what was found for a layer in its place; where another process has found it,
+            a layer of the same structure, whose values and optimizer state are sent.
+        optimizers: whose parameters and state follow.
+    """
+    team = dealt.team
+    for turn, own in dealt.turns(ranks):
+        found: dict[str, Found] = {}
+
+        def work(own: Mapping[str, Solved] = own, found: dict[str, Found] = found) -> None:
+            for name in own.keys() & ranks.keys():
+                found[name] = (own[name].truncation.factors(ranks[name]), own[name].metric)
+
+        team.attempt(work)
+        own.clear()
+        for part in [[name] for name in turn] if team.parted else [turn]:
+            with team.whole(model, part, optimizers):
+                for name in part:
+                    put(name, found.get(name))
+                share_(model, {name: dealt.owner[name] for name in part}, optimizers, team)
 
 
 @torch.no_grad()

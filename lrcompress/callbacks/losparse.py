@@ -344,9 +344,7 @@ class LoSparse(Course):
             module, statistics, self.settings, self.shares, optimizers=optimizers, team=team
         )
         self._settle(trainer, module)
-        self._pruner = Pruner(
-            module, names, quotas, self.shares, self._importance(), means, team
-        )
+        self._pruner = Pruner(module, names, quotas, self.shares, self._importance(), means, team)
 
     def _fix(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         assert self._pruner is not None

@@ -184,15 +184,16 @@ def check_identical(module: nn.Module, team: Team) -> None:
     ignored = set(getattr(module, _IGNORED, ()))
     tensors = dict(module.named_parameters()) | dict(_structure_buffers(module))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    parted = {n: str(t.shape) for n, t in tensors.items() if hasattr(t, "full_tensor")}
-    sums = checksums({n: t for n, t in tensors.items() if n not in parted})
-    found = team.differing(parted | sums)
+    parted = {n: tuple(t.shape) for n, t in tensors.items() if hasattr(t, "full_tensor")}
+    alike: dict[str, object] = dict(parted)
+    alike |= checksums({n: t for n, t in tensors.items() if n not in parted})
+    found = team.differing(alike)
     if found is not None:
         name, sums = found
-        alike = [str(number) for number, one in enumerate(sums) if one == sums[0]]
+        same = [str(number) for number, one in enumerate(sums) if one == sums[0]]
         raise PlatformError(
             f"{name!r} is not the same in all {team.size} processes: those like the first are "
-            f"{', '.join(alike)}; something has changed it in one of them only"
+            f"{', '.join(same)}; something has changed it in one of them only"
         )
 
 

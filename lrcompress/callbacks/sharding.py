@@ -57,7 +57,7 @@ class ShardedTeam(Team):
             yield
         finally:
             for module, key, parameter in held:
-                module._parameters[key] = parameter
+                module._parameters[key] = parameter  # type: ignore[assignment]
 
     @override
     @contextmanager
@@ -75,7 +75,9 @@ class ShardedTeam(Team):
             for one in opened.values():
                 one.open_(_owners(model))
             yield
-            now = {n: p for name in names for n, p in model.get_submodule(name).named_parameters(name)}
+            now = {
+                n: p for name in names for n, p in model.get_submodule(name).named_parameters(name)
+            }
             found = self.differing(checksums(now))
         finally:
             for name, one in opened.items():
@@ -120,15 +122,17 @@ class _Opened:
                 manager._param_fqn = f"{path}.{key}"
                 made.append(manager)
                 _hand_over(self.optimizers, whole, manager.sharded_param, _like(manager))
-            module._is_fsdp_managed_module = True  # type: ignore[assignment]
-            module._fsdp_use_orig_params = True  # type: ignore[assignment]
+            module._is_fsdp_managed_module = True
+            module._fsdp_use_orig_params = True
         if made:
             self.group.fsdp_params[self.place : self.place] = made
             _follow_modules(self.group)
 
 
-def _sharded_in(layer: nn.Module) -> Iterator[tuple[nn.Module, str, DTensor]]:
-    for module in layer.modules():
+def _sharded_in(
+    layer: nn.Module, *, recurse: bool = True
+) -> Iterator[tuple[nn.Module, str, DTensor]]:
+    for module in layer.modules() if recurse else [layer]:
         for key, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
                 yield module, key, parameter
@@ -204,9 +208,12 @@ def lay_down(model: nn.Module) -> None:
 
 @contextmanager
 def copying(model: nn.Module) -> Iterator[dict[int, Any]]:
-    """Let a sharded model be deep-copied inside the block, with the memo that this yields.
+    """Let a sharded model be deep-copied inside the block.
 
     The copy has plain classes, no units, and parameters of full shape on the meta device.
+
+    Yields:
+        The memo to copy with.
     """
     lay_down(model)
     kinds = {m: type(m) for m in model.modules() if isinstance(m, FSDPModule)}
@@ -214,7 +221,9 @@ def copying(model: nn.Module) -> Iterator[dict[int, Any]]:
     held = [(module, key, vars(module).pop(key)) for module, key in aside]
     memo: dict[int, Any] = {}
     for module in model.modules():
-        memo |= {id(value): value for value in vars(module).values() if isinstance(value, DeviceMesh)}
+        memo |= {
+            id(value): value for value in vars(module).values() if isinstance(value, DeviceMesh)
+        }
     for _, _, parameter in _sharded_in(model):
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         memo[id(parameter)] = nn.Parameter(whole, requires_grad=False)
@@ -238,6 +247,23 @@ def shard_alike_(made: nn.Module, model: nn.Module, values: Mapping[str, Tensor]
         model: the sharded one.
         values: by name: whole, the same in all processes, or sharded as the model is.
     """
+    _shard_in_units(made, model)
+    filled: dict[int, nn.Parameter] = {}  # a tied one once
+    for name, module in made.named_modules():
+        for _, key, parameter in list(_sharded_in(module, recurse=False)):
+            if id(parameter) not in filled:
+                value = values[f"{name}.{key}".lstrip(".")].detach()
+                same = isinstance(value, DTensor)
+                local = value.clone() if same else sharded_like(parameter, value)
+                filled[id(parameter)] = nn.Parameter(local, requires_grad=False)
+            module._parameters[key] = filled[id(parameter)]
+    for name, rest in (*made.named_buffers(), *made.named_parameters()):
+        if not isinstance(rest, DTensor) and name in values:
+            rest.copy_(values[name])
+    return made
+
+
+def _shard_in_units(made: nn.Module, model: nn.Module) -> None:
     mesh = next(_groups(model)).mesh_info.mesh
     names = {module: name for name, module in model.named_modules()}
     for module in reversed(list(names)):  # what is inside first
@@ -245,20 +271,6 @@ def shard_alike_(made: nn.Module, model: nn.Module, values: Mapping[str, Tensor]
         if state is not None and module is state._modules[0]:
             unit = [made.get_submodule(names[one]) for one in state._modules]
             fully_shard(unit, mesh=mesh, mp_policy=state._mp_policy, reshard_after_forward=True)
-    filled: dict[int, nn.Parameter] = {}  # a tied one once
-    for name, module in made.named_modules():
-        for key, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor):
-                if id(parameter) not in filled:
-                    value = values[f"{name}.{key}".lstrip(".")].detach()
-                    same = isinstance(value, DTensor)
-                    local = value.clone() if same else sharded_like(parameter, value)
-                    filled[id(parameter)] = nn.Parameter(local, requires_grad=False)
-                module._parameters[key] = filled[id(parameter)]
-    for name, rest in (*made.named_buffers(), *made.named_parameters()):
-        if not isinstance(rest, DTensor) and name in values:
-            rest.copy_(values[name])
-    return made
 
 
 # What fully_shard keeps

@@ -113,9 +113,6 @@ def copy_of(student: nn.Module) -> nn.Module:
     """Return a copy of a module: its weights and structure, but no hook, graph or distillation.
 
     Of a module that FSDP2 has sharded the copy is sharded alike: no process holds it whole.
-
-    Raises:
-        PlatformError: if something in the module cannot be copied.
     """
     made = _copied(student)
     if not sharding.is_sharded(student):
@@ -124,7 +121,11 @@ def copy_of(student: nn.Module) -> nn.Module:
 
 
 def _copied(student: nn.Module) -> nn.Module:
-    """Return a copy; of a sharded module one on the meta device, neither sharded nor filled."""
+    """Return a copy; of a sharded module one on the meta device, neither sharded nor filled.
+
+    Raises:
+        PlatformError: if something in the module cannot be copied.
+    """
     memo: dict[int, Any] = {}
     if "_distillation" in vars(student):
         memo[id(vars(student)["_distillation"])] = None

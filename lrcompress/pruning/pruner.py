@@ -103,7 +103,9 @@ class Pruner:
         if self.team.parted:
             flat = torch.cat(list(parts.values()))
             self.team.unite_(flat)
-            parts = dict(zip(parts, flat.split([len(part) for part in parts.values()]), strict=True))
+            parts = dict(
+                zip(parts, torch.split(flat, [len(part) for part in parts.values()]), strict=True)
+            )
         for name, part in parts.items():
             rank = self.layers[name].rank
             part[:rank] = part[:rank].abs() / _unit(self.layers[name])
@@ -212,9 +214,7 @@ class Pruner:
             _forget(optimizer, layer, kept)
         self.hold_(optimizers, (name,))
 
-    def _lost(
-        self, name: str, layer: LowRankSparseLinear, kept: Tensor, mean: Tensor
-    ) -> Tensor:
+    def _lost(self, name: str, layer: LowRankSparseLinear, kept: Tensor, mean: Tensor) -> Tensor:
         """Return what an input ``(in,)`` loses of the output, of which this process has rows."""
         inner, mine = own_rows(layer.inner.weight)
         gone = inner.masked_fill(kept[mine, None], 0)

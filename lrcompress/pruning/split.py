@@ -16,8 +16,9 @@ from lrcompress.objective import METHODS
 from lrcompress.parallel import ALONE, Team
 from lrcompress.pruning.shares import AUTO, Quota, Shares
 from lrcompress.report.record import LayerRecord
-from lrcompress.sharded import Dealt, Solved, share_, solve
+from lrcompress.sharded import Dealt, Found, Solved, install_, solve
 from lrcompress.solvers.residual import row_energies
+from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
@@ -79,12 +80,11 @@ def split_(
     else:
         ranks = team.decide(lambda: _ranks(dealt, settings, shares, sizes, budget))
     held = tuple(optimizers)
-    for turn, own in dealt.turns(ranks):
-        for part in [[name] for name in turn] if team.parted else [turn]:
-            with team.whole(model, part, held):
-                for name in part:
-                    _put(model, name, own.get(name), ranks[name], shares, held)
-                share_(model, {name: dealt.owner[name] for name in part}, held, team)
+
+    def put(name: str, found: Found | None) -> None:
+        _put(model, name, found[0] if found else None, ranks[name], shares, held)
+
+    install_(model, dealt, ranks, put, held)
     device = {name: view(model.get_submodule(name)).parameters[0].device for name in names}
     known = {name: one.mean for name, one in dealt.measured.items()}
     means = {name: mean.to(device[name]) for name, mean in known.items() if mean is not None}
@@ -163,7 +163,7 @@ def _divided(dealt: Dealt, sizes: Sizes, budget: int) -> dict[str, int]:
 def _put(
     model: nn.Module,
     name: str,
-    solved: Solved | None,
+    factors: Factors | None,
     rank: int,
     shares: Shares,
     optimizers: Sequence[Optimizer],
@@ -174,8 +174,7 @@ def _put(
     new = LowRankSparseLinear.in_place_of(layer, rank, None if shares.sparse else 0)
     fresh = (new.inner.weight, new.left.weight)
     carry = carry_later(fresh)
-    if solved is not None:
-        factors = solved.truncation.factors(rank)
+    if factors is not None:
         new.left.weight.copy_(factors.left)
         new.right.copy_(factors.right)
         if shares.sparse:

@@ -17,7 +17,7 @@ import lrcompress
 from lrcompress.distill import Distilled, HiddenStates, Logits
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import Loader, Tagger, sentences  # noqa: E402
+from conftest import Loader, Tagger, sentences
 
 NUMBER, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
