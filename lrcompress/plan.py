@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +222,11 @@ def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:
     Raises:
         CheckpointError: if a folder holds no plan.
     """
-    if not isinstance(checkpoint, Mapping) and Path(checkpoint).is_dir():
-        return _plan_in(Path(checkpoint)).apply_(model)
     if not isinstance(checkpoint, Mapping):
-        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        on_disk = isinstance(checkpoint, str | PathLike)
+        if on_disk and Path(checkpoint).is_dir():
+            return _plan_in(Path(checkpoint)).apply_(model)
+        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=on_disk)
     state = checkpoint.get("state_dict", checkpoint)
     return Plan.matching(model, state).apply_(model)
 

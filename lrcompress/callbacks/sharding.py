@@ -100,6 +100,7 @@ class _Opened:
         self.layer, self.optimizers = layer, optimizers
         self.group: Any = None
         self.place = 0
+        self.parts: list[tuple[nn.Module, str, DTensor]] = []
 
     def open_(self, owners: Owners) -> None:
         for module, key, parameter in list(_sharded_in(self.layer)):
@@ -108,6 +109,7 @@ class _Opened:
                 self.group, self.place = group, group.fsdp_params.index(manager)
             group.fsdp_params.remove(manager)
             manager._post_load_hook_handle.remove()  # which would keep the old layer alive
+            self.parts.append((module, key, parameter))
             made = module._parameters[key] = _whole_parameter(parameter)
             _hand_over(self.optimizers, parameter, made, whole)
 
@@ -124,6 +126,10 @@ class _Opened:
                 _hand_over(self.optimizers, whole, manager.sharded_param, _like(manager))
             module._is_fsdp_managed_module = True
             module._fsdp_use_orig_params = True
+        staying = set(layer.modules())
+        for module, key, parameter in self.parts:
+            if module not in staying:  # whoever still holds it does not hold it whole
+                module._parameters[key] = parameter  # type: ignore[assignment]
         if made:
             self.group.fsdp_params[self.place : self.place] = made
             _follow_modules(self.group)

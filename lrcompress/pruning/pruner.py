@@ -258,18 +258,29 @@ class Pruner:
         records, held = [], tuple(optimizers)
         for name, layer in tuple(self.layers.items()):
             with self.team.whole(model, (name,), held):
-                new: nn.Module = layer.compacted()
-                record = self._record(name, layer, new)
-                if record.rank is None:
-                    new = layer.to_dense()
-                replace_(model, name, new)
-                old, fresh = view(layer).parameters, view(new).parameters
-                named = _NAMES if isinstance(new, LowRankSparseLinear) else None
-                swap_parameters_(held, old, fresh, carry_kept(layer), names=named)
+                record, new = self._compacted(model, name, layer, held)
             self._follow(name, layer, new)
             records.append(record)
         self.quotas, self.importance = [], Importance()  # of units that are no more
         return records
+
+    def _compacted(
+        self,
+        model: nn.Module,
+        name: str,
+        layer: LowRankSparseLinear,
+        optimizers: Sequence[Optimizer],
+    ) -> tuple[LayerRecord, nn.Module]:
+        """Replace one layer; return what remains and the new layer."""
+        new: nn.Module = layer.compacted()
+        record = self._record(name, layer, new)
+        if record.rank is None:
+            new = layer.to_dense()
+        replace_(model, name, new)
+        old, fresh = view(layer).parameters, view(new).parameters
+        named = _NAMES if isinstance(new, LowRankSparseLinear) else None
+        swap_parameters_(optimizers, old, fresh, carry_kept(layer), names=named)
+        return record, new
 
     def _record(self, name: str, layer: LowRankSparseLinear, new: nn.Module) -> LayerRecord:
         rows = new.num_rows if isinstance(new, LowRankSparseLinear) else 0

@@ -155,6 +155,7 @@ def _divided(dealt: Dealt, sizes: Sizes, budget: int) -> dict[str, int]:
     for _, own in dealt.turns(sizes):
         for found in dealt.team.attempt(partial(of_turn, own)):
             losses |= found
+        own.clear()
     units = {name: sum(shape) for name, shape in sizes.items()}
     ordered = {name: losses[name] for name in sizes}
     return dealt.team.decide(lambda: divide(ordered, units, budget))
