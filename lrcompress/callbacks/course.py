@@ -288,6 +288,8 @@ class Course(pl.Callback, ABC):
             self._observation.merge_()
             self._observation.check(self.points[self._stage])
         self._team.lay_down(module)
+        names = self._settings_at(self._stage).select(module).names
+        platform.check_layers(module, names, self._team, type(self).__name__)
         if not self._stage:
             platform.announce(module)
         self._change(trainer, module, now)

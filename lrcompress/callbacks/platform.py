@@ -126,6 +126,7 @@ def check_layers(module: nn.Module, names: Sequence[str], team: Team, owner: str
         PlatformError: with the way out.
     """
     if team.parted:
+        sharding.check_units(module)
         sharding.check_layers(module, names, team, owner)
 
 

@@ -115,6 +115,8 @@ class _Opened:
 
     def close_(self, layer: nn.Module, name: str) -> None:
         """Shard what stands in the layer's place now, and what the optimizers know of it."""
+        if self.group is None:
+            return
         made = []
         for path, module in layer.named_modules(prefix=name):
             for key, whole in list(module._parameters.items()):

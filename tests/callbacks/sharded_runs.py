@@ -92,15 +92,16 @@ def fsdp(*, distributed: bool = False) -> ModelParallelStrategy:
 
 
 def trainer(
-    *callbacks: L.Callback, root: str, every_step: str | None = None, **kwargs: Any
+    *callbacks: L.Callback, root: str, save_to: str | None = None, every: int = 1, **kwargs: Any
 ) -> L.Trainer:
+    """Return a trainer that saves a checkpoint ``step=N.ckpt`` every so many steps."""
     saving = []
-    if every_step is not None:
+    if save_to is not None:
         saving = [
             ModelCheckpoint(
-                every_step,
+                save_to,
                 "{step}",
-                every_n_train_steps=1,
+                every_n_train_steps=every,
                 save_top_k=-1,
                 save_on_train_epoch_end=False,
             )
@@ -113,7 +114,7 @@ def trainer(
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
-        "enable_checkpointing": every_step is not None,
+        "enable_checkpointing": save_to is not None,
         "use_distributed_sampler": False,
         "default_root_dir": root,
         "strategy": "ddp",
