@@ -164,7 +164,7 @@ class Course(pl.Callback, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a run needs to go on; under DDP to be called by all processes."""
+        """Return everything a run needs to go on; to be called by all processes."""
         if self._live is None:
             return {"version": VERSION, "stage": self._stage}
         module, optimizers = self._live

@@ -26,8 +26,8 @@ class Factorize(Course):
     factors the targeted layers, carries the optimizer's state over and lets training go on. A
     run that is interrupted and resumed ends as the uninterrupted one, bit for bit on the CPU;
     within an epoch that takes a data loader with a ``state_dict``, since Lightning starts any
-    other one anew. Under DDP each process observes its own batches and factors some of the
-    layers. What happened is in ``report``.
+    other one anew. Under DDP and FSDP2 each process observes its own batches and factors some
+    of the layers. What happened is in ``report``.
 
     Args:
         keep: Parameters that remain / parameters before, over the targeted layers, above 0 and

@@ -62,7 +62,8 @@ class LoSparse(Course):
         beta2: Of PLATON's uncertainty, which multiplies the scores; 1 leaves it out.
         row_score: ``mean`` of ``|p·∂L/∂p|`` over a row, or ``group``: ``|Σ p·∂L/∂p|``, what the
             loss is predicted to change by.
-        granularity: Prune ``rows``, or single ``entries``, which makes nothing faster.
+        granularity: Prune ``rows``, or single ``entries``, which makes nothing faster and cannot be
+            done under FSDP2.
         revive: Let pruned rows compete again at every mask, until ``fix_at``, with the averages
             they were pruned with, which fade.
         targets: Patterns of layer names such as ``*.attention.*``. By default all linear layers

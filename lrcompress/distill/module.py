@@ -65,6 +65,7 @@ class Distilled(_InPlace, pl.LightningModule):
         teacher: ``start``; a checkpoint file of the same module; or another module, of
             which, if it is a LightningModule, the same submodule is called as of the student,
             and otherwise it itself. It is frozen, and moved to the student's device and dtype.
+            Under FSDP2 the first two are sharded as the student is; a module stays whole.
         losses: what to learn from the teacher; by default ``[Logits()]``.
         task: the weight of the student's own loss, a number or a schedule as for the losses.
         call: the submodule whose call in ``training_step`` is repeated on the teacher, empty for
@@ -76,7 +77,7 @@ class Distilled(_InPlace, pl.LightningModule):
             ``teachers`` in the trainer's ``default_root_dir``.
         cache: folder to keep the teacher's features in, per example, so that later epochs need
             not run it. It costs disk: all that the losses compare. Of use where the inputs
-            are the same in every epoch.
+            are the same in every epoch; not under FSDP2, where all processes run it together.
 
     Raises:
         SettingError: if an argument is not what it may be.

@@ -9,10 +9,7 @@ import torch
 
 Make = Callable[..., Any]
 RUNS: dict[str, str] = {
-    "one point": (
-        "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, fisher='model', "
-        "logits='model.head', verbose=False)"
-    ),
+    "one point": "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)",
     "two points": (
         "lrcompress.Factorize(keep=[0.6, 0.3], at=['epoch:1', 0.7], every_n_steps=1, "
         "validate=False, verbose=False, allocation='uniform')"
@@ -21,7 +18,10 @@ RUNS: dict[str, str] = {
         "lrcompress.LoSparse(keep=0.4, mask_every=2, init='kfac', low_rank_share='auto', "
         "at='epoch:1', every_n_steps=1, verbose=False)"
     ),
-    "distilled": "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)",
+    "distilled": (  # and two backward passes in each observed step
+        "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, fisher='model', "
+        "logits='model.head', verbose=False)"
+    ),
 }
 PRELUDE = """
 import gc, signal, weakref
@@ -114,6 +114,8 @@ for name, folder, step, distributed in cases:
 """
 ALONE = """
 for name, make in runs.items():
+    if name == "distilled":  # its labels are drawn, and its losses are means over a process's rows
+        continue
     results = []
     for strategy in ("auto", fsdp()) if name == "losparse" else ("auto",):
         model = made(name, dropout=0.0)
@@ -269,7 +271,8 @@ def test_fsdp_is_as_ddp_and_a_killed_run_ends_as_the_whole_one(
     for name, folder, step, _ in CASES:
         assert_same(torch.load(tmp_path / f"{folder} {step} resumed.pt"), whole[name])
     launch(write(tmp_path, ALONE), 1)
-    for name, one in whole.items():
+    for name in RUNS.keys() - {"distilled"}:
+        one = whole[name]
         alone = torch.load(tmp_path / f"{name} alone.pt")
         assert_same(one["plan"], alone["plan"])
         assert_same(one["model"], alone["model"], rtol=2e-3, atol=2e-4)
