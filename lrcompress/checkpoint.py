@@ -6,6 +6,7 @@ import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ _BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "ComplexFloat": 8, 
 _BYTES |= {"Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[str, Any]:
     """Return what a file of ``torch.save`` holds, on the CPU.
 
     The file is checked before any of it is loaded: the checksum of every part, that no part takes
@@ -28,6 +29,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: of the file, a checkpoint of Lightning or a state dict.
+        mapped: leave tensors on disk until they are read; the file must stay as it is.
 
     Raises:
         CheckpointError: if it is no such file, is damaged, or holds anything else.
@@ -41,7 +43,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     try:
         _check(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
     except Exception as error:  # whatever zipfile, pickle and torch make of a strange file

@@ -18,7 +18,7 @@ from lrcompress.objective import METHODS, Metric, method_named
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.settings import Settings as Settings
-from lrcompress.sharded import Dealt, share_, solve
+from lrcompress.sharded import Found, install_, solve
 from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
@@ -127,6 +127,7 @@ def factor_(
         step: for the record.
         team: the processes that do the same at the same time, with the same model, statistics and
             settings. Each solves some of the layers; all end with the same values, bit for bit.
+            Where each holds a part of the parameters, a layer at a time is made whole.
 
     Returns:
         What was done, layer by layer.
@@ -154,12 +155,13 @@ def factor_(
     ranks = choice.ranks
     _check_falling(model, ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
-    factors = _factors(dealt, chosen)
     before, bytes_before = dense_size(model), dense_bytes(model)
-    for name, rank in chosen.items():
-        metric = dealt.own[name].metric if name in dealt.own else None
-        _put(model, name, rank, factors.get(name), metric, tuple(optimizers))
-    share_(model, {name: dealt.owner[name] for name in chosen}, tuple(optimizers), team)
+    held = tuple(optimizers)
+
+    def put(name: str, found: Found | None) -> None:
+        _put(model, name, chosen[name], found, held)
+
+    install_(model, dealt, chosen, put, held)
     layers = [
         measured[c.name].record(
             c.name,
@@ -197,19 +199,6 @@ def _choose(
     return allocate_faster(model, asked, *budget, settings.measured_tokens or max(1, round(seen)))
 
 
-def _factors(dealt: Dealt, ranks: Mapping[str, int]) -> dict[str, Factors]:
-    """Return the factors of the layers that this process has solved."""
-    found: dict[str, Factors] = {}
-
-    def work() -> None:
-        for name, one in dealt.own.items():
-            if name in ranks:
-                found[name] = one.truncation.factors(ranks[name])
-
-    dealt.team.attempt(work)
-    return found
-
-
 def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
     """Leave a layer alone whose factors would only grow: truncation cannot add rank."""
     for name, rank in ranks.items():
@@ -222,8 +211,7 @@ def _put(
     model: nn.Module,
     name: str,
     rank: int,
-    factors: Factors | None,
-    metric: Metric | None,
+    found: Found | None,
     optimizers: Sequence[Optimizer],
 ) -> None:
     """Put factors in place of a layer; without any, a layer to receive them from elsewhere."""
@@ -231,8 +219,8 @@ def _put(
     old, new = view(layer), LowRankLinear.in_place_of(layer, rank)
     factored = (new.right.weight, new.left.weight)
     carry = carry_later(factored)
-    if factors is not None and metric is not None:
-        carry = _set_(new, layer, factors, metric)
+    if found is not None:
+        carry = _set_(new, layer, *found)
     replace_(model, name, new)
     tied = any(parameter is old.parameters[0] for parameter in model.parameters())
     swap_parameters_(optimizers, old.parameters, factored, carry, staying=tied)

@@ -50,16 +50,17 @@ ROW_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": row_mean, "
 
 
 def component(left: Tensor, gradient: Tensor) -> Tensor:
-    """Return ``|σ_k ∂L/∂σ_k|`` of every rank component of ``left right``.
+    """Return ``σ_k ∂L/∂σ_k`` of every rank component of ``left right``; its size is the score.
 
     With ``left[:, k] right[k, :]`` scaled by ``σ_k``, ``σ_k ∂L/∂σ_k = Σ_i left_ik ∂L/∂left_ik``,
-    and the same sum over ``right``: no singular values need be kept apart.
+    and the same sum over ``right``: no singular values need be kept apart. Of some of the rows
+    it gives their share of the sum.
 
     Args:
         left: ``(out, rank)``.
         gradient: of the loss, ``(out, rank)``.
     """
-    return (left * gradient).sum(0).abs_()
+    return (left * gradient).sum(0)
 
 
 class Importance:

@@ -5,12 +5,14 @@ here, with a number.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lrcompress.errors import LRCompressError, PlatformError
 
@@ -22,14 +24,18 @@ BUCKET = 1 << 23  # values sent at once
 class Team:
     """The processes of a group, seen by one of them. One alone never communicates.
 
-    All methods but :meth:`deal` are collective: every process calls them in the same order.
+    All methods but :meth:`deal` and :meth:`turns` are collective: every process calls them in the
+    same order. Here every process holds all parameters in full; where each holds a part, a
+    subclass makes layers whole.
 
     Attributes:
         index: the number of this process.
         size: how many there are.
         group: their process group; None is the default one.
+        parted: whether each process holds a part of every parameter.
     """
 
+    parted: ClassVar[bool] = False
     index: int = 0
     size: int = 1
     group: Any = None
@@ -125,6 +131,38 @@ class Team:
             load[owner[name]] += costs[name]
         return owner
 
+    def turns(self, owner: Mapping[str, int]) -> list[list[str]]:
+        """Return layers in the turns in which their owners work on them: all at once.
+
+        Where parameters are parted, at most one layer of every owner is whole at a time.
+        """
+        return [list(owner)]
+
+    def lay_down(self, model: nn.Module) -> None:
+        """Have ``model`` hold its own parameters, not what a forward pass has gathered."""
+
+    @contextmanager
+    def reading(self, model: nn.Module, name: str) -> Iterator[None]:  # noqa: ARG002
+        """Have a layer's parameters whole inside the block, to be read and not changed."""
+        yield
+
+    @contextmanager
+    def whole(
+        self,
+        model: nn.Module,  # noqa: ARG002
+        names: Sequence[str],  # noqa: ARG002
+        optimizers: Sequence[Optimizer] = (),  # noqa: ARG002
+    ) -> Iterator[None]:
+        """Have layers and their optimizer state whole inside the block, which may replace them.
+
+        Afterwards what then stands under these names is parted as before. Values have to be the
+        same in all processes at the end of the block.
+        """
+        yield
+
+    def unite_(self, parts: Tensor) -> None:
+        """Add up what each process found in :func:`own_rows`; here each has found it all."""
+
     def differing(self, values: Mapping[str, object]) -> tuple[str, list[object]] | None:
         """Return the first name whose value is not the same in all processes, and its values."""
         told = self.gather(dict(values))
@@ -137,6 +175,23 @@ class Team:
 
 
 ALONE = Team()
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, slice]:
+    """Return the rows of a parameter, or of what is as it is, that this process holds.
+
+    Of a plain tensor these are all. They share the tensor's memory; to be called without grad.
+
+    Example:
+        >>> own_rows(torch.zeros(3, 2))[1]
+        slice(0, 3, None)
+    """
+    if not hasattr(tensor, "to_local"):
+        return tensor, slice(0, len(tensor))
+    local: Tensor = tensor.to_local()
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    start = min(len(tensor), mesh.get_local_rank() * -(-len(tensor) // mesh.size()))
+    return local, slice(start, start + len(local))
 
 
 def _told(error: Exception) -> tuple[type[LRCompressError], str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -212,24 +213,47 @@ def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:
     """Give ``model`` the structure it needs to load a checkpoint.
 
     Call it where Lightning cannot know: in a LightningModule's ``on_load_checkpoint``, for
-    ``load_from_checkpoint``, or in ``configure_model`` under sharded strategies::
+    ``load_from_checkpoint``, or in ``configure_model`` under sharded strategies, before anything
+    is sharded::
 
         def on_load_checkpoint(self, checkpoint):
             lrcompress.restore_structure(self, checkpoint)
 
     Args:
         model: changed in place; layers that fit already are left alone.
-        checkpoint: a Lightning checkpoint or a state dict, as a path or as loaded.
+        checkpoint: a Lightning checkpoint or a state dict, as a path or as loaded; or the folder
+            of a distributed checkpoint.
 
     Returns:
         The same model.
 
     Raises:
-        CheckpointError: if the file or its ``state_dict`` is none.
+        CheckpointError: if the file or its ``state_dict`` is none, or a folder holds no plan.
     """
     if not isinstance(checkpoint, Mapping):
-        checkpoint = read_checkpoint(checkpoint)
+        if Path(checkpoint).is_dir():
+            return _plan_in(Path(checkpoint)).apply_(model)
+        checkpoint = read_checkpoint(checkpoint, mapped=True)
     state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"state_dict must be a mapping, got {type(state).__name__}")
     return Plan.matching(model, state).apply_(model)
+
+
+def _plan_in(folder: Path) -> Plan:
+    """Return the plan that a callback has left beside the shards of a checkpoint.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    path = folder / "meta.pt"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no distributed checkpoint: it has no {path.name}")
+    states = read_checkpoint(path).get("callbacks", {})
+    for state in states.values():
+        if isinstance(state, Mapping) and "param_names" in state and "plan" in state:
+            return Plan.from_dict(state["plan"])
+    raise CheckpointError(
+        f"{path} holds no plan, since no callback of lrcompress was saved with it; make one file "
+        "of the folder with python -m lightning.pytorch.utilities.consolidate_checkpoint"
+    )

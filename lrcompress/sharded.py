@@ -4,7 +4,7 @@ One process alone solves them all, and tells no one.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from lrcompress.objective import Metric, metric_of
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord
-from lrcompress.solvers.truncation import Truncation, relative_error, truncate
+from lrcompress.solvers.truncation import Factors, Truncation, relative_error, truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
 
+Found = tuple[Factors, Metric]
 # Multiply-adds of a product that take as long as one of an eigendecomposition.
 _EIGEN = 25
 _SHOWN = 20  # ranks of an error curve that are kept for the report
@@ -71,10 +72,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Solved:
-    """A layer that this process has solved."""
+    """A layer that this process has solved.
+
+    Attributes:
+        truncation: of its weight, all ranks.
+        metric: what it was measured in, as far as it is kept.
+        weight: ``(out, in)``, as it was solved.
+    """
 
     truncation: Truncation
     metric: Metric
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -83,15 +91,26 @@ class Dealt:
 
     Attributes:
         team: the processes.
-        owner: which of them has solved a layer.
-        own: the layers that this process has solved.
+        owner: which of them solves a layer.
+        own: the layers that this process has solved; none where parameters are parted, since
+            they would not fit.
         measured: all layers.
+        solve: solves layers of a turn, those that this process owns.
     """
 
     team: Team
     owner: Mapping[str, int]
     own: Mapping[str, Solved]
     measured: Mapping[str, Measured]
+    solve: Callable[[Sequence[str]], Mapping[str, Solved]]
+
+    def turns(self, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, Solved]]]:
+        """Yield layers turn by turn, each with what this process has solved of them.
+
+        The latter is to be emptied, with all that is large in it, before the next turn.
+        """
+        for turn in self.team.turns({name: self.owner[name] for name in names}):
+            yield turn, dict(self.solve(turn) if self.team.parted else self.own)
 
 
 def solve(
@@ -118,22 +137,36 @@ def solve(
         team: the processes.
     """
     owner = team.deal({name: _cost(view(model.get_submodule(name)).shape) for name in names})
+
+    def of_layer(name: str, weight: Tensor) -> Solved:
+        refit = refit_bias and view(model.get_submodule(name)).bias is not None
+        metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
+        truncation = truncate(weight, metric.output, metric.input)
+        small = metric if keep_metric else replace(metric, output=None, input=None)
+        return Solved(truncation, small, weight)
+
+    def of_turn(turn: Sequence[str]) -> tuple[dict[str, Solved], dict[str, Measured]]:
+        weights: dict[str, Tensor] = {}
+        for name in turn:
+            with team.reading(model, name):
+                if owner[name] == team.index:
+                    weights[name] = view(model.get_submodule(name)).weight
+        own: dict[str, Solved] = {}
+
+        def work() -> dict[str, Measured]:
+            own.update((name, of_layer(name, weight)) for name, weight in weights.items())
+            return {name: _measured(one) for name, one in own.items()}
+
+        return own, {name: one for part in team.attempt(work) for name, one in part.items()}
+
     own: dict[str, Solved] = {}
-
-    def work() -> dict[str, Measured]:
-        for name in names:
-            if owner[name] != team.index:
-                continue
-            layer = view(model.get_submodule(name))
-            refit = refit_bias and layer.bias is not None
-            metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
-            truncation = truncate(layer.weight, metric.output, metric.input)
-            small = metric if keep_metric else replace(metric, output=None, input=None)
-            own[name] = Solved(truncation, small)
-        return {name: _measured(one) for name, one in own.items()}
-
-    found = {name: one for part in team.attempt(work) for name, one in part.items()}
-    return Dealt(team, owner, own, {name: found[name] for name in names})
+    found: dict[str, Measured] = {}
+    for turn in team.turns(owner):
+        solved, measured = of_turn(turn)
+        found |= measured
+        own |= {} if team.parted else solved
+    measured = {name: found[name] for name in names}
+    return Dealt(team, owner, own, measured, lambda turn: of_turn(turn)[0])
 
 
 def _measured(one: Solved) -> Measured:
@@ -146,6 +179,40 @@ def _cost(shape: tuple[int, int]) -> float:
     """Return roughly what solving a layer takes, in multiply-adds of a product."""
     smaller, larger = sorted(shape)
     return float(_EIGEN * smaller**3 + 2 * math.prod(shape) * (smaller + larger))
+
+
+def install_(
+    model: nn.Module,
+    dealt: Dealt,
+    ranks: Mapping[str, int],
+    put: Callable[[str, Found | None], None],
+    optimizers: Sequence[Optimizer],
+) -> None:
+    """Put factors in place of layers, the same in all processes.
+
+    Args:
+        model: changed in place.
+        dealt: the layers, solved.
+        ranks: of the factors of each.
+        put: puts what was found for a layer in its place; where another process has found it,
+            a layer of the same structure, whose values and optimizer state are sent.
+        optimizers: whose parameters and state follow.
+    """
+    team = dealt.team
+    for turn, own in dealt.turns(ranks):
+        found: dict[str, Found] = {}
+
+        def work(own: Mapping[str, Solved] = own, found: dict[str, Found] = found) -> None:
+            for name in own.keys() & ranks.keys():
+                found[name] = (own[name].truncation.factors(ranks[name]), own[name].metric)
+
+        team.attempt(work)
+        own.clear()
+        for part in [[name] for name in turn] if team.parted else [turn]:
+            with team.whole(model, part, optimizers):
+                for name in part:
+                    put(name, found.get(name))
+                share_(model, {name: dealt.owner[name] for name in part}, optimizers, team)
 
 
 @torch.no_grad()

@@ -132,7 +132,8 @@ def _obstacles(model: nn.Module, linear: dict[str, nn.Module], shared: bool) -> 
 def _unsuited(model: nn.Module, name: str, weight: Tensor) -> str | None:
     if name.endswith(".base_layer") or "lora_" in name:
         return "it is wrapped by an adapter; merge the adapter first"
-    if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+    parted = hasattr(weight, "full_tensor")  # an nn.Parameter too, though not by its type
+    if not weight.is_floating_point() or not (parted or type(weight) is nn.Parameter):
         return f"its weight is quantised ({weight.dtype}, {type(weight).__name__})"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight without calling it"

@@ -300,3 +300,16 @@ def test_a_gpt2_whose_attention_is_square_comes_back_untransposed() -> None:
     restore_structure(model, before)
     model.load_state_dict(before)
     torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_distributed_checkpoint_says_its_structure_beside_its_shards(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no distributed checkpoint: it has no meta\.pt"):
+        restore_structure(dense(), tmp_path)
+    torch.save({"callbacks": {"EarlyStopping{}": {"wait_count": 3}}}, tmp_path / "meta.pt")
+    model = dense()
+    with pytest.raises(CheckpointError, match=r"holds no plan, .*consolidate_checkpoint"):
+        restore_structure(model, tmp_path)
+    assert len(Plan.of(model)) == 0
+    state = {"param_names": [], "plan": PLAN.to_dict()}
+    torch.save({"callbacks": {"Factorize{}": state}}, tmp_path / "meta.pt")
+    assert Plan.of(restore_structure(model, str(tmp_path))) == PLAN

@@ -139,7 +139,9 @@ class Course(pl.Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._live = (pl_module, trainer.optimizers)
         platform.refuse_optimizers(trainer.optimizers, type(self).__name__)
-        for name in self.settings_at(0).select(pl_module).names:
+        names = self.settings_at(0).select(pl_module).names
+        platform.check_layers(pl_module, names, self._team, type(self).__name__)
+        for name in names:
             if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
                 raise LayerError(
                     f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
@@ -180,11 +182,12 @@ class Course(pl.Callback, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a run needs to go on; under DDP to be called by all processes."""
+        """Return everything a run needs to go on; to be called by all processes."""
         if self._live is None:
             return {"version": VERSION, "stage": self._stage}
         module, optimizers = self._live
         restart = self._restart
+        self._team.lay_down(module)
         return {
             "version": VERSION,
             "plan": Plan.of(module).to_dict(),
@@ -213,6 +216,8 @@ class Course(pl.Callback, ABC):
         self._stage = state_dict["stage"]
         self.report = Report.from_dict(state_dict["report"])
         self._times = {name: list(spent) for name, spent in state_dict["times"].items()}
+        if self._live is not None:  # sharded models are loaded after on_fit_start
+            self._resume(*self._live, state_dict)
 
     # The course of a fit
 
@@ -300,6 +305,9 @@ class Course(pl.Callback, ABC):
         if self._observes(self._stage):
             self._observation.merge_()
             self._observation.check(self.points[self._stage])
+        self._team.lay_down(module)
+        names = self.settings_at(self._stage).select(module).names
+        platform.check_layers(module, names, self._team, type(self).__name__)
         if not self._stage:
             platform.announce(module)
         self._change(trainer, module, now)

@@ -14,7 +14,7 @@ from lrcompress.callbacks.layerwise import Dense
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.telling import AUTO
 from lrcompress.engine import Settings, factor_, preview
-from lrcompress.errors import SettingError
+from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Point
@@ -29,8 +29,8 @@ class Factorize(Course):
     factors the targeted layers, carries the optimizer's state over and lets training go on. A
     run that is interrupted and resumed ends as the uninterrupted one, bit for bit on the CPU;
     within an epoch that takes a data loader with a ``state_dict``, since Lightning starts any
-    other one anew. Under DDP each process observes its own batches and factors some of the
-    layers. What happened is in ``report``.
+    other one anew. Under DDP and FSDP2 each process observes its own batches and factors some
+    of the layers. What happened is in ``report``.
 
     Args:
         keep: Parameters that remain / parameters before, over the targeted layers, above 0 and
@@ -182,6 +182,15 @@ class Factorize(Course):
     @override
     def _observes(self, stage: int) -> bool:
         return bool(self.sampling.kinds)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._team.parted and self.measure_layers:
+            raise PlatformError(
+                "measure_layers=True puts layers back in turn, of which each process has only a "
+                "part under FSDP2; leave it out, or use strategy='ddp'"
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -16,7 +16,7 @@ from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.telling import AUTO
 from lrcompress.engine import Settings
-from lrcompress.errors import SettingError
+from lrcompress.errors import PlatformError, SettingError
 from lrcompress.importance import Importance
 from lrcompress.objective import METHODS
 from lrcompress.pruning import Pruner, Shares, check_dense, outlook, split_
@@ -65,7 +65,8 @@ class LoSparse(Course):
         beta2: Of PLATON's uncertainty, which multiplies the scores; 1 leaves it out.
         row_score: ``mean`` of ``|p·∂L/∂p|`` over a row, or ``group``: ``|Σ p·∂L/∂p|``, what the
             loss is predicted to change by.
-        granularity: Prune ``rows``, or single ``entries``, which makes nothing faster.
+        granularity: Prune ``rows``, or single ``entries``, which makes nothing faster and cannot be
+            done under FSDP2.
         revive: Let pruned rows compete again at every mask, until ``fix_at``, with the averages
             they were pruned with, which fade.
         targets: Patterns of layer names such as ``*.attention.*``. By default all linear layers
@@ -210,10 +211,17 @@ class LoSparse(Course):
     # Structure and state
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._team.parted and self.shares.granularity == "entries":
+            raise PlatformError(
+                "granularity='entries' scores every entry of a layer, of which each process has "
+                "only some under FSDP2; use granularity='rows', or strategy='ddp'"
+            )
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = set(self.settings.select(pl_module).names)
-        if not self._stage:  # now, and not at the point, after the dense epochs
-            check_dense(pl_module, sorted(names))
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, Course) and other is not self:
                 both = sorted(names & set(other.settings_at(0).select(pl_module).names))
@@ -240,7 +248,7 @@ class LoSparse(Course):
         self._split_record = dict(state["split"])
         if state["pruner"] is not None:
             self._pruner = Pruner.from_state(
-                state["pruner"], module, self.shares, self._importance()
+                state["pruner"], module, self.shares, self._importance(), self._team
             )
 
     @override
@@ -259,6 +267,8 @@ class LoSparse(Course):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._stage:  # now, and not at the point, after the dense epochs
+            check_dense(pl_module, self.settings.select(pl_module).names)
         total, per_epoch = self._lengths(trainer)
         start = self.points[0].step(total, per_epoch)
 
@@ -290,6 +300,7 @@ class LoSparse(Course):
         if pruner is None or self._stage != 1 or not platform.between_steps(trainer):
             return
         if now >= self._schedule.start and pruner.importance.steps == 0:
+            self._team.lay_down(pl_module)
             pruner.prune_(self._schedule(now), trainer.optimizers)
             kept = self._split_record["budget"]
             enough = (self._at_steps[1] - self._schedule.start) / _BUDGETS
@@ -304,7 +315,10 @@ class LoSparse(Course):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         pruner = self._pruner
-        if pruner is None or self._stage != 1 or pruner.done or not pruner.trained_by(optimizer):
+        if pruner is None or self._stage != 1 or pruner.done:
+            return
+        self._team.lay_down(pl_module)
+        if not pruner.trained_by(optimizer):
             return
         if self.shares.revive or platform.steps_done(trainer) < self._schedule.stop:
             pruner.observe(platform.gradient_factor(trainer, optimizer))
@@ -341,7 +355,7 @@ class LoSparse(Course):
             module, statistics, self.settings, self.shares, optimizers=optimizers, team=team
         )
         self._settle(trainer, module)
-        self._pruner = Pruner(module, names, quotas, self.shares, self._importance(), means)
+        self._pruner = Pruner(module, names, quotas, self.shares, self._importance(), means, team)
 
     def _fix(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         assert self._pruner is not None

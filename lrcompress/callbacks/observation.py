@@ -165,7 +165,8 @@ class Observation:
         self._step.close()
 
     def merge_(self) -> None:
-        """Let every process have what all have seen, at the point."""
+        """Let every process have what all have seen, at the point, and let go of the layers."""
+        self._recorder = self._tap = None
         all_reduce_(self.statistics, self.team, self._device)
 
     def check(self, point: object) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lrcompress.callbacks import sharding
 from lrcompress.errors import CheckpointError, PlatformError
 from lrcompress.nn import Factored
 from lrcompress.parallel import ALONE, Team, checksums
@@ -27,6 +28,7 @@ _REFUSED = {
 }
 # Strategies that are DDPStrategies by inheritance alone.
 _OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
+_FSDP2 = "ModelParallelStrategy"
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
 
 TEACHER = "lrcompress_teacher"  # what a checkpoint says of the teacher of a distilled run
@@ -55,11 +57,14 @@ def _refuse_strategy(strategy: Any, owner: str) -> None:
     names, name = _names(type(strategy)), type(strategy).__name__
     if "SingleDeviceStrategy" in names:
         return
+    if _FSDP2 in names:
+        refuse_tensor_parallel(strategy, owner)
+        return
     if "DDPStrategy" not in names or names & _OTHER_THAN_DDP:
         raise PlatformError(
-            f"{owner} replaces layers while fit runs, which it can do on one device and under DDP "
-            f"so far, not under {name}; use strategy='ddp' or Trainer(devices=1), or call "
-            "lrcompress.compress() between two fits"
+            f"{owner} replaces layers while fit runs, which it can do on one device, under DDP "
+            f"and FSDP2 (ModelParallelStrategy), not under {name}; use strategy='ddp' or "
+            "Trainer(devices=1), or call lrcompress.compress() between two fits"
         )
     method = getattr(strategy, "_start_method", "popen")
     if method != "popen":
@@ -72,6 +77,26 @@ def _refuse_strategy(strategy: Any, owner: str) -> None:
         raise PlatformError(
             f"{owner} needs the same parameters in all processes, which model averaging lets "
             "drift apart between its periods; leave model_averaging_period out"
+        )
+
+
+def is_sharding(trainer: pl.Trainer) -> bool:
+    """Return whether the strategy is FSDP2, under which each process holds a part of the model."""
+    return _FSDP2 in _names(type(trainer.strategy))
+
+
+def refuse_tensor_parallel(strategy: Any, owner: str) -> None:
+    """Raise for FSDP2 with parameters that lie over processes in more than one way.
+
+    Raises:
+        PlatformError: with the way out.
+    """
+    over = strategy.device_mesh["tensor_parallel"].size()
+    if over > 1:
+        raise PlatformError(
+            f"{owner} follows parameters that lie over processes by rows, and tensor parallelism "
+            f"lays them over {over} otherwise; use ModelParallelStrategy(data_parallel_size=N, "
+            "tensor_parallel_size=1)"
         )
 
 
@@ -92,7 +117,20 @@ def refuse_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
 
 def team(trainer: pl.Trainer) -> Team:
     """Return the processes that train together."""
+    if is_sharding(trainer):
+        return sharding.ShardedTeam.of()
     return Team.of() if trainer.world_size > 1 else ALONE
+
+
+def check_layers(module: nn.Module, names: Sequence[str], team: Team, owner: str) -> None:
+    """Refuse layers that are sharded in a way that cannot be followed.
+
+    Raises:
+        PlatformError: with the way out.
+    """
+    if team.parted:
+        sharding.check_units(module)
+        sharding.check_layers(module, names, team, owner)
 
 
 def check_same_module(module: nn.Module, team: Team) -> None:
@@ -137,20 +175,29 @@ def check_same_lengths(trainer: pl.Trainer, team: Team) -> None:
 def check_identical(module: nn.Module, team: Team) -> None:
     """Compare all parameters and the structure over the processes.
 
+    Of a parameter of which each process holds a part, its shape is compared; it was compared
+    whole when it was changed.
+
     Raises:
         PlatformError: naming the first parameter that differs.
     """
+    if team.parted:
+        team.attempt(lambda: sharding.check_units(module))
     if team.size == 1:
         return
     ignored = set(getattr(module, _IGNORED, ()))
     tensors = dict(module.named_parameters()) | dict(_structure_buffers(module))
-    found = team.differing(checksums({n: t for n, t in tensors.items() if n not in ignored}))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    parted = {n: tuple(t.shape) for n, t in tensors.items() if hasattr(t, "full_tensor")}
+    alike: dict[str, object] = dict(parted)
+    alike |= checksums({n: t for n, t in tensors.items() if n not in parted})
+    found = team.differing(alike)
     if found is not None:
         name, sums = found
-        alike = [str(number) for number, one in enumerate(sums) if one == sums[0]]
+        same = [str(number) for number, one in enumerate(sums) if one == sums[0]]
         raise PlatformError(
             f"{name!r} is not the same in all {team.size} processes: those like the first are "
-            f"{', '.join(alike)}; something has changed it in one of them only"
+            f"{', '.join(same)}; something has changed it in one of them only"
         )
 
 

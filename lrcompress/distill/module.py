@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lrcompress.callbacks import platform
 from lrcompress.callbacks.platform import TEACHER
 from lrcompress.distill.distillation import START, Distillation
 from lrcompress.distill.losses import DistillationLoss, Logits, Weight
@@ -20,7 +21,7 @@ from lrcompress.distill.teacher import reload
 from lrcompress.errors import CheckpointError, PlatformError, SettingError
 from lrcompress.statistics.batches import MASK
 
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy")
 
 
 _CLASSES: dict[type[pl.LightningModule], "type[Distilled]"] = {}
@@ -64,6 +65,7 @@ class Distilled(_InPlace, pl.LightningModule):
         teacher: ``start``; a checkpoint file of the same module; or another module, of
             which, if it is a LightningModule, the same submodule is called as of the student,
             and otherwise it itself. It is frozen, and moved to the student's device and dtype.
+            Under FSDP2 the first two are sharded as the student is; a module stays whole.
         losses: what to learn from the teacher; by default ``[Logits()]``.
         task: the weight of the student's own loss, a number or a schedule as for the losses.
         call: the submodule whose call in ``training_step`` is repeated on the teacher, empty for
@@ -75,7 +77,7 @@ class Distilled(_InPlace, pl.LightningModule):
             ``teachers`` in the trainer's ``default_root_dir``.
         cache: folder to keep the teacher's features in, per example, so that later epochs need
             not run it. It costs disk: all that the losses compare. Of use where the inputs
-            are the same in every epoch.
+            are the same in every epoch; not under FSDP2, where all processes run it together.
 
     Raises:
         SettingError: if an argument is not what it may be.
@@ -211,7 +213,8 @@ class Distilled(_InPlace, pl.LightningModule):
         record = self._distillation.record()
         if record is not None:
             checkpoint[TEACHER] = record
-            if self.trainer.is_global_zero:
+            teacher = self._distillation.teacher
+            if self.trainer.is_global_zero or (teacher is not None and teacher.sharded):
                 self._distillation.save(self._teacher_folder)
 
     @override
@@ -335,8 +338,15 @@ def _refuse(module: Distilled) -> None:
     for name in sorted(strategy.intersection(_SHARDED)):
         raise PlatformError(
             f"Distilled copies and calls the whole module on each rank, which {name} takes "
-            "apart; use one device or DDP"
+            "apart; use one device, DDP or FSDP2 (ModelParallelStrategy)"
         )
+    if platform.is_sharding(module.trainer):
+        platform.refuse_tensor_parallel(module.trainer.strategy, "Distilled")
+        if module._distillation.cache is not None:
+            raise PlatformError(
+                "cache= spares a process its call of the teacher, for which the others, that hold "
+                "parts of it, would wait; leave cache= out under FSDP2"
+            )
 
 
 def _make_hparams_its_own(module: Distilled) -> None:

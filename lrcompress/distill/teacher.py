@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lrcompress.callbacks import sharding
 from lrcompress.checkpoint import read_checkpoint
 from lrcompress.errors import CheckpointError, NoMatchError, PlatformError, nearest
+from lrcompress.parallel import ALONE
 from lrcompress.plan import restore_structure
 
 _HOOKS = (
@@ -78,24 +80,49 @@ class Teacher:
         return self._fingerprint
 
     @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of it, so that only all together can read it."""
+        return sharding.is_sharded(self.module)
+
+    @property
     def file(self) -> str:
         """What its file is called."""
         return f"teacher-{self.fingerprint[:16]}.safetensors"
 
     def save(self, folder: Path) -> None:
-        """Write the weights into a file of the folder, whole or not at all."""
+        """Write the weights into a file of the folder, whole or not at all.
+
+        To be called by the first process; where the teacher is sharded, by all.
+        """
         path = folder / self.file
-        if path.exists():
+        team = sharding.ShardedTeam.of() if self.sharded else ALONE
+        if not team.decide(lambda: not path.exists()):
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        passing = path.with_name(f".{path.name}.{os.getpid()}")
-        tensors = _tensors(self.module)
-        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, passing)
-        passing.replace(path)
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in _tensors(self.module).items():
+            whole = sharding.whole(tensor).cpu()
+            if team.index == 0:
+                tensors[name] = whole.clone()
+        if team.index == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            passing = path.with_name(f".{path.name}.{os.getpid()}")
+            save_file(tensors, passing)
+            passing.replace(path)
 
 
 def copy_of(student: nn.Module) -> nn.Module:
     """Return a copy of a module: its weights and structure, but no hook, graph or distillation.
+
+    Of a module that FSDP2 has sharded the copy is sharded alike: no process holds it whole.
+    """
+    made = _copied(student)
+    if not sharding.is_sharded(student):
+        return made
+    return sharding.shard_alike_(made, student, _tensors(student))
+
+
+def _copied(student: nn.Module) -> nn.Module:
+    """Return a copy; of a sharded module one on the meta device, neither sharded nor filled.
 
     Raises:
         PlatformError: if something in the module cannot be copied.
@@ -110,7 +137,8 @@ def copy_of(student: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
     try:
-        made = copy.deepcopy(student, memo)
+        with sharding.copying(student) as given:
+            made = copy.deepcopy(student, memo | given)
     except (RuntimeError, TypeError) as error:
         raise PlatformError(
             f"{type(student).__name__} cannot be copied as its own teacher: {error}; "
@@ -127,7 +155,7 @@ def load_copy(student: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     Raises:
         CheckpointError: if these are not the weights of such a module.
     """
-    module = restore_structure(copy_of(student), tensors)
+    module = restore_structure(_copied(student), tensors)
     own = _tensors(module)
     embeddings = [f"{n}.weight" for n, m in module.named_modules() if isinstance(m, nn.Embedding)]
     for name in sorted(
@@ -147,6 +175,8 @@ def load_copy(student: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
             f"the teacher {source} is no checkpoint of a {type(module).__name__}: "
             f"{differ[0]!r} is {where}, one of {len(differ)} names that differ"
         )
+    if sharding.is_sharded(student):
+        return sharding.shard_alike_(module, student, tensors)
     module.load_state_dict(tensors, strict=False)
     return module
 
@@ -214,7 +244,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=32)
     for name in sorted(tensors):
-        tensor = tensors[name].cpu().contiguous()
+        tensor = sharding.whole(tensors[name]).cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

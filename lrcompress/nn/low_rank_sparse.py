@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lrcompress.errors import SettingError, ShapeError
 from lrcompress.nn.low_rank import Factored, LowRankLinear
+from lrcompress.parallel import own_rows
 from lrcompress.statistics import views
 
 # Measured on a CPU by tests/benchmarks/sparse_cost.py; they change the speed only.
@@ -139,8 +140,9 @@ class LowRankSparseLinear(Factored):
         if not alive[: self.rank].any():
             raise SettingError(f"all {self.rank} ranks would be pruned; keep at least one")
         self.kept.copy_(alive)
-        self.inner.weight.masked_fill_(~alive[:, None], 0)
-        self.left.weight.masked_fill_(~alive[: self.rank], 0)
+        inner, mine = own_rows(self.inner.weight)
+        inner.masked_fill_(~alive[mine, None], 0)
+        own_rows(self.left.weight)[0].masked_fill_(~alive[: self.rank], 0)
         self._look()
         return self
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lrcompress.budget import kept_units
 from lrcompress.importance import ROW_SCORES, Importance, component, entries
 from lrcompress.nn import LowRankSparseLinear
+from lrcompress.parallel import ALONE, Team, own_rows
 from lrcompress.pruning.shares import Quota, Shares
 from lrcompress.report.record import Curve, LayerRecord
 from lrcompress.statistics.views import view
@@ -34,6 +35,9 @@ class Pruner:
         shares: how units are scored.
         importance: the averages of their scores.
         means: mean inputs of layers whose bias takes up what pruning takes away.
+        team: the processes that do the same at the same time, with scores and masks of whole
+            layers in each; where each holds only some rows of a parameter, rows are pruned, not
+            single entries.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class Pruner:
         shares: Shares,
         importance: Importance,
         means: Mapping[str, Tensor] | None = None,
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
         self.quotas, self.shares, self.importance = list(quotas), shares, importance
         self.means = dict(means or {})
         self.masks: dict[str, Tensor] = {}  # entries that stay, where single entries are pruned
@@ -84,16 +90,37 @@ class Pruner:
         Args:
             scale: what gradients are multiplied by to be those of the mean loss.
         """
-        scored = {}
+        parts: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             inner, left = layer.inner.weight, layer.left.weight
             if inner.grad is None or left.grad is None:
                 continue
-            rows = self._score(inner[layer.rank :], inner.grad[layer.rank :])
-            parts = [component(left, left.grad) / _unit(layer), rows]
-            scored[name] = torch.cat(parts) * scale
-        if scored:
-            self.importance.add(scored)
+            (own, mine), (slope, _) = own_rows(inner), own_rows(inner.grad)
+            first = max(0, layer.rank - mine.start)  # of the rows that are not the right factor's
+            rows = self._score(own[first:], slope[first:])
+            changes = component(own_rows(left)[0], own_rows(left.grad)[0])
+            parts[name] = torch.cat([changes, self._placed(layer, rows, mine.start + first)])
+        if not parts:
+            return
+        if self.team.parted:
+            flat = torch.cat(list(parts.values()))
+            self.team.unite_(flat)
+            parts = dict(
+                zip(parts, torch.split(flat, [len(part) for part in parts.values()]), strict=True)
+            )
+        for name, part in parts.items():
+            rank = self.layers[name].rank
+            part[:rank] = part[:rank].abs() / _unit(self.layers[name])
+            part *= scale
+        self.importance.add(parts)
+
+    def _placed(self, layer: LowRankSparseLinear, rows: Tensor, start: int) -> Tensor:
+        """Return scores of rows of ``inner`` from ``start`` on, among zeros for all others'."""
+        if not self.team.parted:
+            return rows
+        place = rows.new_zeros(layer.num_rows)
+        place[start - layer.rank :][: len(rows)] = rows
+        return place
 
     @property
     def _score(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -189,7 +216,7 @@ class Pruner:
         kept = torch.cat([components, rows])
         mean = self.means.get(name)
         if mean is not None and layer.bias is not None:
-            layer.bias.add_(_output(layer, self._gone(name, layer, kept), mean))
+            own_rows(layer.bias)[0].add_(self._lost(name, layer, kept, mean))
         if self.shares.revive:
             layer.revive_(kept & ~layer.kept)
         layer.prune_(kept)
@@ -197,13 +224,20 @@ class Pruner:
             _forget(optimizer, layer, kept)
         self.hold_(optimizers, (name,))
 
-    def _gone(self, name: str, layer: LowRankSparseLinear, kept: Tensor) -> Tensor:
-        """Return ``inner.weight`` with zeros where it stays."""
-        gone = layer.inner.weight.masked_fill(kept[:, None], 0)
+    def _lost(self, name: str, layer: LowRankSparseLinear, kept: Tensor, mean: Tensor) -> Tensor:
+        """Return what an input ``(in,)`` loses of the output, of which this process has rows."""
+        inner, mine = own_rows(layer.inner.weight)
+        gone = inner.masked_fill(kept[mine, None], 0)
         if name in self.masks:
             mask = self.masks[name].view(layer.num_rows, layer.in_features)
-            gone[layer.rank :] = layer.inner.weight[layer.rank :].masked_fill(mask, 0)
-        return gone
+            gone[layer.rank :] = inner[layer.rank :].masked_fill(mask, 0)
+        parts = gone.new_zeros(len(kept))
+        parts[mine] = gone @ mean.to(gone)
+        self.team.unite_(parts)
+        left, here = own_rows(layer.left.weight)
+        rows = parts.new_zeros(layer.out_features)
+        rows[layer.index] = parts[layer.rank :]
+        return left @ parts[: layer.rank] + rows[here]
 
     @torch.no_grad()
     def hold_(
@@ -231,20 +265,32 @@ class Pruner:
             What remains, layer by layer, counted from the new layers. Only those with single
             entries pruned stay in ``layers``, to be held at zero.
         """
-        records = []
+        records, held = [], tuple(optimizers)
         for name, layer in tuple(self.layers.items()):
-            new: nn.Module = layer.compacted()
-            record = self._record(name, layer, new)
-            if record.rank is None:
-                new = layer.to_dense()
-            replace_(model, name, new)
-            old, fresh = view(layer).parameters, view(new).parameters
-            named = _NAMES if isinstance(new, LowRankSparseLinear) else None
-            swap_parameters_(optimizers, old, fresh, carry_kept(layer), names=named)
+            with self.team.whole(model, (name,), held):
+                record, new = self._compacted(model, name, layer, held)
             self._follow(name, layer, new)
             records.append(record)
         self.quotas, self.importance = [], Importance()  # of units that are no more
         return records
+
+    def _compacted(
+        self,
+        model: nn.Module,
+        name: str,
+        layer: LowRankSparseLinear,
+        optimizers: Sequence[Optimizer],
+    ) -> tuple[LayerRecord, nn.Module]:
+        """Replace one layer; return what remains and the new layer."""
+        new: nn.Module = layer.compacted()
+        record = self._record(name, layer, new)
+        if record.rank is None:
+            new = layer.to_dense()
+        replace_(model, name, new)
+        old, fresh = view(layer).parameters, view(new).parameters
+        named = _NAMES if isinstance(new, LowRankSparseLinear) else None
+        swap_parameters_(optimizers, old, fresh, carry_kept(layer), names=named)
+        return record, new
 
     def _record(self, name: str, layer: LowRankSparseLinear, new: nn.Module) -> LayerRecord:
         rows = new.num_rows if isinstance(new, LowRankSparseLinear) else 0
@@ -287,24 +333,22 @@ class Pruner:
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Any], model: nn.Module, shares: Shares, importance: Importance
+        cls,
+        state: Mapping[str, Any],
+        model: nn.Module,
+        shares: Shares,
+        importance: Importance,
+        team: Team = ALONE,
     ) -> "Pruner":
         """Return the pruner that :meth:`state_dict` described, for a model with its layers."""
         quotas = [Quota(tuple(q["parts"]), q["start"], q["final"]) for q in state["quotas"]]
-        pruner = cls(model, state["names"], quotas, shares, importance)
+        pruner = cls(model, state["names"], quotas, shares, importance, team=team)
         device = next(model.parameters()).device
         pruner.means = {name: mean.to(device) for name, mean in state["means"].items()}
         pruner.masks = {name: mask.to(device) for name, mask in state["masks"].items()}
         pruner.ranking = dict(state["ranking"])
         importance.load_state_dict(state["importance"], device)
         return pruner
-
-
-def _output(layer: LowRankSparseLinear, inner: Tensor, x: Tensor) -> Tensor:
-    """Return what ``inner`` in place of the layer's own gives for an input ``(in,)``."""
-    parts = inner @ x.to(inner)
-    low_rank = layer.left.weight @ parts[: layer.rank]
-    return low_rank.index_add(0, layer.index, parts[layer.rank :])
 
 
 def _ranking(scores: Tensor) -> Curve:
@@ -331,6 +375,7 @@ def _moments(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]
 
 def _forget(optimizer: Optimizer, layer: LowRankSparseLinear, kept: Tensor) -> None:
     for value in _moments([optimizer], layer.inner.weight):
-        value[~kept] = 0
+        own, mine = own_rows(value)
+        own[~kept[mine]] = 0
     for value in _moments([optimizer], layer.left.weight):
-        value[:, ~kept[: layer.rank]] = 0
+        own_rows(value)[0][:, ~kept[: layer.rank]] = 0

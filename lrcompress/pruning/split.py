@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from lrcompress.objective import METHODS
 from lrcompress.parallel import ALONE, Team
 from lrcompress.pruning.shares import AUTO, Quota, Shares
 from lrcompress.report.record import LayerRecord
-from lrcompress.sharded import Dealt, Solved, share_, solve
+from lrcompress.sharded import Dealt, Found, Solved, install_, solve
 from lrcompress.solvers.residual import row_energies
+from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
@@ -74,12 +76,15 @@ def split_(
     sizes = {name: view(model.get_submodule(name)).shape for name in names}
     budget = _budget(sizes, shares)
     if shares.start_rank is None and shares.low_rank_share == AUTO:
-        ranks = _divided(model, dealt, sizes, budget)
+        ranks = _divided(dealt, sizes, budget)
     else:
         ranks = team.decide(lambda: _ranks(dealt, settings, shares, sizes, budget))
-    for name, rank in ranks.items():
-        _put(model, name, dealt.own.get(name), rank, shares, tuple(optimizers))
-    share_(model, dealt.owner, optimizers, team)
+    held = tuple(optimizers)
+
+    def put(name: str, found: Found | None) -> None:
+        _put(model, name, found[0] if found else None, ranks[name], shares, held)
+
+    install_(model, dealt, ranks, put, held)
     device = {name: view(model.get_submodule(name)).parameters[0].device for name in names}
     known = {name: one.mean for name, one in dealt.measured.items()}
     means = {name: mean.to(device[name]) for name, mean in known.items() if mean is not None}
@@ -136,18 +141,21 @@ def _ranks(
     return {name: rank or 1 for name, rank in shared.items()}
 
 
-def _divided(model: nn.Module, dealt: Dealt, sizes: Sizes, budget: int) -> dict[str, int]:
+def _divided(dealt: Dealt, sizes: Sizes, budget: int) -> dict[str, int]:
 
-    def work() -> dict[str, Tensor]:
+    def of_turn(own: Mapping[str, Solved]) -> dict[str, Tensor]:
         losses = {}
-        for name, one in dealt.own.items():
-            most = max(1, math.prod(sizes[name]) // sum(sizes[name]))
-            weight, metric = view(model.get_submodule(name)).weight, one.metric
-            rows = row_energies(weight, metric.output, metric.input, one.truncation, most)
+        for name, one in own.items():
+            most, metric = max(1, math.prod(sizes[name]) // sum(sizes[name])), one.metric
+            rows = row_energies(one.weight, metric.output, metric.input, one.truncation, most)
             losses[name] = (0.5 * (metric.loss_scale or 0.0) * rows).cpu()
         return losses
 
-    losses = {name: rows for part in dealt.team.attempt(work) for name, rows in part.items()}
+    losses: dict[str, Tensor] = {}
+    for _, own in dealt.turns(sizes):
+        for found in dealt.team.attempt(partial(of_turn, own)):
+            losses |= found
+        own.clear()
     units = {name: sum(shape) for name, shape in sizes.items()}
     ordered = {name: losses[name] for name in sizes}
     return dealt.team.decide(lambda: divide(ordered, units, budget))
@@ -156,7 +164,7 @@ def _divided(model: nn.Module, dealt: Dealt, sizes: Sizes, budget: int) -> dict[
 def _put(
     model: nn.Module,
     name: str,
-    solved: Solved | None,
+    factors: Factors | None,
     rank: int,
     shares: Shares,
     optimizers: Sequence[Optimizer],
@@ -167,8 +175,7 @@ def _put(
     new = LowRankSparseLinear.in_place_of(layer, rank, None if shares.sparse else 0)
     fresh = (new.inner.weight, new.left.weight)
     carry = carry_later(fresh)
-    if solved is not None:
-        factors = solved.truncation.factors(rank)
+    if factors is not None:
         new.left.weight.copy_(factors.left)
         new.right.copy_(factors.right)
         if shares.sparse:

@@ -42,6 +42,7 @@ def summary(report: Report) -> Summary:
     dense = sum(layer.rank is None for layer in report.layers_after(len(points)))
     if dense:
         notes.append(f"{dense} of the targeted layers are left dense")
+    notes += [point.note for point in report.points if point.note]
     return Summary(columns, found.rows, notes)
 
 

@@ -174,6 +174,8 @@ class Recorder:
         return self._pass.outputs
 
     def _forget(self) -> None:
+        assert self._pass is not None
+        self._pass.outputs.clear()  # whose hooks hold the pass, and this: a cycle
         self._pass = None
 
     def _saw(

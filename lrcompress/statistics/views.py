@@ -59,6 +59,8 @@ _VIEWS: dict[str, Callable[[nn.Module], LinearView]] = {
 
 
 def _qualified(kind: type) -> str:
+    if kind.__bases__[0].__name__ == "FSDPModule":  # a unit of FSDP2 answers as what it was
+        kind = kind.__bases__[1]
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -317,7 +317,7 @@ class DeepSpeedStrategy(DDPStrategy):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (FSDPStrategy(), r"under DDP so far, not under FSDPStrategy; use strategy='ddp'"),
+        (FSDPStrategy(), r"under DDP and FSDP2 .*, not under FSDPStrategy; use strategy='ddp'"),
         (DeepSpeedStrategy(), r"not under DeepSpeedStrategy; .*compress\(\) between two fits"),
         (DDPStrategy(start_method="spawn"), r"processes that spawn starts, .*='ddp' in a script"),
         (DDPStrategy(model_averaging_period=4), r"leave model_averaging_period out"),
