@@ -34,6 +34,7 @@ from lrcompress.surgery import (
     replace_,
     select,
     swap_parameters_,
+    whole_or_not,
 )
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -225,21 +226,20 @@ def factor_(
     started = time.perf_counter()
     names = settings.select(model).names
     check_kinds(model, names)
-    refit, shrink = settings.refit_bias, settings.shrink
-    dealt = solve(
-        model, names, statistics, settings.method, refit_bias=refit, shrink=shrink, team=team
-    )
+    refit, shrink, method = settings.refit_bias, settings.shrink, settings.method
+    dealt = solve(model, names, statistics, method, refit_bias=refit, shrink=shrink, team=team)
     measured = dealt.measured
     asked = candidates(model, names, settings, {n: one.curve for n, one in measured.items()})
     ranks = team.decide(lambda: allocate(asked, settings.keep, settings.spread, settings.align))
     _check_falling(model, ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
     factors = _factors(dealt, chosen)
-    before = dense_size(model)
-    for name, rank in chosen.items():
-        metric = dealt.own[name].metric if name in dealt.own else None
-        _put(model, name, rank, factors.get(name), metric, tuple(optimizers))
-    share_(model, {name: dealt.owner[name] for name in chosen}, tuple(optimizers), team)
+    before, optimizers = dense_size(model), tuple(optimizers)
+    with whole_or_not(model, chosen, optimizers):
+        for name, rank in chosen.items():
+            metric = dealt.own[name].metric if name in dealt.own else None
+            _put(model, name, rank, factors.get(name), metric, optimizers)
+        share_(model, {name: dealt.owner[name] for name in chosen}, optimizers, team)
     layers = [
         LayerRecord(
             c.name,

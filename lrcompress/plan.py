@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import CheckpointError, NoMatchError, ShapeError, nearest
+from lrcompress.files import read_checkpoint
 from lrcompress.nn import Factored, LowRankLinear, LowRankSparseLinear
 from lrcompress.statistics.views import is_linear, view
 from lrcompress.surgery import replace_
@@ -214,8 +214,11 @@ def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:
 
     Returns:
         The same model.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
     """
     if not isinstance(checkpoint, Mapping):
-        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(checkpoint)
     state = checkpoint.get("state_dict", checkpoint)
     return Plan.matching(model, state).apply_(model)

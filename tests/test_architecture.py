@@ -12,7 +12,7 @@ import lrcompress
 
 ROOT = Path(lrcompress.__file__).parent
 LAYERS = [
-    {"errors", "linalg", "parallel", "schedules"},
+    {"errors", "files", "linalg", "parallel", "schedules"},
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
     {"nn", "plan", "surgery"},

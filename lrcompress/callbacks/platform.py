@@ -26,6 +26,13 @@ _REFUSED = {
 }
 # Strategies that are DDPStrategies by inheritance alone.
 _OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
+# The way out for strategies that take the module apart before a callback may change it.
+BOUNDARY = (
+    "fit without the callback, make one file of the checkpoint if it is a folder, then "
+    "`lrcompress factor --config RECIPE --checkpoint LAST.ckpt --out FACTORED.ckpt` with "
+    "Factorize in the recipe, and fit again with lrcompress.StartFrom('FACTORED.ckpt') in its "
+    "place"
+)
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
 
 
@@ -55,8 +62,8 @@ def _refuse_strategy(strategy: Any, owner: str) -> None:
     if "DDPStrategy" not in names or names & _OTHER_THAN_DDP:
         raise PlatformError(
             f"{owner} replaces layers while fit runs, which it can do on one device and under DDP "
-            f"so far, not under {name}; use strategy='ddp' or Trainer(devices=1), or call "
-            "lrcompress.compress() between two fits"
+            f"so far, not under {name}; use strategy='ddp' or Trainer(devices=1), or factor "
+            f"between two fits: {BOUNDARY}"
         )
     method = getattr(strategy, "_start_method", "popen")
     if method != "popen":
@@ -352,6 +359,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+def weights(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return a checkpoint of the weights alone, with all that loading it takes."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
 
 
 def log(trainer: pl.Trainer, values: dict[str, float]) -> None:

@@ -6,6 +6,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   validate   run once over the validation data
   test       run once over the test data
   plan       print which layers the recipe would replace, without training
+  factor     factor a checkpoint between two fits, for strategies that cannot on the way:
+             lrcompress factor --config RECIPE --checkpoint CKPT --out FACTORED
   export     write the model of a checkpoint to a folder that transformers loads:
              lrcompress export CKPT FOLDER --config RECIPE --format transformers|dense
 
@@ -41,14 +43,16 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from typing_extensions import override
 
-import lrcompress.callbacks  # noqa: F401  so that recipes may say Factorize
-import lrcompress.distill  # noqa: F401  and Distilled
-import lrcompress.tasks  # noqa: F401  and TextClassification
+import lrcompress.tasks  # noqa: F401  so that recipes may say TextClassification
+from lrcompress.callbacks import Factorize, factor_checkpoint
 from lrcompress.cli.export import export
+from lrcompress.distill import Distilled
 from lrcompress.errors import LRCompressError, RecipeError, nearest
 from lrcompress.recipe import LINKED, find_faults, linked_from
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
+ONE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+ONE_CPU |= {"precision": None, "plugins": None}
 UNASKED = ("Seed set to", "GPU available", "TPU available", "HPU available", "💡 Tip")
 
 
@@ -95,6 +99,47 @@ class _Trainer(Trainer):
     ) -> None:
         """Print which layers the recipe would replace, without training."""
         print_plan(self, model)
+
+    def factor(
+        self,
+        model: LightningModule,
+        checkpoint: str,
+        out: str,
+        point: int = 1,
+        batches: int = 100,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        """Factor a finished fit's weights, for another fit to start from with StartFrom.
+
+        Args:
+            model: The recipe's model.
+            checkpoint: What the fit left, in one file.
+            out: The file to write.
+            point: Which point of the recipe's Factorize, counted from 1.
+            batches: Training batches to observe.
+            datamodule: The recipe's data.
+        """
+        callback = only_factorize(self)
+        student = model.undistilled() if isinstance(model, Distilled) else model
+        factor_checkpoint(
+            checkpoint, out, student, datamodule, callback, point=point, batches=batches
+        )
+
+
+def only_factorize(trainer: Trainer) -> Factorize:
+    """Return the one Factorize of the recipe.
+
+    Raises:
+        RecipeError: if there is none, or there are several.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, Factorize)]
+    if len(found) != 1:
+        raise RecipeError(
+            f"trainer.callbacks: expected one lrcompress.Factorize, which can factor between two "
+            f"fits, found {', '.join(type(callback).__name__ for callback in callbacks) or 'none'}"
+        )
+    return found[0]
 
 
 def print_plan(trainer: Trainer, model: LightningModule) -> None:
@@ -160,7 +205,7 @@ class _RecipeCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         verbs = LightningCLI.subcommands()
         del verbs["predict"]
-        return {**verbs, "plan": {"model", "datamodule"}}
+        return verbs | {verb: {"model", "datamodule"} for verb in ("plan", "factor")}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -178,6 +223,8 @@ class _RecipeCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        if self.subcommand == "factor":  # whatever the fits run on
+            kwargs |= ONE_CPU
         try:
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:  # such as an accelerator that does not exist

@@ -1,13 +1,11 @@
 """``lrcompress export``: the model of a checkpoint as a folder that can be loaded elsewhere."""
 
 import json
-import pickle
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import torch
 import yaml
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -15,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lrcompress.errors import CheckpointError, RecipeError, nearest
 from lrcompress.export import merge_dense, save_pretrained
+from lrcompress.files import read_checkpoint
 from lrcompress.plan import restore_structure
 from lrcompress.report import Report
 from lrcompress.tasks.locations import model_folder
@@ -39,7 +38,7 @@ def export(options: list[str]) -> None:
         raise RecipeError(f"--format: unknown format {kind!r}; nearest: {nearest(kind, FORMATS)}")
     if len(places) != 2 or "--config" not in given:
         raise RecipeError(f"expected a checkpoint, a folder and --config; usage: {USAGE}")
-    checkpoint = _read(Path(places[0]))
+    checkpoint = read_checkpoint(places[0])
     module = _module(Path(given["--config"]), overrides)
     restore_structure(module, checkpoint)
     try:
@@ -81,26 +80,6 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
             known = ("--config", "--format", "--model.path")
             raise RecipeError(f"unknown option {name}; nearest: {nearest(name, known)}")
     return places, given, overrides
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return a checkpoint; nothing in it can run.
-
-    Raises:
-        CheckpointError: if it cannot be read, or is none of Lightning's.
-    """
-    if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a sharded checkpoint; make one file of it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is no checkpoint of Lightning: it has no state_dict")
-    return checkpoint
 
 
 def _module(recipe: Path, overrides: list[str]) -> LightningModule:

@@ -13,7 +13,7 @@ from lrcompress.callbacks import platform
 from lrcompress.distill.cache import Cache, example_keys
 from lrcompress.distill.capture import Call, CallTap, OutputTap
 from lrcompress.distill.losses import LOGITS, DistillationLoss, Features
-from lrcompress.distill.teacher import Teacher, copy_of, load_copy, read_checkpoint
+from lrcompress.distill.teacher import Teacher, copy_of, load_copy, read_weights
 from lrcompress.errors import ObservationError, SettingError, ShapeError, nearest
 from lrcompress.schedules import Piecewise
 from lrcompress.statistics.batches import batch_mask
@@ -76,7 +76,7 @@ class Distillation:
             self._begin(student, self.source, isinstance(self.source, pl.LightningModule))
         elif self.source != START and self.teacher is None:
             path = Path(self.source)
-            module = load_copy(student, read_checkpoint(path), str(path))
+            module = load_copy(student, read_weights(path), str(path))
             self._begin(student, module, whole=True)
         elif self.teacher is not None:
             self.teacher.follow_(student)

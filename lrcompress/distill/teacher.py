@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lrcompress.errors import CheckpointError, NoMatchError, PlatformError, nearest
+from lrcompress.files import read_checkpoint, whole
 from lrcompress.plan import restore_structure
 
 _HOOKS = (
@@ -82,15 +82,20 @@ class Teacher:
         return f"teacher-{self.fingerprint[:16]}.safetensors"
 
     def save(self, folder: Path) -> None:
-        """Write the weights into a file of the folder, whole or not at all."""
+        """Write the weights into a file of the folder, whole or not at all.
+
+        Raises:
+            CheckpointError: if they cannot be written, as on a full disk.
+        """
         path = folder / self.file
         if path.exists():
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        passing = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = _tensors(self.module)
-        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, passing)
-        passing.replace(path)
+        try:
+            with whole(path) as passing:
+                save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, passing)
+        except SafetensorError as error:
+            raise CheckpointError(f"the teacher cannot be written to {path}: {error}") from error
 
 
 def copy_of(student: nn.Module) -> nn.Module:
@@ -150,7 +155,7 @@ def load_copy(student: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     return module
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the weights in a Lightning checkpoint or a safetensors file.
 
     Raises:
@@ -159,11 +164,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_file(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint.get("state_dict", checkpoint)
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    except Exception as error:
-        raise CheckpointError(f"the teacher {path} cannot be read: {error}") from error
+        state = read_checkpoint(path)["state_dict"]
+    except CheckpointError as error:
+        raise CheckpointError(f"the teacher {error}") from error
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

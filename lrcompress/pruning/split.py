@@ -20,7 +20,14 @@ from lrcompress.solvers.residual import row_energies
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.surgery import Selection, carry_later, carry_sparse, replace_, swap_parameters_
+from lrcompress.surgery import (
+    Selection,
+    carry_later,
+    carry_sparse,
+    replace_,
+    swap_parameters_,
+    whole_or_not,
+)
 
 Sizes = Mapping[str, tuple[int, int]]
 
@@ -77,9 +84,11 @@ def split_(
         ranks = _divided(model, dealt, sizes, budget)
     else:
         ranks = team.decide(lambda: _ranks(dealt, settings, shares, sizes, budget))
-    for name, rank in ranks.items():
-        _put(model, name, dealt.own.get(name), rank, shares, tuple(optimizers))
-    share_(model, dealt.owner, optimizers, team)
+    optimizers = tuple(optimizers)
+    with whole_or_not(model, ranks, optimizers):
+        for name, rank in ranks.items():
+            _put(model, name, dealt.own.get(name), rank, shares, optimizers)
+        share_(model, dealt.owner, optimizers, team)
     device = {name: view(model.get_submodule(name)).parameters[0].device for name in names}
     known = {name: one.mean for name, one in dealt.measured.items()}
     means = {name: mean.to(device[name]) for name, mean in known.items() if mean is not None}

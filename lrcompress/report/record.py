@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lrcompress.files import whole
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -124,9 +126,9 @@ class Report:
         return cls(points, dict(data["final"]), dict(data["seconds_per_step"]))  # type: ignore[call-overload]
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write the report as JSON, whole or not at all."""
+        with whole(path) as passing:
+            passing.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def sum_or_none(values: Iterable[float | None]) -> float | None:

@@ -81,7 +81,11 @@ def test_what_was_typed_wrong_is_told(
         ([*good, "--model.pth", "x"], 2, "pth"),
         ([*good, "--model.num_labels", "3"], 1, "is not of the recipe's model: Error"),
         ([str(recipe), *good[1:]], 1, "cannot be read as a checkpoint"),
-        ([str(tmp_path), *good[1:]], 1, "is a sharded checkpoint; make one file of it first: pyth"),
+        (
+            [str(tmp_path), *good[1:]],
+            1,
+            "is a sharded checkpoint; make one file of it first: python -m torch",
+        ),
     ]:
         assert main(["export", *options]) == code, options
         assert message in capsys.readouterr().err, options
