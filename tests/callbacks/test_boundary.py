@@ -1,6 +1,6 @@
 """Two fits with a factoring between them, for strategies that take the module apart."""
 
-import sys
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,9 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import lrcompress
 from lrcompress.callbacks import factor_checkpoint
-from lrcompress.cli import main
 from lrcompress.errors import CheckpointError, SettingError
 from lrcompress.report import Report
 
@@ -63,12 +61,28 @@ SAVING = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
     "init_args": {"every_n_train_steps": 4, "save_top_k": -1, "filename": "{step}"},
 }
+# One group of processes for all, the first of which factors, as a job script would have it done.
 FITS = """
 import os
 os.chdir({root!r})
+import torch.distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lrcompress.cli import main
-for arguments in {fits!r}:
-    assert main(["fit", "--config", "recipe.yaml", "--model.dropout=0", *arguments]) == 0
+
+def fit(*arguments):
+    recipe = ["--config", "recipe.yaml", "--model.dropout=0"]
+    assert main(["fit", *recipe, "--trainer.callbacks", *arguments]) == 0
+
+fit({one!r})
+if dist.get_rank() == 0:
+    dcp_to_torch_save("one/step=12.ckpt", "dense.ckpt")  # what the command of the error calls
+    factor = ["factor", "--config", "recipe.yaml", "--out", "factored.ckpt", "--point", "2"]
+    assert main([*factor, "--checkpoint", "one/step=12.ckpt"]) == 1
+    assert main([*factor, "--checkpoint", "dense.ckpt", "--batches", "6"]) == 0
+dist.barrier()
+one_file = "--trainer.strategy.save_distributed_checkpoint=false"
+fit({two!r}, one_file)
+fit({rest!r}, one_file, "--ckpt_path", "two/step=4.ckpt")
 """
 
 
@@ -76,7 +90,6 @@ for arguments in {fits!r}:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe for a sharded strategy, with a module and data beside it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "beside.py").write_text(BESIDE.format(here=str(Path(__file__).parent)))
     flags = ["enable_progress_bar", "enable_model_summary", "logger", "use_distributed_sampler"]
     trainer = dict.fromkeys(flags, False) | {"accelerator": "cpu", "devices": 2, "max_epochs": 2}
@@ -86,58 +99,38 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fits(folder: Path, launch: Make, *all_arguments: list[str]) -> None:
-    (folder / "fits.py").write_text(FITS.format(root=str(folder), fits=list(all_arguments)))
-    launch(folder / "fits.py", 2)
-
-
-def consolidated(folder: Path) -> Path:
-    made = folder.with_name(f"{folder.name}.consolidated")
-    dcp_to_torch_save(folder, made)  # what the command that the error names calls
-    return made
-
-
-def callbacks(*given: dict[str, Any], where: str) -> list[str]:
+def callbacks(*given: dict[str, Any], where: str) -> str:
     saving = {**SAVING, "init_args": SAVING["init_args"] | {"dirpath": where}}
-    return ["--trainer.callbacks", yaml.safe_dump([*given, saving], default_flow_style=True)]
+    return json.dumps([*given, saving])
 
 
 def test_a_sharded_run_is_factored_between_two_fits(
-    folder: Path, launch: Make, tagger: Make, capsys: pytest.CaptureFixture[str]
+    folder: Path, launch: Make, tagger: Make
 ) -> None:
-    fits(folder, launch, callbacks(where="one"))
-    dense = folder / "one" / "step=12.ckpt"
-    command = ["factor", "--config", "recipe.yaml", "--out", "factored.ckpt", "--batches", "6"]
-    assert main([*command, "--checkpoint", str(dense)]) == 1
-    told = capsys.readouterr().err
-    assert (
-        f"first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {dense}" in told
-    )
-    assert main([*command, "--checkpoint", str(consolidated(dense)), "--point", "2"]) == 0
-    factored = torch.load("factored.ckpt", weights_only=True)
-    held = torch.load(f"{dense}.consolidated", weights_only=True)["state_dict"]
+    start = {"class_path": "lrcompress.StartFrom", "init_args": {"checkpoint": "factored.ckpt"}}
+    start["init_args"] |= {"restart_steps": 6}
+    given = {"one": callbacks(where="one")}
+    given |= {name: callbacks(start, where=name) for name in ("two", "rest")}
+    (folder / "fits.py").write_text(FITS.format(root=str(folder), **given))
+    launch(folder / "fits.py", 2)
+    names = ("dense", "factored", "two/step=12", "rest/step=12")
+    files = {name: torch.load(f"{name}.ckpt", weights_only=True) for name in names}
+    dense, factored, whole, rest = (files[name]["state_dict"] for name in names)
+
     for name in ("embed.weight", "head.weight", "head.bias"):
-        assert torch.equal(held[name], factored["state_dict"][name])
-    (state,) = factored["callbacks"].values()
+        assert torch.equal(dense[name], factored[name])
+    (state,) = files["factored"]["callbacks"].values()
     (point,) = Report.from_dict(state["report"]).points
     assert point.keep == pytest.approx(0.4, abs=0.05)
     assert point.observed["steps"] == 6
     assert point.metrics["before"].keys() == {"val_loss"}
-
-    start = {"class_path": "lrcompress.StartFrom", "init_args": {"checkpoint": "factored.ckpt"}}
-    start["init_args"] |= {"restart_steps": 6}
-    whole = callbacks(start, where="two")
-    rest = [*callbacks(start, where="rest"), "--ckpt_path", "two/step=4.ckpt"]
-    fits(folder, launch, whole, rest)
-    ends = [consolidated(folder / name / "step=12.ckpt") for name in ("two", "rest")]
-    one, other = (torch.load(end, weights_only=True)["state_dict"] for end in ends)
-    assert one.keys() == other.keys() == factored["state_dict"].keys()
-    model = lrcompress.restore_structure(tagger(), one)
-    model.load_state_dict(one)
+    model = lrcompress.restore_structure(tagger(), whole)
+    model.load_state_dict(whole)
     assert len(lrcompress.Plan.of(model)) == sum(layer.rank is not None for layer in point.layers)
-    moved = [name for name in one if not torch.equal(one[name], factored["state_dict"][name])]
-    assert len(moved) == len(one)
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert whole.keys() == rest.keys() == factored.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, rest[name])
+        assert not torch.equal(value, factored[name])
 
 
 @pytest.fixture
@@ -228,7 +221,9 @@ def test_what_is_wrong_is_told(
     fails(SettingError, r"point must be from 1 to 1, got 2", point=2)
     fails(SettingError, r"batches must be a whole number from 1, got 0", batches=0)
     fails(
-        CheckpointError, r"dense.ckpt is not of this Tagger: .*size mismatch", module=tagger(lr=1)
+        CheckpointError,
+        r"(?s)dense.ckpt is not of this Tagger: .*size mismatch",
+        module=tagger(width=8),
     )
     fails(
         CheckpointError,
