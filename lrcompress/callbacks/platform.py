@@ -1,7 +1,7 @@
 """What has to be known about a Lightning Trainer, asked in one place."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,12 +129,32 @@ def check_same_lengths(trainer: pl.Trainer, team: Team) -> None:
     if team.size == 1:
         return
     found = team.differing(
-        {"batches": float(trainer.num_training_batches), "epochs": trainer.max_epochs}
+        {
+            "batches": float(trainer.num_training_batches),
+            "epochs": trainer.max_epochs,
+            "steps so far": steps_done(trainer),
+        }
     )
     if found is not None:
         raise PlatformError(
             f"training {found[0]} are not as many in all processes: {_each(found[1])}; they step "
-            "together, so give each the same number, as DistributedSampler does"
+            "together, so give each the same number, as DistributedSampler does, and the same "
+            "checkpoint"
+        )
+
+
+def check_same_checkpoint(state: Mapping[str, Any], team: Team) -> None:
+    """Refuse processes that go on from different points of a run, as nodes with disks of their own.
+
+    Raises:
+        PlatformError: with what differs.
+    """
+    held = {"points that are done": state["stage"], "layers": str(state["plan"])}
+    found = team.differing(held | {"observed": state["observation"]["folded"]})
+    if found is not None:
+        raise PlatformError(
+            f"the processes were given different checkpoints: {found[0]} {_each(found[1])}; keep "
+            "checkpoints where all of them see the same files"
         )
 
 

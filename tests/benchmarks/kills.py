@@ -47,28 +47,20 @@ def make_callback(name: str) -> Any:
 
 
 def make_module(name: str, mode: str, start: str | None, folder: str) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
-    import lrcompress
     from lrcompress.distill import Distilled, Logits
 
     sys.path.insert(0, str(HERE.parent / "callbacks"))
-    from conftest import Tagger
+    if mode == "fsdp2":
+        from sharded_runs import Sharded
 
-    class Sharded(Tagger):
-        def configure_model(self) -> None:
-            if start is not None:
-                lrcompress.restore_structure(self, start)
-            mesh = self.device_mesh["data_parallel"]
-            for block in self.blocks:
-                for layer in block.values():
-                    fully_shard(layer, mesh=mesh)
-            fully_shard(self, mesh=mesh)
+        module = Sharded(checkpoint=start)
+    else:
+        from conftest import Tagger
 
-    module = Sharded() if mode == "fsdp2" else Tagger()
-    return (
-        Distilled(module, losses=[Logits()], teacher_dir=folder) if name == "distilled" else module
-    )
+        module = Tagger()
+    if name == "distilled":
+        return Distilled(module, losses=[Logits()], teacher_dir=folder)
+    return module
 
 
 def train(
@@ -201,20 +193,19 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    runs = [name for name in RUNS if (options.mode, name) != ("fsdp2", "distilled")]
     draw, outcome = random.Random(options.seed), collections.Counter()
     SPAWN.set_forkserver_preload(
         ["lightning.pytorch", "lrcompress.callbacks", "lrcompress.distill"]
     )
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        for name in runs:
+        for name in RUNS:
             (root / name).mkdir()
             job = Job(name, options.mode, root / name, None, root / f"{name}.whole")
             if not job.finish():
                 raise RuntimeError(f"the run {name!r} does not end")
         while outcome.total() < options.number:
-            name, step = runs[outcome.total() % len(runs)], draw.randint(1, STEPS - 1)
+            name, step = RUNS[outcome.total() % len(RUNS)], draw.randint(1, STEPS - 1)
             folder = root / "killed"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
