@@ -21,6 +21,9 @@ def whole(path: str | Path) -> Iterator[Path]:
 
     If writing fails, what was at ``path`` before stays there, and nothing else is left. The
     folder is made if need be.
+
+    Raises:
+        OSError: what the block raises, such as on a full disk, with the file's name.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -28,6 +31,9 @@ def whole(path: str | Path) -> Iterator[Path]:
     try:
         yield passing
         passing.replace(target)
+    except OSError as error:  # that of a full disk says nothing of where
+        error.filename = error.filename or str(target)
+        raise
     finally:
         passing.unlink(missing_ok=True)
 

@@ -28,6 +28,9 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import rich
 import transformers
@@ -40,14 +43,16 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from typing_extensions import override
 
 import lrcompress.tasks  # noqa: F401  so that recipes may say TextClassification
-from lrcompress.callbacks import Factorize, factor_checkpoint
+from lrcompress.callbacks import Factorize, WholeCheckpointIO, factor_checkpoint
 from lrcompress.cli.export import export
 from lrcompress.distill import Distilled
-from lrcompress.errors import LRCompressError, RecipeError, nearest
+from lrcompress.errors import CheckpointError, LRCompressError, RecipeError, nearest
+from lrcompress.files import read_checkpoint
 from lrcompress.recipe import LINKED, find_faults, linked_from
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
@@ -72,7 +77,7 @@ def main(args: list[str] | None = None) -> int:
         with _quiet():
             export(args[1:]) if args[0] == "export" else _RecipeCLI(args)
     except Exception as error:
-        expected = _unwrapped(error)
+        expected = _unreadable(args) or _unwrapped(error)
         if not isinstance(expected, EXPECTED):
             raise
         if os.environ.get("LRCOMPRESS_DEBUG") == "1":
@@ -80,6 +85,18 @@ def main(args: list[str] | None = None) -> int:
         sys.stderr.write(f"lrcompress: error: {expected}\n")
         return 2 if isinstance(expected, RecipeError) else 1
     return 0
+
+
+def _unreadable(args: list[str]) -> CheckpointError | None:
+    """Return what is wrong with the file that was to be resumed, of which torch says little."""
+    given = dict(pairwise(args)) | dict(x.split("=", 1) for x in args if "=" in x)
+    path = Path(given.get("--ckpt_path", ""))
+    if path.is_file():
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            return error
+    return None
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -91,6 +108,11 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 class _Trainer(Trainer):
     """The Trainer of recipes: one that can also say what would become of a model."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # no one chose another
+            self.strategy.checkpoint_io = WholeCheckpointIO()
 
     def plan(
         self,
