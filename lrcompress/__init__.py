@@ -14,6 +14,7 @@ _PUBLIC = {
     "LowRankSparseLinear": "nn",
     "Plan": "plan",
     "Report": "report",
+    "StartFrom": "callbacks",
     "compress": "engine",
     "load_pretrained": "export",
     "merge_dense": "export",

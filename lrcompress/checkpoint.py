@@ -38,9 +38,10 @@ def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a sharded checkpoint, whose .metadata can run code when it is read. If you "
-            "trust it, make one file of it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+            f"trust it, make one file of it first: {_how(path)}"
         )
+    if not path.exists():
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: there is no such file")
     try:
         _check(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -49,11 +50,39 @@ def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[
     except Exception as error:  # whatever zipfile, pickle and torch make of a strange file
         reason = str(error).partition(". ")[0]  # torch goes on to advise weights_only=False
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}"
+            f"{path} cannot be read as a checkpoint, it may be cut short: "
+            f"{type(error).__name__}: {reason}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} must hold a mapping, got {type(checkpoint).__name__}")
     return checkpoint
+
+
+def read_lightning(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return a checkpoint of Lightning, or a state dict under ``state_dict`` as if it were one.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`, or if there are no weights in it.
+    """
+    checkpoint = read_checkpoint(path)
+    # a sharded one that was made one file may have its weights under "model"
+    state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    if not isinstance(state, Mapping) or not any(map(torch.is_tensor, state.values())):
+        raise CheckpointError(f"{path} is no checkpoint of Lightning: it has no state_dict")
+    return {**({} if state is checkpoint else checkpoint), "state_dict": state}
+
+
+def _how(folder: Path) -> str:
+    """Return the command with which the library that wrote a folder makes one file of it."""
+    if (folder / "zero_to_fp32.py").exists() or (folder / "checkpoint").is_dir():
+        name = "convert_zero_checkpoint_to_fp32_state_dict"
+        return (
+            f'python -c "from lightning.pytorch.utilities.deepspeed import {name} as convert; '
+            f"convert('{folder}', '{folder}.consolidated')\""
+        )
+    # torch's own, since Lightning's consolidate_checkpoint reads those of FSDP1 alone
+    tool = "torch.distributed.checkpoint.format_utils dcp_to_torch"
+    return f"python -m {tool} {folder} {folder}.consolidated"
 
 
 def _check(path: Path) -> None:

@@ -145,10 +145,8 @@ def factor_(
     started = time.perf_counter()
     names = settings.select(model).names
     check_kinds(model, names)
-    refit, shrink = settings.refit_bias, settings.shrink
-    dealt = solve(
-        model, names, statistics, settings.method, refit_bias=refit, shrink=shrink, team=team
-    )
+    refit, shrink, method = settings.refit_bias, settings.shrink, settings.method
+    dealt = solve(model, names, statistics, method, refit_bias=refit, shrink=shrink, team=team)
     measured = dealt.measured
     asked = candidates(model, names, settings, {n: one.curve for n, one in measured.items()})
     choice = team.decide(lambda: _choose(model, asked, settings, statistics, team))

@@ -25,8 +25,9 @@ class Team:
     """The processes of a group, seen by one of them. One alone never communicates.
 
     All methods but :meth:`deal` and :meth:`turns` are collective: every process calls them in the
-    same order. Here every process holds all parameters in full; where each holds a part, a
-    subclass makes layers whole.
+    same order. If the others cannot be reached any more, each raises a PlatformError that says
+    so. Here every process holds all parameters in full; where each holds a part, a subclass makes
+    layers whole.
 
     Attributes:
         index: the number of this process.
@@ -59,7 +60,8 @@ class Team:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        with self._reaching():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def attempt(self, work: Callable[[], T]) -> list[T]:
@@ -101,7 +103,8 @@ class Team:
         source = dist.get_global_rank(group, source)
         for part in _parts(tensors):
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in part]).to(self.device)
-            dist.broadcast(flat, source, group=self.group)
+            with self._reaching():
+                dist.broadcast(flat, source, group=self.group)
             received = torch.split(flat, [tensor.numel() for tensor in part])
             for tensor, values in zip(part, received, strict=True):
                 tensor.detach().copy_(values.view(tensor.shape))
@@ -111,9 +114,26 @@ class Team:
         if self.size == 1:
             return
         there = flat.to(self.device)
-        dist.all_reduce(there, group=self.group)
+        with self._reaching():
+            dist.all_reduce(there, group=self.group)
         if there is not flat:
             flat.copy_(there)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Say what a process that dies or hangs means for the others.
+
+        Raises:
+            PlatformError: in place of what the backend raises.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise PlatformError(
+                f"process {self.index} of {self.size} waited for the others in vain: {error}; one "
+                "may have died or hang, see what it said last. Start all of them again from the "
+                "last checkpoint, with ckpt_path="
+            ) from error
 
     def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
         """Return which process does what, so that the busiest has as little as possible.

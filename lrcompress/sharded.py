@@ -18,6 +18,7 @@ from lrcompress.report.record import LayerRecord
 from lrcompress.solvers.truncation import Factors, Truncation, relative_error, truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
+from lrcompress.surgery import whole_or_not
 
 Found = tuple[Factors, Metric]
 # Multiply-adds of a product that take as long as one of an eigendecomposition.
@@ -198,6 +199,21 @@ def install_(
             a layer of the same structure, whose values and optimizer state are sent.
         optimizers: whose parameters and state follow.
     """
+    team = dealt.team
+    if team.parted:  # where a layer that is open cannot be put back
+        _install_(model, dealt, ranks, put, optimizers)
+        return
+    with whole_or_not(model, ranks, optimizers):
+        _install_(model, dealt, ranks, put, optimizers)
+
+
+def _install_(
+    model: nn.Module,
+    dealt: Dealt,
+    ranks: Mapping[str, int],
+    put: Callable[[str, Found | None], None],
+    optimizers: Sequence[Optimizer],
+) -> None:
     team = dealt.team
     for turn, own in dealt.turns(ranks):
         found: dict[str, Found] = {}

@@ -1,6 +1,7 @@
 """Find layers by pattern, put others in their place, carry the optimizer's state over."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -169,6 +170,42 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
         # named_children would list a layer held twice by one parent only once
         for child in [child for child, module in parent._modules.items() if module is old]:
             setattr(parent, child, new)
+
+
+@contextmanager
+def whole_or_not(
+    model: nn.Module, names: Iterable[str], optimizers: Iterable[Optimizer]
+) -> Iterator[None]:
+    """Put layers and optimizers back as they were if the block that replaces them fails.
+
+    Other processes may die in the middle of it, and what is saved then has to make sense.
+
+    Args:
+        model: changed in the block.
+        names: of the layers that the block replaces; their biases may be changed in place.
+        optimizers: whose groups and state the block changes.
+    """
+    layers = {name: model.get_submodule(name) for name in names}
+    biases = [view(layer).bias for layer in layers.values()]
+    values = [(bias, bias.detach().clone()) for bias in biases if bias is not None]
+    held = [(x, [_listed(group) for group in x.param_groups], dict(x.state)) for x in optimizers]
+    try:
+        yield
+    except BaseException:
+        for name, layer in layers.items():
+            replace_(model, name, layer)
+        for bias, value in values:
+            bias.detach().copy_(value)
+        for optimizer, groups, state in held:
+            for group, lists in zip(optimizer.param_groups, groups, strict=True):
+                group.update(lists)
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        raise
+
+
+def _listed(group: dict[str, Any]) -> dict[str, list[Any]]:
+    return {key: list(group[key]) for key in ("params", "param_names") if key in group}
 
 
 Carry = Callable[[Sequence[Tensor], bool], list[Tensor]]

@@ -46,26 +46,45 @@ def launch() -> Callable[..., list[str]]:
     return run_processes
 
 
-def run_processes(script: Path, count: int, code: int = 0) -> list[str]:
+# One process imports everything, which takes longer than most scripts, and then becomes many.
+FORK = """
+import os, runpy, sys
+import lightning.pytorch.cli, lrcompress.callbacks, lrcompress.distill
+script, count = sys.argv[1], int(sys.argv[2])
+started = []
+for number in range(count):
+    started.append(os.fork())
+    if not started[-1]:
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{script}.{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
+        sys.argv[1:] = []
+        runpy.run_path(script, run_name="__main__")
+        sys.exit()
+for process in started:
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+def run_processes(script: Path, count: int, *codes: int) -> list[str]:
+    """Run a script in ``count`` processes that end with these codes; by default all with 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     group |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script)],
-            env=os.environ | group | {"RANK": str(number), "LOCAL_RANK": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
-    told = [process.communicate(timeout=600) for process in running]
-    errors = "\n".join(error[-2500:] for _, error in told)
-    assert [process.returncode for process in running] == [code] * count, errors
-    return [out for out, _ in told]
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(script), str(count)]
+    for number in range(count):
+        for name in ("out", "err"):
+            Path(f"{script}.{number}.{name}").write_text("")
+    done = subprocess.run(command, env=os.environ | group, capture_output=True, text=True)
+    told, errors = (
+        [Path(f"{script}.{number}.{name}").read_text() for number in range(count)]
+        for name in ("out", "err")
+    )
+    shown = "\n".join(error[-2500:] for error in (*errors, done.stderr))
+    assert [*map(int, done.stdout.split())] == [*(codes or [0] * count)], shown
+    return told
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import lrcompress
 
 ROOT = Path(lrcompress.__file__).parent
 LAYERS = [
-    {"errors", "checkpoint", "linalg", "parallel", "schedules"},
+    {"errors", "checkpoint", "files", "linalg", "parallel", "schedules"},
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
     {"nn", "plan", "size", "surgery"},

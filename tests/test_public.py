@@ -15,6 +15,7 @@ NAMES = [
     "LowRankSparseLinear",
     "Plan",
     "Report",
+    "StartFrom",
     "__version__",
     "compress",
     "load_pretrained",

@@ -1,6 +1,8 @@
 """Which Lightning hook calls which verb; besides tasks and cli only this knows Lightning."""
 
+from lrcompress.callbacks.boundary import StartFrom, factor_checkpoint
+from lrcompress.callbacks.checkpoint_io import WholeCheckpointIO
 from lrcompress.callbacks.factorize import Factorize
 from lrcompress.callbacks.losparse import LoSparse
 
-__all__ = ["Factorize", "LoSparse"]
+__all__ = ["Factorize", "LoSparse", "StartFrom", "WholeCheckpointIO", "factor_checkpoint"]

@@ -212,6 +212,7 @@ class Course(pl.Callback, ABC):
             )
         if "plan" not in state_dict:
             return
+        platform.check_same_checkpoint(state_dict, self._team)
         self._loaded = state_dict
         self._stage = state_dict["stage"]
         self.report = Report.from_dict(state_dict["report"])

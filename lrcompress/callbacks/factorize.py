@@ -1,5 +1,6 @@
 """The callback that makes a fine-tune come out smaller."""
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -174,6 +175,34 @@ class Factorize(Course):
             report_path=report_path,
             verbose=verbose,
         )
+
+    def at_boundary(self, number: int, batches: int) -> "Factorize":
+        """Return a callback that does once what this one does at a point, between two fits.
+
+        Args:
+            number: of the point, from 1.
+            batches: after which it does so, having observed every one.
+
+        Raises:
+            SettingError: if there is no such point, or nothing to observe.
+        """
+        if not 1 <= number <= len(self.points):
+            raise SettingError(f"point must be from 1 to {len(self.points)}, got {number}")
+        if batches < 1:
+            raise SettingError(f"batches must be a whole number from 1, got {batches}")
+        made, when = copy.copy(self), Point("step", batches)
+        made.settings = [self.settings[number - 1]]
+        made.restart_steps, made.restart_scale = 0, 1
+        Course.__init__(
+            made,
+            [when],
+            replace(self.sampling, every_n_steps=1),
+            window=when,
+            validate=self.validate,
+            report_path=self.report_path,
+            verbose=self.verbose,
+        )
+        return made
 
     @override
     def settings_at(self, stage: int) -> Settings:

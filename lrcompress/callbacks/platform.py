@@ -29,6 +29,13 @@ _REFUSED = {
 # Strategies that are DDPStrategies by inheritance alone.
 _OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
 _FSDP2 = "ModelParallelStrategy"
+# The way out for strategies that take the module apart before a callback may change it.
+BOUNDARY = (
+    "fit without the callback, make one file of the checkpoint if it is a folder, then "
+    "`lrcompress factor --config RECIPE --checkpoint LAST.ckpt --out FACTORED.ckpt` with "
+    "Factorize in the recipe, and fit again with lrcompress.StartFrom('FACTORED.ckpt') in its "
+    "place"
+)
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
 
 TEACHER = "lrcompress_teacher"  # what a checkpoint says of the teacher of a distilled run
@@ -64,7 +71,7 @@ def _refuse_strategy(strategy: Any, owner: str) -> None:
         raise PlatformError(
             f"{owner} replaces layers while fit runs, which it can do on one device, under DDP "
             f"and FSDP2 (ModelParallelStrategy), not under {name}; use strategy='ddp' or "
-            "Trainer(devices=1), or call lrcompress.compress() between two fits"
+            f"Trainer(devices=1), or factor between two fits: {BOUNDARY}"
         )
     method = getattr(strategy, "_start_method", "popen")
     if method != "popen":
@@ -163,12 +170,32 @@ def check_same_lengths(trainer: pl.Trainer, team: Team) -> None:
     if team.size == 1:
         return
     found = team.differing(
-        {"batches": float(trainer.num_training_batches), "epochs": trainer.max_epochs}
+        {
+            "batches": float(trainer.num_training_batches),
+            "epochs": trainer.max_epochs,
+            "steps so far": steps_done(trainer),
+        }
     )
     if found is not None:
         raise PlatformError(
             f"training {found[0]} are not as many in all processes: {_each(found[1])}; they step "
-            "together, so give each the same number, as DistributedSampler does"
+            "together, so give each the same number, as DistributedSampler does, and the same "
+            "checkpoint"
+        )
+
+
+def check_same_checkpoint(state: Mapping[str, Any], team: Team) -> None:
+    """Refuse processes that go on from different points of a run, as nodes with disks of their own.
+
+    Raises:
+        PlatformError: with what differs.
+    """
+    held = {"points that are done": state["stage"], "layers": str(state["plan"])}
+    found = team.differing(held | {"observed": state["observation"]["folded"]})
+    if found is not None:
+        raise PlatformError(
+            f"the processes were given different checkpoints: {found[0]} {_each(found[1])}; keep "
+            "checkpoints where all of them see the same files"
         )
 
 
@@ -422,6 +449,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+def weights(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return a checkpoint of the weights alone, with all that loading it takes."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
 
 
 def log(trainer: pl.Trainer, values: dict[str, float]) -> None:

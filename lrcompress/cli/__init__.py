@@ -6,6 +6,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   validate   run once over the validation data
   test       run once over the test data
   plan       print which layers the recipe would replace, without training
+  factor     factor a checkpoint between two fits, for strategies that cannot on the way:
+             lrcompress factor --config RECIPE --checkpoint CKPT --out FACTORED
   export     write the model of a checkpoint to a folder, for transformers or as one graph:
              lrcompress export CKPT FOLDER --config RECIPE
                  --format transformers|dense|onnx|torch-export [--int8]
@@ -31,6 +33,9 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import transformers
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -42,21 +47,25 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from typing_extensions import override
 
-import lrcompress.callbacks  # noqa: F401  so that recipes may say Factorize
-import lrcompress.distill  # noqa: F401  and Distilled
-import lrcompress.tasks  # noqa: F401  and TextClassification
+import lrcompress.tasks  # noqa: F401  so that recipes may say TextClassification
+from lrcompress.callbacks import Factorize, WholeCheckpointIO, factor_checkpoint
+from lrcompress.checkpoint import read_checkpoint
 from lrcompress.cli.bench import bench
 from lrcompress.cli.export import export
 from lrcompress.cli.plan import print_plan
 from lrcompress.cli.report import report
-from lrcompress.errors import LRCompressError, RecipeError, nearest
+from lrcompress.distill import Distilled
+from lrcompress.errors import CheckpointError, LRCompressError, RecipeError, nearest
 from lrcompress.recipe import find_faults, link_
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
 WITHOUT_TRAINER = {"bench": bench, "export": export, "report": report}
+ONE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+ONE_CPU |= {"precision": None, "plugins": None}
 UNASKED = ("Seed set to", "GPU available", "TPU available", "HPU available", "💡 Tip")
 
 
@@ -77,6 +86,8 @@ def main(args: list[str] | None = None) -> int:
             WITHOUT_TRAINER.get(args[0], lambda _: _RecipeCLI(args))(args[1:])
     except Exception as error:
         expected = _unwrapped(error)
+        if not isinstance(expected, LRCompressError):
+            expected = _unreadable(args) or expected
         if not isinstance(expected, EXPECTED):
             raise
         if os.environ.get("LRCOMPRESS_DEBUG") == "1":
@@ -84,6 +95,18 @@ def main(args: list[str] | None = None) -> int:
         sys.stderr.write(f"lrcompress: error: {expected}\n")
         return 2 if isinstance(expected, RecipeError) else 1
     return 0
+
+
+def _unreadable(args: list[str]) -> CheckpointError | None:
+    """Return what is wrong with the file that was to be resumed, of which torch says little."""
+    given = dict(pairwise(args)) | dict(x.split("=", 1) for x in args if "=" in x)
+    path = Path(given.get("--ckpt_path", ""))
+    if path.is_file():
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            return error
+    return None
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -95,6 +118,11 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 class _Trainer(Trainer):
     """The Trainer of recipes: one that can also say what would become of a model."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # no one chose another
+            self.strategy.checkpoint_io = WholeCheckpointIO()
 
     def plan(
         self,
@@ -115,6 +143,47 @@ class _Trainer(Trainer):
             plot: A file for a figure of that.
         """
         print_plan(self, model, datamodule, ckpt_path=ckpt_path, curve=curve, plot=plot)
+
+    def factor(
+        self,
+        model: LightningModule,
+        checkpoint: str,
+        out: str,
+        point: int = 1,
+        batches: int = 100,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        """Factor a finished fit's weights, for another fit to start from with StartFrom.
+
+        Args:
+            model: The recipe's model.
+            checkpoint: What the fit left, in one file.
+            out: The file to write.
+            point: Which point of the recipe's Factorize, counted from 1.
+            batches: Training batches to observe.
+            datamodule: The recipe's data.
+        """
+        callback = only_factorize(self)
+        student = model.undistilled() if isinstance(model, Distilled) else model
+        factor_checkpoint(
+            checkpoint, out, student, datamodule, callback, point=point, batches=batches
+        )
+
+
+def only_factorize(trainer: Trainer) -> Factorize:
+    """Return the one Factorize of the recipe.
+
+    Raises:
+        RecipeError: if there is none, or there are several.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, Factorize)]
+    if len(found) != 1:
+        raise RecipeError(
+            f"trainer.callbacks: expected one lrcompress.Factorize, which can factor between two "
+            f"fits, found {', '.join(type(callback).__name__ for callback in callbacks) or 'none'}"
+        )
+    return found[0]
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -162,7 +231,7 @@ class _RecipeCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         verbs = LightningCLI.subcommands()
         del verbs["predict"]
-        return {**verbs, "plan": {"model", "datamodule"}}
+        return verbs | {verb: {"model", "datamodule"} for verb in ("plan", "factor")}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -177,6 +246,8 @@ class _RecipeCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        if self.subcommand == "factor":  # whatever the fits run on
+            kwargs |= ONE_CPU
         try:
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:  # such as an accelerator that does not exist

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lrcompress.checkpoint import read_checkpoint
+from lrcompress.checkpoint import read_lightning
 from lrcompress.cli.int8 import int8_table
 from lrcompress.errors import CheckpointError, RecipeError, nearest
 from lrcompress.export import merge_dense, save_pretrained
@@ -127,18 +127,6 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
             known = (*OPTIONS, FLAG, "--model.path")
             raise RecipeError(f"unknown option {name}; nearest: {nearest(name, known)}")
     return places, given, overrides
-
-
-def read_lightning(path: Path) -> dict[str, Any]:
-    """Return a checkpoint; nothing in it can run.
-
-    Raises:
-        CheckpointError: if it cannot be read, or is none of Lightning's.
-    """
-    checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is no checkpoint of Lightning: it has no state_dict")
-    return checkpoint
 
 
 def load_(module: LightningModule, checkpoint: dict[str, Any], where: str) -> None:

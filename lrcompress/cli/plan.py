@@ -8,7 +8,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.rehearsal import look, rehearse
-from lrcompress.cli.export import load_, read_lightning
+from lrcompress.checkpoint import read_lightning
+from lrcompress.cli.export import load_
 from lrcompress.errors import RecipeError
 from lrcompress.forecast import forecast
 from lrcompress.objective import METHODS

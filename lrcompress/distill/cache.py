@@ -103,6 +103,14 @@ def _guard(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", None) in (
+            sqlite3.SQLITE_FULL,
+            sqlite3.SQLITE_IOERR_WRITE,
+        ):
+            raise CheckpointError(
+                f"the teacher's features cannot be written to {path}: {error}; make room, or leave "
+                "cache= out; what is in it is whole"
+            ) from error
         raise CheckpointError(
             f"the cache of the teacher's features at {path} cannot be used: {error}; "
             "delete it, it will be made anew"

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lrcompress.callbacks import sharding
-from lrcompress.checkpoint import read_checkpoint
+from lrcompress.checkpoint import read_lightning
 from lrcompress.errors import CheckpointError, NoMatchError, PlatformError, nearest
+from lrcompress.files import whole
 from lrcompress.parallel import ALONE
 from lrcompress.plan import restore_structure
 
@@ -93,6 +93,9 @@ class Teacher:
         """Write the weights into a file of the folder, whole or not at all.
 
         To be called by the first process; where the teacher is sharded, by all.
+
+        Raises:
+            CheckpointError: if they cannot be written, as on a full disk.
         """
         path = folder / self.file
         team = sharding.ShardedTeam.of() if self.sharded else ALONE
@@ -100,14 +103,16 @@ class Teacher:
             return
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(self.module).items():
-            whole = sharding.whole(tensor).cpu()
+            complete = sharding.whole(tensor).cpu()
             if team.index == 0:
-                tensors[name] = whole.clone()
-        if team.index == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            passing = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file(tensors, passing)
-            passing.replace(path)
+                tensors[name] = complete.clone()
+        if team.index:
+            return
+        try:
+            with whole(path) as passing:
+                save_file(tensors, passing)
+        except SafetensorError as error:
+            raise CheckpointError(f"the teacher cannot be written to {path}: {error}") from error
 
 
 def copy_of(student: nn.Module) -> nn.Module:
@@ -190,11 +195,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_file(path)
     try:
-        checkpoint = read_checkpoint(path)
-        state = checkpoint.get("state_dict", checkpoint)
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    except Exception as error:
-        raise CheckpointError(f"the teacher {path} cannot be read: {error}") from error
+        state = read_lightning(path)["state_dict"]
+    except CheckpointError as error:
+        raise CheckpointError(f"the teacher {error}") from error
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from lrcompress.export.folder import (
     sha256,
 )
 from lrcompress.export.plugin import VERSION, CompressionConfig, CompressionQuantizer, shape_
+from lrcompress.files import whole
 from lrcompress.plan import Plan
 from lrcompress.report import PointRecord, Report
 
@@ -69,7 +70,8 @@ def save_pretrained(
         "sha256": {name: sha256(path / name) for name in (CONFIG, WEIGHTS)},
     }
     (path / "README.md").write_text(model_card(checked, plan, report), encoding="utf-8")
-    (path / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with whole(path / RECORD) as passing:
+        passing.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def checked_model(model: nn.Module) -> PreTrainedModel:

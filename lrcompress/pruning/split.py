@@ -22,7 +22,13 @@ from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.surgery import Selection, carry_later, carry_sparse, replace_, swap_parameters_
+from lrcompress.surgery import (
+    Selection,
+    carry_later,
+    carry_sparse,
+    replace_,
+    swap_parameters_,
+)
 
 Sizes = Mapping[str, tuple[int, int]]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.errors import ReportError
+from lrcompress.files import whole
 
 VERSION = 2  # of the JSON; 1 said nothing of it, and had neither curves nor a history
 
@@ -208,9 +209,9 @@ class Report:
             raise ReportError(f"this is no report: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write the report as JSON, whole or not at all."""
+        with whole(path) as passing:
+            passing.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":

@@ -1,6 +1,7 @@
 """Real processes that train together: alike to the bit, equal to one, and resumed after a kill."""
 
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 
 import lrcompress
 from lrcompress.callbacks import platform
+from lrcompress.distill import Distilled, Logits
 from lrcompress.errors import PlatformError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks")
@@ -29,9 +31,10 @@ RUNS: dict[str, str] = {
         "every_n_steps=1, verbose=False)"
     ),
 }
+DISTILLED = {f"distilled {name}": RUNS[name] for name in ("one point", "losparse")}
 # Every process takes its rows of the same global batches.
 PRELUDE = """
-import os, signal, sys
+import copy, os, signal, sys
 sys.path.insert(0, {here!r})
 import lightning as L
 import torch
@@ -63,6 +66,24 @@ def trainer(*callbacks, every_step=None, strategy="ddp", **kwargs):
 
 def distilled(model):
     return Distilled(model, losses=[Logits()], teacher_dir=root)
+
+
+def made(name, **kwargs):
+    model = tagger(**kwargs)
+    return distilled(model) if name.startswith("distilled") else model
+
+
+def seen_by(callback):
+    "The statistics before each change, of moments the triangle that is read."
+    grabbed, change = [], callback._change
+    def first(*args):
+        held = callback._observation.statistics.state_dict()
+        grabbed.append({{name: {{kind: value.triu() if value.ndim == 2 else value
+                                for kind, value in sums.items()}}
+                        for side in ("inputs", "outputs") for name, sums in held[side].items()}})
+        change(*args)
+    callback._change = first
+    return grabbed
 
 
 def tagger(seed=0, **kwargs):
@@ -111,13 +132,14 @@ plain = per_step(watch)
 assert len(plain) == 17
 
 for name, make in {runs!r}.items():
-    model, watch = tagger(dropout=0.0), Watch()
-    run = trainer(eval(make), watch)
+    model, watch, callback = made(name, dropout=0.0), Watch(), eval(make)
+    statistics = seen_by(callback)
+    run = trainer(callback, watch)
     run.fit(model, Loader(parts()), Loader(parts()))
     steps = per_step(watch)
     busy = [i + 1 for i, calls in enumerate(steps) if calls != plain[i]]
     assert busy == {busy!r}[name], (name, steps)
-    torch.save(kept(run, model), f"{{root}}/{{name}} {{number}}.pt")
+    torch.save(kept(run, model) | {{"statistics": statistics}}, f"{{root}}/{{name}} {{number}}.pt")
 
 # the wrapper's own settings are those the strategy was given, and LoSparse's masks travel nowhere
 strategy = DDPStrategy(gradient_as_bucket_view=True, static_graph=True)
@@ -168,20 +190,58 @@ def assert_same(one: Any, other: Any, **close: float) -> None:
         assert one == other
 
 
+FOUR = """
+for name, make in {runs!r}.items():
+    model, callback = made(name, dropout=0.0), eval(make)
+    statistics = seen_by(callback)
+    run = trainer(callback, devices=4)
+    run.fit(model, Loader(parts(4)), Loader(parts(4)))
+    torch.save(kept(run, model) | {{"statistics": statistics}}, f"{{root}}/{{name}} {{number}}.pt")
+"""
+
+
+def seen_by(callback: Any) -> list[Any]:
+    """As in the processes' own script."""
+    space: dict[str, Any] = {}
+    start, end = PRELUDE.index("def seen_by"), PRELUDE.index("class Watch")
+    exec(PRELUDE[start:end].format(), space)
+    return space["seen_by"](callback)
+
+
+def alone(name: str, make: str, tagger: Make, loader: Make, trainer: Make, folder: Path) -> Any:
+    """What one process ends with, and the statistics before each point."""
+    model, callback = tagger(dropout=0.0), eval(make)
+    if name.startswith("distilled"):
+        model = Distilled(model, losses=[Logits()], teacher_dir=str(folder))
+    statistics = seen_by(callback)
+    trainer(callback).fit(model, loader(), loader())
+    plan = lrcompress.Plan.of(model).to_dict()
+    return {"plan": plan, "statistics": statistics, "model": model.state_dict()}
+
+
 def test_processes_end_alike_and_as_one_would(
     tagger: Make, loader: Make, trainer: Make, launch: Make, tmp_path: Path
 ) -> None:
     busy = {"one point": [9], "two points": [6, 12], "losparse": [6, 13]}
-    launch(write(tmp_path, ALIKE, runs=RUNS, busy=busy), 2)
-    for name, make in RUNS.items():
-        first, second = (torch.load(tmp_path / f"{name} {i}.pt") for i in range(2))
-        assert_same(first, second)
-        model = tagger(dropout=0.0)
-        run = trainer(eval(make))
-        run.fit(model, loader(), loader())
-        assert lrcompress.Plan.of(model).to_dict() == first["plan"], name
-        assert_same(first["model"], model.state_dict(), rtol=2e-3, atol=2e-4)
-        assert first["plan"]["layers"]
+    busy |= {name: busy[name.removeprefix("distilled ")] for name in DISTILLED}
+    runs = RUNS | DISTILLED
+    ends = {}
+    for count, script in ((2, ALIKE), (4, FOUR)):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        launch(write(folder, script, runs=runs, busy=busy), count)
+        for name, make in runs.items():
+            first, *others = (torch.load(folder / f"{name} {i}.pt") for i in range(count))
+            for other in others:
+                assert_same(first, other)
+            if name not in ends:
+                ends[name] = alone(name, make, tagger, loader, trainer, tmp_path)
+            one = ends[name]
+            assert first["plan"] == one["plan"], name
+            assert first["plan"]["layers"]
+            close = {"rtol": 1e-5, "atol": 1e-5}  # before the first point nothing has drifted
+            assert_same(first["statistics"][:1], one["statistics"][:1], **close)
+            assert_same(first["model"], one["model"], rtol=2e-3, atol=2e-4)
 
 
 WHOLE = """
@@ -220,7 +280,7 @@ def test_a_killed_run_of_two_processes_ends_as_the_uninterrupted_one(
 ) -> None:
     runs = RUNS | {"distilled": RUNS["one point"]}
     runs.pop("one point")
-    launch(write(tmp_path, WHOLE, runs=runs), 2, code=-signal.SIGKILL)
+    launch(write(tmp_path, WHOLE, runs=runs), 2, *[-signal.SIGKILL] * 2)
     assert (tmp_path / "killed" / "step=10.ckpt").exists()
     assert not (tmp_path / "killed" / "step=11.ckpt").exists()
     cases = [
@@ -250,13 +310,13 @@ BAD = """
 from lrcompress.errors import NotFiniteError, PlatformError
 import lrcompress.sharded
 
-def fails(message, model, given, *others, kind=PlatformError):
+def fails(message, model, given, *others, kind=PlatformError, make=None, ckpt_path=None):
     before = {{k: v.clone() for k, v in model.state_dict().items()}}
     quiet = dict(verbose=False, report_path=None)
     callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, **quiet)
-    run = trainer(callback, *others)
+    run = trainer(eval(make) if make else callback, *others)
     try:
-        run.fit(model, Loader(given))
+        run.fit(model, Loader(given), ckpt_path=ckpt_path)
     except kind as error:
         assert message in str(error), error
         return before
@@ -288,6 +348,17 @@ fails("weight holds 1 non-finite" if number else "process 1: weight holds 1 non-
 assert len(lrcompress.Plan.of(model)) == 0
 lrcompress.sharded.truncate = plain
 
+folder = f"{{root}}/saved"
+observing = "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=1, window=1 / 3, verbose=False)"
+trainer(eval(observing), every_step=folder).fit(tagger(), Loader(parts()))
+for steps, message in [
+    ((6, 5), "different checkpoints: observed [3, 109] in process 0, [2, 70] in process 1; keep"),
+    ((6, 12), "different checkpoints: points that are done 0 in process 0, 1 in process 1; keep"),
+    ((1, 2), "steps so far are not as many in all processes: 1 in process 0, 2 in process 1;"),
+]:
+    path = f"{{folder}}/step={{steps[number]}}.ckpt"
+    fails(message, tagger(), parts(), ckpt_path=path, make=observing)
+
 class Deaf(L.Callback):
     "A process in which a layer was never seen adds zeros for it."
     def on_train_batch_start(self, trainer, module, *args):
@@ -297,13 +368,83 @@ class Deaf(L.Callback):
 callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False, report_path=None)
 trainer(callback, Deaf()).fit(tagger(), Loader(parts()))
 assert len(callback.report.points) == 1 and callback.report.points[0].observed["tokens"] > 0
-print("four refused, one went on")
+print("seven refused, one went on")
 """
 
 
 def test_what_is_wrong_in_one_process_ends_all(launch: Make, tmp_path: Path) -> None:
     told = launch(write(tmp_path, BAD), 2)
-    assert [out.splitlines()[-1] for out in told] == ["four refused, one went on"] * 2
+    assert [out.splitlines()[-1] for out in told] == ["seven refused, one went on"] * 2
+
+
+LOST = """
+import time
+from datetime import timedelta
+import lrcompress.engine, lrcompress.sharded
+from lrcompress.errors import PlatformError
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def wait(*args):
+    while not os.path.exists(f"{{root}}/hanging"):
+        time.sleep(0.1)
+    die()
+
+def lose(case):
+    "Lose the second process in the middle of the point."
+    if number == 1 and case == "solving":
+        lrcompress.sharded.truncate = die
+    elif number == 1 and case == "sharing":
+        lrcompress.engine.share_ = die
+    elif number == 1 and case == "hanging":
+        lrcompress.sharded.truncate = wait
+    model = tagger()
+    callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)
+    before, change = [], callback._change
+    patience = timedelta(seconds=8 if case == "hanging" else 300)
+    run = trainer(callback, strategy=DDPStrategy(timeout=patience))
+    def first(*args):
+        before.append(copy.deepcopy([kept(run, model), dict(model.named_parameters())]))
+        change(*args)
+    callback._change = first
+    try:
+        run.fit(model, Loader(parts()))
+    except PlatformError as error:
+        assert "process 0 of 2 waited for the others in vain: " in str(error), error
+        assert "Start all of them again from the last checkpoint" in str(error)
+        assert ("imed out" in str(error)) == (case == "hanging"), error
+        # all as it was just before, and the optimizer's parameters are those of the model
+        assert torch.equal(torch.stack([p.sum() for p in before[0][1].values()]),
+                           torch.stack([p.sum() for p in model.parameters()]))
+        assert str(kept(run, model)) == str(before[0][0])
+        held = {{id(p) for group in run.optimizers[0].param_groups for p in group["params"]}}
+        assert held == {{id(p) for p in model.parameters()}} and len(held) == 11
+        open(f"{{root}}/{{case}}", "w").close()
+        os._exit(7)
+
+for case, port in {cases!r}.items():
+    if not os.fork():
+        os.environ["MASTER_PORT"] = port
+        lose(case)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    assert code == 7 if number == 0 else code != 0, (case, code)
+print("lost three times")
+"""
+
+
+def test_a_process_that_dies_or_hangs_at_a_point_leaves_the_others_whole(
+    launch: Make, tmp_path: Path
+) -> None:
+    ports = {}
+    for case in ("solving", "sharing", "hanging"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports[case] = str(free.getsockname()[1])
+    script = write(tmp_path, LOST, cases=ports)
+    told = launch(script, 2)
+    assert [out.splitlines()[-1] for out in told] == ["lost three times"] * 2
 
 
 class FSDPStrategy:
@@ -318,7 +459,7 @@ class DeepSpeedStrategy(DDPStrategy):
     ("strategy", "message"),
     [
         (FSDPStrategy(), r"under DDP and FSDP2 .*, not under FSDPStrategy; use strategy='ddp'"),
-        (DeepSpeedStrategy(), r"not under DeepSpeedStrategy; .*compress\(\) between two fits"),
+        (DeepSpeedStrategy(), r"not under DeepSpeedStrategy; .*`lrcompress factor --config RECIPE"),
         (DDPStrategy(start_method="spawn"), r"processes that spawn starts, .*='ddp' in a script"),
         (DDPStrategy(model_averaging_period=4), r"leave model_averaging_period out"),
     ],
