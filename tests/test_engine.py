@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 from transformers.pytorch_utils import Conv1D
 
+import lrcompress.engine
 from lrcompress.engine import Settings, compress, factor_, observe, preview
 from lrcompress.errors import (
     LayerError,
@@ -659,6 +660,39 @@ def test_optimizer_state_follows_the_second_time_as_defined() -> None:
                 loss_of(model, batch).backward()
                 optimizer.step()
                 moment = 0.9 * moment + model.get_submodule(names[0]).weight.grad  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("failing", ["share_", "_set_"])
+def test_what_fails_in_the_middle_of_replacing_leaves_all_as_it_was(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = Net(), batches()
+    named = [{"params": list(model.blocks.parameters()), "param_names": []}, model.head.weight]
+    named[0]["param_names"] = [f"blocks.{name}" for name, _ in model.blocks.named_parameters()]
+    optimizer = torch.optim.Adam([named[0], {"params": [named[1]], "param_names": ["head.weight"]}])
+    loss_of(model, data[0]).backward()
+    optimizer.step()
+    before, held = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    parameters = dict(model.named_parameters())
+    plain, calls = getattr(lrcompress.engine, failing), itertools.count()
+
+    def fails_late(*args: Any) -> Any:
+        if failing == "share_" or next(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(lrcompress.engine, failing, fails_late)
+    settings = Settings(keep=0.5, method="drone", targets=NAMES)
+    statistics = observed(model, data, method="drone")
+    with pytest.raises(KeyboardInterrupt):
+        factor_(model, statistics, settings, optimizers=[optimizer])
+    assert unchanged(model, before)
+    assert dict(model.named_parameters()) == parameters
+    assert str(optimizer.state_dict()) == str(held)
+    assert set(optimizer.state) <= set(parameters.values())
+    monkeypatch.undo()
+    factor_(model, statistics, settings, optimizers=[optimizer])
+    assert len(Plan.of(model)) == 4
 
 
 def test_the_state_of_an_optimizer_that_trained_goes_on_training() -> None:

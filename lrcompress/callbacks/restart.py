@@ -22,7 +22,8 @@ class Restart:
 
     def __init__(self, schedule: Warmup, taken: int = 0) -> None:
         self.schedule, self.taken = schedule, taken
-        self._held: dict[int, list[Any]] = {}
+        # a stack: torch runs hooks twice, one within the other, where a step calls its parent's
+        self._held: dict[int, list[list[Any]]] = {}
 
     def attach(self, optimizers: Sequence[Optimizer], stack: ExitStack) -> None:
         """Watch the optimizers until ``stack`` closes."""
@@ -37,12 +38,14 @@ class Restart:
         return self.schedule(self.taken)
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:
-        self._held[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
+        held = self._held.setdefault(id(optimizer), [])
+        factor = 1.0 if held else self.factor
+        held.append([group["lr"] for group in optimizer.param_groups])
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self.factor
+            group["lr"] = group["lr"] * factor
 
     def _after(self, optimizer: Optimizer, *_: object) -> None:
-        held = self._held.pop(id(optimizer))
-        for group, lr in zip(optimizer.param_groups, held, strict=True):
+        held = self._held[id(optimizer)]
+        for group, lr in zip(optimizer.param_groups, held.pop(), strict=True):
             group["lr"] = lr
-        self.taken += optimizer is self._first
+        self.taken += optimizer is self._first and not held

@@ -95,7 +95,7 @@ def train(
     if strategy is None:
         from lightning.pytorch.strategies import ModelParallelStrategy
 
-        strategy = ModelParallelStrategy(save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
     trainer = L.Trainer(
         max_epochs=3,
         accelerator="cpu",

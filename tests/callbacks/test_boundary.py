@@ -1,8 +1,10 @@
 """Two fits with a factoring between them, for strategies that take the module apart."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,7 +15,8 @@ from torch import nn
 
 import lrcompress
 from lrcompress.callbacks import factor_checkpoint
-from lrcompress.errors import CheckpointError, SettingError
+from lrcompress.cli import main
+from lrcompress.errors import CheckpointError, PlatformError, SettingError
 from lrcompress.report import Report
 
 pytestmark = [
@@ -90,6 +93,7 @@ fit({rest!r}, one_file, "--ckpt_path", "two/step=4.ckpt")
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe for a sharded strategy, with a module and data beside it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "beside.py").write_text(BESIDE.format(here=str(Path(__file__).parent)))
     flags = ["enable_progress_bar", "enable_model_summary", "logger", "use_distributed_sampler"]
     trainer = dict.fromkeys(flags, False) | {"accelerator": "cpu", "devices": 2, "max_epochs": 2}
@@ -178,6 +182,8 @@ def test_the_rate_rises_over_the_first_steps_also_of_a_resumed_fit(
     factor_checkpoint(dense, out, tagger(), loader(), factorize(), batches=3)
     seen: list[float] = []
 
+    torch.optim.SGD([torch.ones(1)])  # from now on torch's own step runs hooks as well
+
     class SGD(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             seen.append(self.param_groups[0]["lr"])
@@ -238,3 +244,32 @@ def test_what_is_wrong_is_told(
         lrcompress.StartFrom(str(dense)).load_state_dict({"version": 2})
     with pytest.raises(SettingError, match=r"restart_scale must be above 0"):
         lrcompress.StartFrom(str(dense), restart_scale=0)
+    factor_checkpoint(dense, out, tagger(), loader(), factorize(), batches=1)
+    start, other = lrcompress.StartFrom(str(out)), lrcompress.StartFrom(str(out), restart_steps=3)
+    with pytest.raises(
+        SettingError, match=r"restart_steps=0.05 is a share of a length that is not"
+    ):
+        trainer(start, max_epochs=-1).fit(tagger(), loader())
+    strange: Any = SimpleNamespace(optimizers=[SimpleNamespace()])  # as DeepSpeed's are
+    with pytest.raises(PlatformError, match=r"and SimpleNamespace is none; set restart_steps=0"):
+        other.on_train_start(strange, tagger())
+
+
+def test_one_recipe_serves_both_fits(
+    folder: Path, dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ["--config", "recipe.yaml", "--trainer.strategy=auto", "--trainer.devices=1"]
+    none = "--trainer.callbacks=null"
+    factor = ["factor", "--config", "recipe.yaml", "--checkpoint", str(dense), "--out", "f.ckpt"]
+    assert main([*factor, none]) == 2
+    assert (
+        "trainer.callbacks: expected one lrcompress.Factorize, which can" in capsys.readouterr().err
+    )
+    assert main([*factor, "--batches=2"]) == 0
+    start = ["--trainer.callbacks=lrcompress.StartFrom", "--trainer.callbacks.checkpoint=f.ckpt"]
+    assert main(["fit", *one, none, "--trainer.max_steps=1"]) == 0
+    assert main(["fit", *one, *start, "--trainer.max_steps=1"]) == 0
+    (saved,) = Path("checkpoints").glob("*v1.ckpt")
+    held = torch.load(saved, weights_only=True)
+    assert any(name.endswith("left.weight") for name in held["state_dict"])
+    assert Report.from_dict(held["callbacks"]["lrcompress.StartFrom"]["report"]).points

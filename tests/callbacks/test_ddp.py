@@ -359,6 +359,12 @@ for steps, message in [
     path = f"{{folder}}/step={{steps[number]}}.ckpt"
     fails(message, tagger(), parts(), ckpt_path=path, make=observing)
 
+# more processes go on with what one has seen
+callback = eval(observing)
+trainer(callback).fit(tagger(), Loader(parts()), ckpt_path=f"{{root}}/step=7.ckpt")
+assert callback.report.points[0].observed["steps"] == 6
+assert callback.report.points[0].observed["tokens"] == {tokens}
+
 class Deaf(L.Callback):
     "A process in which a layer was never seen adds zeros for it."
     def on_train_batch_start(self, trainer, module, *args):
@@ -372,8 +378,13 @@ print("seven refused, one went on")
 """
 
 
-def test_what_is_wrong_in_one_process_ends_all(launch: Make, tmp_path: Path) -> None:
-    told = launch(write(tmp_path, BAD), 2)
+def test_what_is_wrong_in_one_process_ends_all(
+    tagger: Make, loader: Make, trainer: Make, batches: Make, launch: Make, tmp_path: Path
+) -> None:
+    callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=1, window=1 / 3, verbose=False)
+    trainer(callback, every_step=True).fit(tagger(), loader(), loader())
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches())
+    told = launch(write(tmp_path, BAD, tokens=tokens), 2)
     assert [out.splitlines()[-1] for out in told] == ["seven refused, one went on"] * 2
 
 

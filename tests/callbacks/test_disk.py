@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.cli import main
+from lrcompress.callbacks import WholeCheckpointIO
+from lrcompress.cli import _Trainer, main
 from lrcompress.errors import CheckpointError
 
 pytestmark = [
@@ -163,3 +164,9 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_there(
         trainer(lrcompress.Factorize(**OPTIONS)).fit(model, loader(), ckpt_path=path)
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_recipes_save_whole_files_and_others_go_where_they_went(tmp_path: Path) -> None:
+    assert type(_Trainer(logger=False).strategy.checkpoint_io) is WholeCheckpointIO
+    WholeCheckpointIO().save_checkpoint({"epoch": 3}, "memory://a.ckpt")
+    assert WholeCheckpointIO().load_checkpoint("memory://a.ckpt") == {"epoch": 3}
