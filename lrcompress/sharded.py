@@ -5,6 +5,7 @@ One process alone solves them all, and tells no one.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,35 +201,23 @@ def install_(
         optimizers: whose parameters and state follow.
     """
     team = dealt.team
-    if team.parted:  # where a layer that is open cannot be put back
-        _install_(model, dealt, ranks, put, optimizers)
-        return
-    with whole_or_not(model, ranks, optimizers):
-        _install_(model, dealt, ranks, put, optimizers)
+    # where parameters are parted, a layer that was open cannot be put back
+    guard = nullcontext() if team.parted else whole_or_not(model, ranks, optimizers)
+    with guard:
+        for turn, own in dealt.turns(ranks):
+            found: dict[str, Found] = {}
 
+            def work(own: Mapping[str, Solved] = own, found: dict[str, Found] = found) -> None:
+                for name in own.keys() & ranks.keys():
+                    found[name] = (own[name].truncation.factors(ranks[name]), own[name].metric)
 
-def _install_(
-    model: nn.Module,
-    dealt: Dealt,
-    ranks: Mapping[str, int],
-    put: Callable[[str, Found | None], None],
-    optimizers: Sequence[Optimizer],
-) -> None:
-    team = dealt.team
-    for turn, own in dealt.turns(ranks):
-        found: dict[str, Found] = {}
-
-        def work(own: Mapping[str, Solved] = own, found: dict[str, Found] = found) -> None:
-            for name in own.keys() & ranks.keys():
-                found[name] = (own[name].truncation.factors(ranks[name]), own[name].metric)
-
-        team.attempt(work)
-        own.clear()
-        for part in [[name] for name in turn] if team.parted else [turn]:
-            with team.whole(model, part, optimizers):
-                for name in part:
-                    put(name, found.get(name))
-                share_(model, {name: dealt.owner[name] for name in part}, optimizers, team)
+            team.attempt(work)
+            own.clear()
+            for part in [[name] for name in turn] if team.parted else [turn]:
+                with team.whole(model, part, optimizers):
+                    for name in part:
+                        put(name, found.get(name))
+                    share_(model, {name: dealt.owner[name] for name in part}, optimizers, team)
 
 
 @torch.no_grad()

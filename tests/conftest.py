@@ -77,7 +77,10 @@ def run_processes(script: Path, count: int, *codes: int) -> list[str]:
     for number in range(count):
         for name in ("out", "err"):
             Path(f"{script}.{number}.{name}").write_text("")
-    done = subprocess.run(command, env=os.environ | group, capture_output=True, text=True)
+    environment = os.environ | group
+    done = subprocess.run(
+        command, env=environment, cwd=script.parent, capture_output=True, text=True
+    )
     told, errors = (
         [Path(f"{script}.{number}.{name}").read_text() for number in range(count)]
         for name in ("out", "err")

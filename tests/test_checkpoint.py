@@ -135,7 +135,7 @@ def test_tensors_of_any_form_are_read(dtype: torch.dtype, tmp_path: Path) -> Non
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, original: Path) -> None:
     path = tmp_path / "file"
-    with pytest.raises(CheckpointError, match=r"file cannot be read as a checkpoint: FileNotFound"):
+    with pytest.raises(CheckpointError, match=r"file cannot be read as a checkpoint: there is no"):
         read_checkpoint(path)
     with pytest.raises(CheckpointError, match=r"sharded .* can run code .*consolidate_checkpoint"):
         read_checkpoint(tmp_path)
@@ -217,7 +217,7 @@ def tensor(sizes: Any, strides: Any, offset: Any = 0, count: Any = 4, kind: str 
         (tensor((4,), (1,), count=2**50), "claims 1125899906842624 elements of 4 bytes for"),
         (tensor((4,), (1,), kind="Double"), "claims 4 elements of 8 bytes for .* has 16 bytes"),
         (pickle.dumps({"a": 1}, 4), "is pickled by a protocol above 2"),
-        (b"\x80\x02]K\x01}b.", "read as a checkpoint: UnpicklingError: Weights only load failed$"),
+        (b"\x80\x02]K\x01}b.", "it may be cut short: UnpicklingError: Weights only load failed$"),
     ],
 )
 def test_a_tensor_lies_within_its_storage(structure: bytes, message: str, tmp_path: Path) -> None:

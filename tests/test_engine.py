@@ -662,10 +662,12 @@ def test_optimizer_state_follows_the_second_time_as_defined() -> None:
                 moment = 0.9 * moment + model.get_submodule(names[0]).weight.grad  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("failing", ["share_", "_set_"])
+@pytest.mark.parametrize("failing", ["sharded.share_", "engine._set_"])
 def test_what_fails_in_the_middle_of_replacing_leaves_all_as_it_was(
     failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    place, name = failing.split(".")
+    unit = getattr(lrcompress, place)
     model, data = Net(), batches()
     named = [{"params": list(model.blocks.parameters()), "param_names": []}, model.head.weight]
     named[0]["param_names"] = [f"blocks.{name}" for name, _ in model.blocks.named_parameters()]
@@ -674,14 +676,14 @@ def test_what_fails_in_the_middle_of_replacing_leaves_all_as_it_was(
     optimizer.step()
     before, held = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
     parameters = dict(model.named_parameters())
-    plain, calls = getattr(lrcompress.engine, failing), itertools.count()
+    plain, calls = getattr(unit, name), itertools.count()
 
     def fails_late(*args: Any) -> Any:
-        if failing == "share_" or next(calls) == 2:
+        if name == "share_" or next(calls) == 2:
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(lrcompress.engine, failing, fails_late)
+    monkeypatch.setattr(unit, name, fails_late)
     settings = Settings(keep=0.5, method="drone", targets=NAMES)
     statistics = observed(model, data, method="drone")
     with pytest.raises(KeyboardInterrupt):

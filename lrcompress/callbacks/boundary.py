@@ -199,7 +199,7 @@ def load_(module: pl.LightningModule, held: Mapping[str, Any], source: str | Pat
     restore_structure(module, held)
     try:
         module.load_state_dict(held["state_dict"], strict=module.strict_loading)
-    except RuntimeError as error:
+    except Exception as error:  # names and values may be anything
         raise CheckpointError(
             f"{source} is not of this {type(module).__name__}: {error}; a module that is built in "
             "configure_model has to load it there"

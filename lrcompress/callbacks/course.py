@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import platform, telling
+from lrcompress.callbacks import platform, processes, telling
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.restart import Restart
 from lrcompress.engine import Settings
@@ -119,9 +119,9 @@ class Course(pl.Callback, ABC):
             self._hooks.close()
             self._reset()
             platform.refuse(trainer, type(self).__name__)
-            self._team = platform.team(trainer)
+            self._team = processes.team(trainer)
             self._observation = Observation(self.sampling, self._team)
-            platform.check_same_module(pl_module, self._team)
+            processes.check_same_module(pl_module, self._team)
             self._destination = telling.destination(trainer, self.report_path)
         follow = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _follow_checkpoint
@@ -140,7 +140,7 @@ class Course(pl.Callback, ABC):
         self._live = (pl_module, trainer.optimizers)
         platform.refuse_optimizers(trainer.optimizers, type(self).__name__)
         names = self.settings_at(0).select(pl_module).names
-        platform.check_layers(pl_module, names, self._team, type(self).__name__)
+        processes.check_layers(pl_module, names, self._team, type(self).__name__)
         for name in names:
             if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
                 raise LayerError(
@@ -149,7 +149,7 @@ class Course(pl.Callback, ABC):
                 )
         if self._loaded is not None:
             self._resume(pl_module, trainer.optimizers, self._loaded)
-            platform.rewrap_(trainer)
+            processes.rewrap_(trainer)
 
     def _resume(
         self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
@@ -212,7 +212,7 @@ class Course(pl.Callback, ABC):
             )
         if "plan" not in state_dict:
             return
-        platform.check_same_checkpoint(state_dict, self._team)
+        processes.check_same_checkpoint(state_dict, self._team)
         self._loaded = state_dict
         self._stage = state_dict["stage"]
         self.report = Report.from_dict(state_dict["report"])
@@ -245,7 +245,7 @@ class Course(pl.Callback, ABC):
 
     def _lengths(self, trainer: pl.Trainer) -> tuple[float, float]:
         """Return optimizer steps in the whole run and per epoch, which all processes share."""
-        platform.check_same_lengths(trainer, self._team)
+        processes.check_same_lengths(trainer, self._team)
         return platform.lengths(trainer)
 
     def _watch(self, module: nn.Module) -> None:
@@ -308,7 +308,7 @@ class Course(pl.Callback, ABC):
             self._observation.check(self.points[self._stage])
         self._team.lay_down(module)
         names = self.settings_at(self._stage).select(module).names
-        platform.check_layers(module, names, self._team, type(self).__name__)
+        processes.check_layers(module, names, self._team, type(self).__name__)
         if not self._stage:
             platform.announce(module)
         self._change(trainer, module, now)
@@ -321,8 +321,8 @@ class Course(pl.Callback, ABC):
 
     def _settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Let training go on with the new structure, once all processes have the same."""
-        platform.check_identical(module, self._team)
-        platform.rewrap_(trainer)
+        processes.check_identical(module, self._team)
+        processes.rewrap_(trainer)
 
     def _record(self, trainer: pl.Trainer, record: PointRecord) -> None:
         """Add what a point did to the report, the terminal and the loggers."""

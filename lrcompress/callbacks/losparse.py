@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import platform
+from lrcompress.callbacks import platform, processes
 from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.telling import AUTO
@@ -363,7 +363,7 @@ class LoSparse(Course):
         if not self._pruner.importance.known:  # fewer steps than one window
             self._pruner.importance.close()
         self._pruner.prune_(0.0, trainer.optimizers)
-        platform.check_identical(module, self._team)  # the same units, before they are structure
+        processes.check_identical(module, self._team)  # the same units, before they are structure
         before, bytes_before = dense_size(module), dense_bytes(module)
         layers = self._pruner.compact_(module, trainer.optimizers)
         self._settle(trainer, module)

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from lrcompress.callbacks.boundary import load_
 from lrcompress.checkpoint import read_lightning
 from lrcompress.cli.int8 import int8_table
 from lrcompress.errors import CheckpointError, RecipeError, nearest
@@ -19,7 +20,7 @@ from lrcompress.export import merge_dense, save_pretrained
 from lrcompress.export.card import model_card
 from lrcompress.export.onnx import INT8, ONNX, export_onnx, quantize_onnx
 from lrcompress.export.program import PROGRAM, export_program
-from lrcompress.plan import Plan, restore_structure
+from lrcompress.plan import Plan
 from lrcompress.recipe import link_
 from lrcompress.report import Report
 from lrcompress.tasks.locations import model_folder
@@ -127,19 +128,6 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
             known = (*OPTIONS, FLAG, "--model.path")
             raise RecipeError(f"unknown option {name}; nearest: {nearest(name, known)}")
     return places, given, overrides
-
-
-def load_(module: LightningModule, checkpoint: dict[str, Any], where: str) -> None:
-    """Give the module the structure and the weights of a checkpoint.
-
-    Raises:
-        CheckpointError: if they are not of such a module.
-    """
-    restore_structure(module, checkpoint)
-    try:
-        module.load_state_dict(checkpoint["state_dict"])
-    except Exception as error:  # names and values may be anything
-        raise CheckpointError(f"{where} is not of the recipe's model: {error}") from error
 
 
 def _parts(

@@ -6,10 +6,10 @@ from pathlib import Path
 import rich
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lrcompress.callbacks.boundary import load_
 from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.rehearsal import look, rehearse
 from lrcompress.checkpoint import read_lightning
-from lrcompress.cli.export import load_
 from lrcompress.errors import RecipeError
 from lrcompress.forecast import forecast
 from lrcompress.objective import METHODS

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
 import lrcompress
-from lrcompress.callbacks import platform
+from lrcompress.callbacks import platform, processes
 from lrcompress.distill import Distilled, Logits
 from lrcompress.errors import PlatformError
 
@@ -407,7 +407,7 @@ def lose(case):
     if number == 1 and case == "solving":
         lrcompress.sharded.truncate = die
     elif number == 1 and case == "sharing":
-        lrcompress.engine.share_ = die
+        lrcompress.sharded.share_ = die
     elif number == 1 and case == "hanging":
         lrcompress.sharded.truncate = wait
     model = tagger()
@@ -493,6 +493,6 @@ def test_refuses_optimizers_that_hold_a_part_of_their_state() -> None:
 def test_a_hook_s_memory_of_buckets_is_forgotten() -> None:
     state = PowerSGDState(None)
     state.iter, state.error_dict[0] = 2000, torch.ones(3)
-    platform._forget_buckets(state)
+    processes._forget_buckets(state)
     assert (state.iter, state.error_dict) == (0, {})
-    platform._forget_buckets(None)
+    processes._forget_buckets(None)

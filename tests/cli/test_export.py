@@ -167,7 +167,7 @@ def test_what_was_typed_wrong_is_told(
         (good[:2], 2, "expected a checkpoint, a folder and --config; usage"),
         (good[1:], 2, "expected a checkpoint, a folder and --config; usage"),
         ([*good, "--model.pth", "x"], 2, "pth"),
-        ([*good, "--model.num_labels", "3"], 1, "is not of the recipe's model: Error"),
+        ([*good, "--model.num_labels", "3"], 1, "is not of this TextClassification: Error"),
         ([str(recipe), *good[1:]], 1, "cannot be read as a checkpoint"),
         ([str(tmp_path), *good[1:]], 1, "is a sharded checkpoint, whose .metadata can run"),
     ]:
