@@ -38,7 +38,7 @@ def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a sharded checkpoint, whose .metadata can run code when it is read. If you "
-            f"trust it, make one file of it first: {_how(path)}"
+            f"trust it, make one file of it first: {how_to_join(path)}"
         )
     if not path.exists():
         raise CheckpointError(f"{path} cannot be read as a checkpoint: there is no such file")
@@ -72,7 +72,7 @@ def read_lightning(path: str | PathLike[str]) -> dict[str, Any]:
     return {**({} if state is checkpoint else checkpoint), "state_dict": state}
 
 
-def _how(folder: Path) -> str:
+def how_to_join(folder: Path) -> str:
     """Return the command with which the library that wrote a folder makes one file of it."""
     if (folder / "zero_to_fp32.py").exists() or (folder / "checkpoint").is_dir():
         name = "convert_zero_checkpoint_to_fp32_state_dict"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompress.checkpoint import read_checkpoint
+from lrcompress.checkpoint import how_to_join, read_checkpoint
 from lrcompress.errors import CheckpointError, NoMatchError, ShapeError, nearest
 from lrcompress.nn import Factored, LowRankLinear, LowRankSparseLinear
 from lrcompress.statistics.views import is_linear, view
@@ -255,5 +255,5 @@ def _plan_in(folder: Path) -> Plan:
             return Plan.from_dict(state["plan"])
     raise CheckpointError(
         f"{path} holds no plan, since no callback of lrcompress was saved with it; make one file "
-        "of the folder with python -m lightning.pytorch.utilities.consolidate_checkpoint"
+        f"of the folder: {how_to_join(folder)}"
     )

@@ -251,7 +251,7 @@ def assert_same(one: Any, other: Any, **close: float) -> None:
 def test_fsdp_is_as_ddp_and_a_killed_run_ends_as_the_whole_one(
     launch: Make, tmp_path: Path
 ) -> None:
-    launch(write(tmp_path, WHOLE), 2, code=-signal.SIGKILL)
+    launch(write(tmp_path, WHOLE), 2, *[-signal.SIGKILL] * 2)
     whole = {name: torch.load(tmp_path / f"{name} fsdp.pt") for name in RUNS}
     for name, one in whole.items():
         close = {"rtol": 1e-4, "atol": 1e-6} if name == "losparse" else {}
