@@ -8,9 +8,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   plan       print which layers the recipe would replace, without training
   factor     factor a checkpoint between two fits, for strategies that cannot on the way:
              lrcompress factor --config RECIPE --checkpoint CKPT --out FACTORED
-  export     write the model of a checkpoint to a folder, for transformers or as one graph:
+  export     write the model of a checkpoint, for transformers or as one graph (--format):
              lrcompress export CKPT FOLDER --config RECIPE
-                 --format transformers|dense|onnx|torch-export [--int8]
   bench      measure time, memory and size of a model, beside another or its dense form:
              lrcompress bench FOLDER [FOLDER] --shapes 32x128,1x32
   report     write the page of a run, or of several side by side:
@@ -21,7 +20,6 @@ given on the command line too, and what comes later wins. All of them: lrcompres
 
   lrcompress fit --config recipe.yaml
   lrcompress fit --config recipe.yaml --model.path bert-base-uncased --trainer.max_epochs 1
-
 Faults of the recipe end with exit code 2, other errors with 1; LRCOMPRESS_DEBUG=1 shows where.
 """
 

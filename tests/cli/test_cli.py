@@ -1,5 +1,6 @@
 """``lrcompress`` as a user runs it: real fits of a tiny module, and how each ends."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,7 @@ def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
 
 def test_modules_beside_the_recipe_can_be_named(recipe: Path) -> None:
     Path("beside.py").write_text("from lightning.pytorch.demos.boring_classes import BoringModel\n")
+    importlib.invalidate_caches()  # the folder may have been looked at within the clock's tick
     recipe.write_text("model: beside.BoringModel")
     assert run("validate", "--trainer.logger=false", "--trainer.limit_val_batches=1") == 0
 

@@ -228,11 +228,12 @@ def test_losses_that_never_count_warn(
         trainer(max_epochs=2).fit(module, loader())
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
 def test_going_on_without_distillation_warns(
     reader: Make, loader: Make, trainer: Make, tmp_path: Path
 ) -> None:
     def factorize() -> lrcompress.Factorize:
-        return lrcompress.Factorize(0.5, "svd", at="step:2", verbose=False, validate=False)
+        return lrcompress.Factorize(0.5, method="svd", at="step:2", verbose=False, validate=False)
 
     first = trainer(factorize(), every_step=True, max_steps=4)
     first.fit(Distilled(reader()), loader())

@@ -295,7 +295,7 @@ def test_a_local_file_takes_the_place_of_the_hub_and_brings_those_beside_it(
     data = TextData(
         str(tiny_bert), ["sentence"], "label", name="glue", train=reviews["train"], max_length=32
     )
-    assert data.sources == {**reviews, "test": None}
+    assert data.sources.splits == {**reviews, "test": None}
     data.setup("fit")
 
 
