@@ -53,7 +53,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[Factorize(method="svd", keep=0.5, at="step:2", targets=["layers.[01]"])],
+        callbacks=[Factorize(0.5, "step:2", "svd", ["layers.[01]"], report_path=None)],
     )
     trainer.fit(Small(), torch.utils.data.DataLoader(torch.randn(16, 5, 8), batch_size=4))
     trainer.save_checkpoint(folder / "last.ckpt")
