@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from lrcompress.bench.subject import Batch, Subject
 from lrcompress.errors import SettingError
 
@@ -63,6 +65,9 @@ class OnnxSubject(Subject):
         return self._run(self._session, batch)
 
     def _run(self, session: Any, batch: Batch) -> object:
+        ids = batch.get("input_ids")
+        if ids is not None:  # of one text each, as a tokenizer says it
+            batch = {"token_type_ids": torch.zeros_like(ids), **batch}
         names = [one.name for one in session.get_inputs()]
         missing = [name for name in names if name not in batch]
         if missing:

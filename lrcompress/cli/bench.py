@@ -31,6 +31,7 @@ from lrcompress.tasks.locations import model_folder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "compiled")
 ONNX = "model.onnx"
+_WIDTH = 130  # columns that the table needs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,7 +115,8 @@ def _measure(given: argparse.Namespace) -> None:
                 subjects = pair
     machine = _machine(given.devices)
     title = f"lrcompress bench: {machine}, {given.dtype}, {given.rounds} rounds"
-    Console().print(bench_table(subjects, runs, title))
+    # figures that are cut say nothing: a line that is too long for the terminal wraps
+    Console(width=max(_WIDTH, Console().width)).print(bench_table(subjects, runs, title))
     if given.json is not None:
         sizes = {
             one.name: {"parameters": one.parameters, "stored_bytes": one.stored_bytes}

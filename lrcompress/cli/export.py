@@ -1,6 +1,7 @@
 """``lrcompress export``: the model of a checkpoint as a folder that can be loaded elsewhere."""
 
 import json
+import sys
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lrcompress.callbacks.boundary import load_
 from lrcompress.checkpoint import read_lightning
-from lrcompress.cli.int8 import int8_table
+from lrcompress.cli.int8 import check_measured, int8_table
 from lrcompress.errors import CheckpointError, RecipeError, nearest
 from lrcompress.export import merge_dense, save_pretrained
 from lrcompress.export.card import model_card
@@ -41,19 +42,17 @@ def export(options: list[str]) -> None:
         options: of the command line, after ``export``.
 
     Raises:
-        RecipeError: if an option or the recipe's model is wrong.
-        CheckpointError: if the checkpoint is not of that model.
+        CheckpointError: if the checkpoint is not of the recipe's model.
     """
-    places, given, overrides = _split(options)
-    kind, int8 = given.get("--format", FORMATS[0]), FLAG in given
-    if kind not in FORMATS:
-        raise RecipeError(f"--format: unknown format {kind!r}; nearest: {nearest(kind, FORMATS)}")
-    if int8 and kind != "onnx":
-        raise RecipeError(f"{FLAG} is for --format onnx, got --format {kind}")
-    if len(places) != 2 or "--config" not in given:
-        raise RecipeError(f"expected a checkpoint, a folder and --config; usage: {USAGE}")
+    if {"-h", "--help"} & {*options}:
+        sys.stdout.write(f"usage: {USAGE}\n\n  FORMAT: {', '.join(FORMATS)}\n")
+        return
+    places, given, overrides = _checked(options)
+    kind, int8 = given["--format"], FLAG in given
     checkpoint = read_lightning(Path(places[0]))
     module, data = _parts(Path(given["--config"]), overrides, int8)
+    if int8:
+        check_measured(module)
     load_(module, checkpoint, places[0])
     if kind in ("onnx", "torch-export"):
         _write_graph(module, data, kind, places[1])
@@ -61,10 +60,12 @@ def export(options: list[str]) -> None:
     model, tokenizer = _model_of(module), _tokenizer(module)
     if kind == "transformers":
         save_pretrained(model, places[1], tokenizer, _report(checkpoint, model))
+        rich.print(f"written; lrcompress.load_pretrained({places[1]!r}) loads it")
         return
     merge_dense(model).save_pretrained(places[1])
     if tokenizer is not None:
         tokenizer.save_pretrained(places[1])
+    rich.print("written; from_pretrained of transformers loads it")
 
 
 def _write_graph(
@@ -76,6 +77,10 @@ def _write_graph(
     write, name = (export_onnx, ONNX) if kind == "onnx" else (export_program, PROGRAM)
     difference = write(model, folder, example, tokenizer)
     rich.print(f"{name}: the largest difference to the model is {difference:.2g}")
+    if kind != "onnx":
+        inputs = ", ".join(f"'{key}': …" for key in example)
+        path = Path(folder) / name
+        rich.print(f"torch.export.load('{path}').module()({{{inputs}}}) gives a dict")
     if data is not None:
         quantize_onnx(folder)
         files = [Path(folder) / name for name in (ONNX, INT8)]
@@ -97,6 +102,23 @@ def _example(module: LightningModule, tokenizer: Any) -> dict[str, Tensor]:
             "its model to make one; call lrcompress.export.export_onnx with an example"
         )
     return dict(tokenizer([TEXT, TEXT], return_tensors="pt"))
+
+
+def _checked(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
+    """Return what :func:`_split` does, with a format.
+
+    Raises:
+        RecipeError: if an option is wrong or missing.
+    """
+    places, given, overrides = _split(options)
+    kind = given.setdefault("--format", FORMATS[0])
+    if kind not in FORMATS:
+        raise RecipeError(f"--format: unknown format {kind!r}; nearest: {nearest(kind, FORMATS)}")
+    if FLAG in given and kind != "onnx":
+        raise RecipeError(f"{FLAG} is for --format onnx, got --format {kind}")
+    if len(places) != 2 or "--config" not in given:
+        raise RecipeError(f"expected a checkpoint, a folder and --config; usage: {USAGE}")
+    return places, given, overrides
 
 
 def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
@@ -126,7 +148,10 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
             overrides.append(f"{name}={value}")
         else:
             known = (*OPTIONS, FLAG, "--model.path")
-            raise RecipeError(f"unknown option {name}; nearest: {nearest(name, known)}")
+            raise RecipeError(
+                f"unknown option {name}; of the recipe only --model.KEY and --data.KEY count here, "
+                f"nearest: {nearest(name, known)}"
+            )
     return places, given, overrides
 
 

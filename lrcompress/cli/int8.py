@@ -15,6 +15,19 @@ from lrcompress.export.program import Run, outputs_of
 from lrcompress.tasks import TextClassification
 
 
+def check_measured(module: LightningModule) -> None:
+    """Check that there are metrics that can say what int8 costs.
+
+    Raises:
+        RecipeError: if the module is of another kind.
+    """
+    if not isinstance(module, TextClassification):
+        raise RecipeError(
+            f"model: --int8 is measured on a TextClassification, found a {type(module).__name__}; "
+            "leave it out, or call lrcompress.export.onnx.quantize_onnx on the folder"
+        )
+
+
 def int8_table(
     module: LightningModule, model: nn.Module, data: LightningDataModule, files: Sequence[Path]
 ) -> Table:
@@ -32,8 +45,8 @@ def int8_table(
     Raises:
         RecipeError: if there are no validation data of texts and labels.
     """
-    if not isinstance(module, TextClassification):
-        raise RecipeError(f"model: expected a TextClassification, found a {type(module).__name__}")
+    check_measured(module)
+    assert isinstance(module, TextClassification)
     data.prepare_data()
     data.setup("validate")
     batches: Any = data.val_dataloader()

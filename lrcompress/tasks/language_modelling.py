@@ -77,6 +77,12 @@ class LanguageModelling(FineTuning):
                 f"objective={self.objective!r}, but the data has masked={data.masked}: causal "
                 "models take 0, masked ones a share such as 0.15"
             )
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if isinstance(data, LanguageData) and most is not None and data.length > most:
+            raise SettingError(
+                f"the data has length={data.length}, the model has {most} positions; set length "
+                f"to at most {most}"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
         loss: Tensor = self(batch).loss

@@ -116,8 +116,12 @@ def test_a_checkpoint_becomes_a_graph_in_float32_and_int8(
     assert float(table["model.onnx"][2]) < 1e-5 < float(table["model.int8.onnx"][2]) < 0.1
     run = run_onnx(out / "model.onnx")
     torch.testing.assert_close(run(x)["logits"], module.model(**x).logits, atol=1e-5, rtol=1e-5)
-    with pytest.raises(RecipeError, match="expected a TextClassification, found a TwoModels"):
+    with pytest.raises(
+        RecipeError, match="measured on a TextClassification, found a TwoModels; leave it out"
+    ):
         int8_table(TwoModels(str(tiny_bert)), module.model, L.LightningDataModule(), [])
+    assert main(["bench", str(out), "--shapes", "2x8", "--rounds", "1"]) == 0
+    assert "2×8" in capsys.readouterr().out
     (tmp_path / "other.tsv").unlink()
     assert main([*options, "--format", "onnx", "--int8"]) == 1
     assert "there is no val split to validate on" in capsys.readouterr().err
@@ -129,7 +133,11 @@ def test_a_checkpoint_becomes_a_program(
     out = tmp_path / "out"
     options = [str(out), f"--config={recipe}", "--format=torch-export"]
     assert main(["export", str(checkpoint), *options]) == 0
-    assert "model.pt2: the largest difference to the model is" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "model.pt2: the largest difference to the model is" in told
+    assert ".module()({'input_ids': …, " in told.replace("\n", "")
+    assert main(["export", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: lrcompress export CHECKPOINT FOLDER --config")
     x = dict(tf.AutoTokenizer.from_pretrained(out)(["a good film"] * 3, return_tensors="pt"))
     module = factored(Path(yaml.safe_load(recipe.read_text())["model"]["init_args"]["path"]))
     module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
@@ -162,7 +170,11 @@ def test_what_was_typed_wrong_is_told(
         ([*good, "--format", "densee"], 2, "--format: unknown format 'densee'; nearest: dense"),
         ([*good, "--int8"], 2, "--int8 is for --format onnx, got --format transformers"),
         ([*good, "--format", "onnx", "--int8"], 2, "has no data"),
-        ([*good, "--formt", "dense"], 2, "unknown option --formt; nearest: --format"),
+        (
+            [*good, "--formt", "dense"],
+            2,
+            "--formt; of the recipe only --model.KEY and --data.KEY count here, nearest: --fo",
+        ),
         ([*good, "--format"], 2, "--format needs a value; usage: lrcompress export CHECKPOINT"),
         (good[:2], 2, "expected a checkpoint, a folder and --config; usage"),
         (good[1:], 2, "expected a checkpoint, a folder and --config; usage"),

@@ -254,6 +254,11 @@ def test_data_that_cannot_be_used(
     module = LanguageModelling(str(masked), "masked", pretrained=False)
     with pytest.raises(SettingError, match=r"objective='masked', but the data has masked=0.0: cau"):
         trainer().fit(module, LanguageData(str(causal), length=16, **text))
+    config = AutoConfig.from_pretrained(causal, n_positions=12)
+    config.save_pretrained(causal)
+    module = LanguageModelling(str(causal), pretrained=False)
+    with pytest.raises(SettingError, match="length=16, the model has 12 positions; set length to"):
+        trainer().fit(module, LanguageData(str(causal), length=16, **text))
     with pytest.raises(SettingError, match="unknown objective 'masket'; nearest: masked"):
         LanguageModelling(str(masked), "masket")
 
