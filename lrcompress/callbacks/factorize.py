@@ -3,8 +3,10 @@
 import copy
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import RenderableType
 from torch import nn
 from typing_extensions import override
@@ -203,6 +205,27 @@ class Factorize(Course):
             verbose=self.verbose,
         )
         return made
+
+    @property
+    def _asked(self) -> list[list[Any]]:
+        """What is asked of every point, as a checkpoint holds it."""
+        return [[one.method, one.keep] for one in self.settings]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"asked": self._asked}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        done = self._stage
+        for was, now in zip(state_dict.get("asked", [])[:done], self._asked, strict=False):
+            if was != now:
+                rank_zero_warn(
+                    f"the checkpoint was written after a point with method={was[0]!r}, "
+                    f"keep={was[1]!r}, which stays as it is; method={now[0]!r}, keep={now[1]!r} "
+                    "has no effect on it: resume from a checkpoint before that point"
+                )
 
     @override
     def settings_at(self, stage: int) -> Settings:

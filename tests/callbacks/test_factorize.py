@@ -107,6 +107,19 @@ def test_a_run_resumed_at_any_step_ends_bit_identical(
         assert hooks(model) == 0
 
 
+def test_a_point_that_is_past_keeps_its_settings_and_says_so(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    trainer(factorize(keep=0.5), every_step=True).fit(tagger(), loader(), loader())
+    before, after = tmp_path / "step=8.ckpt", tmp_path / "step=12.ckpt"
+    other = {"keep": 0.3, "verbose": False, "report_path": None, "every_n_steps": 2}
+    with pytest.warns(UserWarning, match=r"point with method='kfac', keep=0.5, which stays .*0.3"):
+        trainer(lrcompress.Factorize(at=0.5, **other)).fit(tagger(), loader(), ckpt_path=after)
+    model = tagger()
+    trainer(lrcompress.Factorize(at=0.5, **other)).fit(model, loader(), ckpt_path=before)
+    assert any(isinstance(m, LowRankLinear) for m in model.modules())
+
+
 def test_layers_that_factors_do_not_make_faster_stay(
     tagger: Make, loader: Make, trainer: Make, tmp_path: Path
 ) -> None:
