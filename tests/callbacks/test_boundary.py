@@ -94,11 +94,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe for a sharded strategy, with a module and data beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "beside.py").write_text(BESIDE.format(here=str(Path(__file__).parent)))
+    (tmp_path / "boundary_model.py").write_text(BESIDE.format(here=str(Path(__file__).parent)))
     flags = ["enable_progress_bar", "enable_model_summary", "logger", "use_distributed_sampler"]
     trainer = dict.fromkeys(flags, False) | {"accelerator": "cpu", "devices": 2, "max_epochs": 2}
     trainer |= {"strategy": SHARDED, "callbacks": [FACTORIZE], "num_sanity_val_steps": 0}
-    recipe = {"trainer": trainer, "model": "beside.Sharded", "data": "beside.Data"}
+    recipe = {"trainer": trainer, "model": "boundary_model.Sharded", "data": "boundary_model.Data"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return tmp_path
 
