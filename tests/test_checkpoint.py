@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.callbacks import Factorize
-from lrcompress.checkpoint import read_checkpoint
+from lrcompress.checkpoint import read_checkpoint, read_lightning
 from lrcompress.errors import CheckpointError, LRCompressError
 from lrcompress.plan import LayerPlan, Plan, restore_structure
 
@@ -65,7 +65,7 @@ def loaded(path: Path) -> dict[str, Tensor] | str:
     module = Small()
     try:
         restore_structure(module, path)
-        module.load_state_dict(read_checkpoint(path)["state_dict"])
+        module.load_state_dict(read_lightning(path)["state_dict"])
     except LRCompressError as error:
         return str(error)
     except RuntimeError as error:
