@@ -8,18 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompress.checkpoint import how_to_join, read_checkpoint
-from lrcompress.errors import CheckpointError, NoMatchError, ShapeError, nearest
-from lrcompress.nn import Factored, LowRankLinear, LowRankSparseLinear
+from lrcompress.errors import CheckpointError, LayerError, NoMatchError, ShapeError, nearest
+from lrcompress.nn import KINDS, Replacement
 from lrcompress.statistics.views import is_linear, view
 from lrcompress.surgery import replace_
 
 VERSION = 1
-# Kind to the sizes it has beside ``in`` and ``out``.
-KINDS: dict[str, tuple[str, ...]] = {
-    "low_rank": ("rank",),
-    "low_rank_sparse": ("rank", "rows"),
-    "dense": (),
-}
+DENSE = "dense"  # the kind of a layer that is as the architecture made it
+_SIDES = ("in", "out")
 
 
 @dataclass(frozen=True)
@@ -28,10 +24,9 @@ class LayerPlan:
 
     Attributes:
         name: its path in the model.
-        kind: ``"low_rank"``, ``"low_rank_sparse"``, or ``"dense"`` for one that goes back to a
+        kind: a key of :data:`lrcompress.nn.KINDS`, or ``"dense"`` for one that goes back to a
             plain layer.
-        sizes: ``in`` and ``out``; with ``low_rank`` also ``rank``; with ``low_rank_sparse``
-            also ``rank`` and ``rows``.
+        sizes: ``in`` and ``out``, and those that the kind has of its own.
     """
 
     name: str
@@ -67,7 +62,7 @@ class Plan:
             tuple(
                 _layer_plan(name, module)
                 for name, module in model.named_modules()
-                if isinstance(module, Factored)
+                if isinstance(module, Replacement)
             )
         )
 
@@ -76,17 +71,16 @@ class Plan:
         """Return what has to change in ``model`` before it can hold the tensors of ``state``.
 
         The keys and shapes say it all: ``name.left.weight`` beside ``name.right.weight`` stands
-        for factors, beside ``name.inner.weight`` for factors with rows, and ``name.weight`` for
-        a plain layer.
+        for factors, other kinds have others, and ``name.weight`` stands for a plain layer.
 
         Raises:
-            CheckpointError: if what should be factors are no matrices.
+            CheckpointError: if what should be factors are not of their form.
         """
         layers = []
         for name, module in model.named_modules():
             if is_linear(module):
                 now = _layer_plan(name, module)
-                wanted = _stored(now, state, f"{prefix}{name}.")
+                wanted = _stored(module, now, state, f"{prefix}{name}.")
                 if wanted != now:
                     layers.append(wanted)
         return cls(tuple(layers))
@@ -139,39 +133,36 @@ class Plan:
         return cls(layers)
 
 
-def _sizes(module: nn.Module) -> dict[str, int]:
-    out_features, in_features = view(module).shape
-    return {"in": in_features, "out": out_features}
-
-
 def _layer_plan(name: str, module: nn.Module) -> LayerPlan:
-    sizes = _sizes(module)
-    if isinstance(module, LowRankSparseLinear):
-        sizes |= {"rank": module.rank, "rows": module.num_rows}
-        return LayerPlan(name, "low_rank_sparse", sizes)
-    if isinstance(module, LowRankLinear):
-        return LayerPlan(name, "low_rank", sizes | {"rank": module.rank})
-    return LayerPlan(name, "dense", sizes)
+    if isinstance(module, Replacement):
+        return LayerPlan(name, module.kind, module.sizes)
+    out_features, in_features = view(module, f"layer {name!r}").shape
+    return LayerPlan(name, DENSE, {"in": in_features, "out": out_features})
 
 
-def _stored(now: LayerPlan, state: Mapping[str, Tensor], prefix: str) -> LayerPlan:
+def _stored(
+    module: nn.Module, now: LayerPlan, state: Mapping[str, Tensor], prefix: str
+) -> LayerPlan:
     """Return the layer as ``state`` holds it, or as it is where ``state`` does not.
 
     Raises:
-        CheckpointError: if its factors are no matrices.
+        CheckpointError: if its factors are not of their form.
     """
-    left, right, inner = (state.get(f"{prefix}{x}.weight") for x in ("left", "right", "inner"))
-    first = inner if right is None else right
-    if left is None or first is None:
-        plain = {side: now.sizes[side] for side in ("in", "out")}
-        return LayerPlan(now.name, "dense", plain) if f"{prefix}weight" in state else now
-    if not all(isinstance(x, Tensor) and x.ndim == 2 for x in (left, first)):
-        raise CheckpointError(f"the factors of {prefix.removesuffix('.')!r} must be matrices")
-    sizes = {"in": first.shape[1], "out": left.shape[0], "rank": left.shape[1]}
-    if right is None:
-        sizes["rows"] = first.shape[0] - left.shape[1]
-        return LayerPlan(now.name, "low_rank_sparse", sizes)
-    return LayerPlan(now.name, "low_rank", sizes)
+    for kind in KINDS.values():
+        found = {part: state[prefix + part] for part in kind.told_by if prefix + part in state}
+        if len(found) < len(kind.told_by) or not kind.takes(module):
+            continue
+        for part, axes in kind.told_by.items():
+            if not isinstance(found[part], Tensor) or found[part].ndim != axes:
+                got = tuple(getattr(found[part], "shape", ()))
+                raise CheckpointError(
+                    f"{prefix}{part} must be a tensor with {axes} axes, got shape {got}"
+                )
+        shapes = {part: tuple(value.shape) for part, value in found.items()}
+        return LayerPlan(now.name, kind.kind, kind.told_sizes(shapes))
+    if f"{prefix}weight" in state:
+        return LayerPlan(now.name, DENSE, {side: now.sizes[side] for side in _SIDES})
+    return now
 
 
 def _build(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -181,32 +172,37 @@ def _build(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module:
             f"{nearest(layer.name, modules)}"
         )
     old = modules[layer.name]
-    view(old, layer.name)
-    sizes = _sizes(old)
-    if any(sizes[side] != layer.sizes.get(side) for side in ("in", "out")):
+    now = _layer_plan(layer.name, old)
+    sides = {side: now.sizes[side] for side in _SIDES}
+    if any(sides[side] != layer.sizes.get(side) for side in _SIDES):
         raise ShapeError(
-            f"layer {layer.name!r} has sizes {sizes}, the plan gives it {dict(layer.sizes)}"
+            f"layer {layer.name!r} has sizes {sides}, the plan gives it {dict(layer.sizes)}"
         )
+    if now == layer:
+        return old
+    if layer.kind == DENSE:
+        return old.to_dense() if isinstance(old, Replacement) else old
+    return _made(layer, old, sides)
+
+
+def _made(layer: LayerPlan, old: nn.Module, sides: Mapping[str, int]) -> nn.Module:
     if layer.kind not in KINDS:
         raise CheckpointError(
-            f"layer {layer.name!r} is of kind {layer.kind!r}; known: {', '.join(KINDS)}"
+            f"layer {layer.name!r} is of kind {layer.kind!r}; known: {', '.join((*KINDS, DENSE))}"
         )
-    for size in KINDS[layer.kind]:
-        least, most = (1, min(sizes.values())) if size == "rank" else (0, sizes["out"])
+    kind = KINDS[layer.kind]
+    if not kind.takes(old):
+        raise LayerError(
+            f"layer {layer.name!r} is a {type(old).__name__}, which cannot become {layer.kind!r}"
+        )
+    limits = kind.limits(sides)
+    for size, (least, most) in limits.items():
         if not least <= layer.sizes.get(size, -1) <= most:
             raise ShapeError(
-                f"layer {layer.name!r} of sizes {sizes} cannot have {size} "
+                f"layer {layer.name!r} of sizes {dict(sides)} cannot have {size} "
                 f"{layer.sizes.get(size)}; from {least} to {most} it could"
             )
-    return old if _layer_plan(layer.name, old) == layer else _made(layer, old)
-
-
-def _made(layer: LayerPlan, old: nn.Module) -> nn.Module:
-    if layer.kind == "low_rank_sparse":
-        return LowRankSparseLinear.in_place_of(old, layer.sizes["rank"], layer.sizes["rows"])
-    if layer.kind == "low_rank":
-        return LowRankLinear.in_place_of(old, layer.sizes["rank"])
-    return old.to_dense() if isinstance(old, Factored) else old
+    return kind.in_place_of(old, **{size: layer.sizes[size] for size in limits})
 
 
 def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:

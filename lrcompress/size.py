@@ -4,25 +4,31 @@ import math
 
 from torch import nn
 
-from lrcompress.nn import Factored
-from lrcompress.statistics.views import view
+from lrcompress.nn import Replacement
 
 
 def dense_size(model: nn.Module) -> int:
     """Return how many parameters ``model`` would have with its factored layers dense."""
     now = sum(p.numel() for p in model.parameters())
-    views = [view(module) for module in model.modules() if isinstance(module, Factored)]
-    return now + sum(math.prod(v.shape) - sum(p.numel() for p in v.parameters) for v in views)
+    return now + sum(_weight(x) - sum(p.numel() for p in x.factors) for x in _replaced(model))
 
 
 def dense_bytes(model: nn.Module) -> int:
     """Return the bytes they would take, in the types of the factors."""
     now = stored_bytes(model)
-    views = [view(module) for module in model.modules() if isinstance(module, Factored)]
-    dense = sum(math.prod(v.shape) * v.parameters[0].element_size() for v in views)
-    return now + dense - sum(p.nbytes for v in views for p in v.parameters)
+    layers = _replaced(model)
+    dense = sum(_weight(x) * x.factors[0].element_size() for x in layers)
+    return now + dense - sum(p.nbytes for x in layers for p in x.factors)
 
 
 def stored_bytes(model: nn.Module) -> int:
     """Return the bytes that the parameters of ``model`` take."""
     return sum(p.nbytes for p in model.parameters())
+
+
+def _replaced(model: nn.Module) -> list[Replacement]:
+    return [module for module in model.modules() if isinstance(module, Replacement)]
+
+
+def _weight(layer: Replacement) -> int:
+    return math.prod(layer.sizes[side] for side in ("out", "in"))

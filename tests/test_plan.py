@@ -138,7 +138,11 @@ RIGHT = {"in": 6, "out": 6, "rank": 2}
     ("wrong", "error", "message"),
     [
         (LayerPlan("2.iner", "low_rank", RIGHT), NoMatchError, r"'2.iner', .* nearest: 2.inner"),
-        (LayerPlan("3", "low_rank", RIGHT), LayerError, "3 is a LayerNorm; known layer types"),
+        (
+            LayerPlan("3", "low_rank", RIGHT),
+            LayerError,
+            "layer '3' is a LayerNorm; known layer types",
+        ),
         (
             LayerPlan("2.plain", "low_rank", {"in": 6, "out": 5, "rank": 2}),
             ShapeError,

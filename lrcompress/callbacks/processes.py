@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lrcompress.callbacks import sharding
 from lrcompress.callbacks.platform import is_sharding, steps_done
 from lrcompress.errors import PlatformError
-from lrcompress.nn import Factored
+from lrcompress.nn import Replacement
 from lrcompress.parallel import ALONE, Team, checksums
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
@@ -128,7 +128,7 @@ def _each(values: Sequence[object]) -> str:
 
 def _structure_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, child in module.named_modules():
-        if isinstance(child, Factored):
+        if isinstance(child, Replacement):
             yield from child.named_buffers(prefix)
 
 

@@ -25,7 +25,7 @@ from lrcompress.errors import (
     SettingError,
 )
 from lrcompress.export import load_pretrained, merge_dense
-from lrcompress.nn import Factored
+from lrcompress.nn import Replacement
 from lrcompress.tasks.locations import model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -159,7 +159,7 @@ class _Model:
 
     def dense(self) -> "_Model | None":
         """Return the model with plain layers; None if it has no others."""
-        if self.model is None or not any(isinstance(m, Factored) for m in self.model.modules()):
+        if self.model is None or not any(isinstance(m, Replacement) for m in self.model.modules()):
             return None
         plain = copy.copy(self)
         plain.name, plain.stored_bytes = "its dense form", None

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lrcompress.nn import Factored
+from lrcompress.nn import Replacement
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,9 +28,9 @@ def merge_dense(model: Model) -> Model:
         )
     """
     memo: dict[int, Any] = {}
-    for layer in [module for module in model.modules() if isinstance(module, Factored)]:
+    for layer in [module for module in model.modules() if isinstance(module, Replacement)]:
         plain = layer.to_dense()
-        plain.bias = copy.deepcopy(layer.bias, memo)  # type: ignore[assignment]
+        plain.bias = copy.deepcopy(layer.bias, memo)
         memo[id(layer)] = plain  # deepcopy takes it for the copy it has already made
     merged = copy.deepcopy(model, memo)
     forget_structure_(merged)

@@ -14,8 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.errors import CheckpointError
 from lrcompress.export.tensors import check_plan, read_headers
-from lrcompress.nn import Factored, LowRankSparseLinear
-from lrcompress.plan import LayerPlan, Plan
+from lrcompress.nn import LowRankSparseLinear, Replacement
+from lrcompress.plan import DENSE, LayerPlan, Plan
 
 METHOD = "lrcompress"
 VERSION = 1
@@ -145,7 +145,7 @@ class CompressionQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> Any:
-        back = (LayerPlan(x.name, "dense", x.sizes) for x in Plan.of(model))
+        back = (LayerPlan(x.name, DENSE, x.sizes) for x in Plan.of(model))
         return Plan(tuple(back)).apply_(model).to(dtype)
 
 
@@ -190,7 +190,7 @@ def align_(model: nn.Module) -> None:
 
 
 def _is_factored(model: nn.Module, key: str) -> bool:
-    return isinstance(model.get_submodule(key.rpartition(".")[0]), Factored)
+    return isinstance(model.get_submodule(key.rpartition(".")[0]), Replacement)
 
 
 def renamed(plan: Plan, model: PreTrainedModel) -> Plan:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrcompress.errors import CheckpointError
-from lrcompress.plan import LayerPlan, Plan
+from lrcompress.nn import KINDS
+from lrcompress.plan import DENSE, LayerPlan, Plan
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 _BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -142,21 +143,11 @@ def _part(name: str) -> str:
 
 
 def _parts(layer: LayerPlan, where: str) -> dict[str, tuple[int, ...]]:
+    if layer.kind != DENSE and layer.kind not in KINDS:
+        raise CheckpointError(f"{where}: the plan gives layer {layer.name!r} kind {layer.kind!r}")
     try:
-        sizes = {key: layer.sizes[key] for key in ("in", "out")}
-        if layer.kind == "dense":
-            return {}
-        sizes["rank"] = layer.sizes["rank"]
-        left: dict[str, tuple[int, ...]] = {"left.weight": (sizes["out"], sizes["rank"])}
-        if layer.kind == "low_rank":
-            return left | {"right.weight": (sizes["rank"], sizes["in"])}
-        if layer.kind == "low_rank_sparse":
-            rows = layer.sizes["rows"]
-            components = sizes["rank"] + rows
-            buffers = {"kept": (components,), "index": (rows,)}
-            return left | {"inner.weight": (components, sizes["in"])} | buffers
+        return {} if layer.kind == DENSE else KINDS[layer.kind].tensors(layer.sizes)
     except KeyError as error:
         raise CheckpointError(
             f"{where}: the plan gives layer {layer.name!r} no size {error}"
         ) from error
-    raise CheckpointError(f"{where}: the plan gives layer {layer.name!r} kind {layer.kind!r}")

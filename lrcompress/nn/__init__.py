@@ -1,6 +1,14 @@
 """What stands in the model after compression, one layer kind a file."""
 
+from collections.abc import Mapping
+
 from lrcompress.nn.low_rank import Factored, LowRankLinear
 from lrcompress.nn.low_rank_sparse import LowRankSparseLinear
+from lrcompress.nn.replacement import Replacement
 
-__all__ = ["Factored", "LowRankLinear", "LowRankSparseLinear"]
+# What plans call a kind -> the kind.
+KINDS: Mapping[str, type[Replacement]] = {
+    kind.kind: kind for kind in (LowRankLinear, LowRankSparseLinear)
+}
+
+__all__ = ["KINDS", "Factored", "LowRankLinear", "LowRankSparseLinear", "Replacement"]

@@ -1,23 +1,25 @@
 """A linear layer as two narrow ones."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from lrcompress.nn.replacement import Replacement, Sizes
 from lrcompress.statistics import views
 
 
-class Factored(nn.Module, ABC):
-    """What every factored layer can do: take the place of a layer, and go back to a plain one.
+class Factored(Replacement):
+    """What layers with a left factor share: its bias is theirs, and it leads back to a plain one.
 
     Attributes:
         in_features: width of the input.
         out_features: width of the output.
         rank: columns of the left factor.
         left: the left factor, whose bias is the layer's.
-        plain: the layer type it stands for, and can go back to.
     """
 
     left: nn.Linear
@@ -82,6 +84,9 @@ class LowRankLinear(Factored):
         torch.Size([3, 5, 4])
     """
 
+    kind = "low_rank"
+    told_by = MappingProxyType({"left.weight": 2, "right.weight": 2})
+
     def __init__(
         self,
         in_features: int,
@@ -97,7 +102,7 @@ class LowRankLinear(Factored):
         self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def in_place_of(cls, layer: nn.Module, rank: int) -> "LowRankLinear":
+    def in_place_of(cls, layer: nn.Module, rank: int) -> Self:  # type: ignore[override]
         """Return a layer of that rank to stand where ``layer`` stood, its factors not yet set.
 
         It takes over ``layer``'s bias, the same parameter, and its dtype, device and training
@@ -117,6 +122,28 @@ class LowRankLinear(Factored):
         return new._take_over(layer, old)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        return {"in": self.in_features, "out": self.out_features, "rank": self.rank}
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.right.weight, self.left.weight
+
+    @staticmethod
+    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+        return {"rank": (1, min(sizes["in"], sizes["out"]))}
+
+    @staticmethod
+    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        (out_features, rank), (_, in_features) = shapes["left.weight"], shapes["right.weight"]
+        return {"in": in_features, "out": out_features, "rank": rank}
+
+    @staticmethod
+    def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        rank = sizes["rank"]
+        return {"left.weight": (sizes["out"], rank), "right.weight": (rank, sizes["in"])}
+
+    @property
     def weight(self) -> Tensor:
         return self.left.weight @ self.right.weight
 
@@ -131,8 +158,7 @@ class LowRankLinear(Factored):
 def _view(layer: nn.Module) -> views.LinearView:
     assert isinstance(layer, LowRankLinear)
     shape = (layer.out_features, layer.in_features)
-    parameters = (layer.right.weight, layer.left.weight)
-    return views.LinearView(shape, layer.bias, parameters, lambda: layer.weight)
+    return views.LinearView(shape, layer.bias, layer.factors, lambda: layer.weight)
 
 
 views.register(LowRankLinear, _view)

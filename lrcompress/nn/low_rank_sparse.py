@@ -1,6 +1,7 @@
 """A linear layer as two narrow ones and some rows of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lrcompress.errors import SettingError, ShapeError
 from lrcompress.nn.low_rank import Factored, LowRankLinear
+from lrcompress.nn.replacement import Sizes
 from lrcompress.parallel import own_rows
 from lrcompress.statistics import views
 
@@ -45,6 +47,9 @@ class LowRankSparseLinear(Factored):
         )
     """
 
+    kind = "low_rank_sparse"
+    told_by = MappingProxyType({"left.weight": 2, "inner.weight": 2})
+
     index: Tensor
     kept: Tensor
 
@@ -78,9 +83,9 @@ class LowRankSparseLinear(Factored):
         self._alive: _Alive | None = None
 
     @classmethod
-    def in_place_of(
-        cls, layer: nn.Module, rank: int, num_rows: int | None = None
-    ) -> "LowRankSparseLinear":
+    def in_place_of(  # type: ignore[override]
+        cls, layer: nn.Module, rank: int, rows: int | None = None
+    ) -> Self:
         """Return a layer to stand where ``layer`` stood, its values not yet set.
 
         It takes over ``layer``'s bias, the same parameter, and its dtype, device and training
@@ -93,12 +98,40 @@ class LowRankSparseLinear(Factored):
             in_features,
             out_features,
             rank,
-            out_features if num_rows is None else num_rows,
+            out_features if rows is None else rows,
             bias=False,
             device=weight.device,
             dtype=weight.dtype,
         )
         return new._take_over(layer, old)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        own = {"rank": self.rank, "rows": self.num_rows}
+        return {"in": self.in_features, "out": self.out_features, **own}
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.inner.weight, self.left.weight
+
+    @staticmethod
+    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+        return {"rank": (1, min(sizes["in"], sizes["out"])), "rows": (0, sizes["out"])}
+
+    @staticmethod
+    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        (out_features, rank), (components, width) = shapes["left.weight"], shapes["inner.weight"]
+        return {"in": width, "out": out_features, "rank": rank, "rows": components - rank}
+
+    @staticmethod
+    def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        rank, rows = sizes["rank"], sizes["rows"]
+        return {
+            "left.weight": (sizes["out"], rank),
+            "inner.weight": (rank + rows, sizes["in"]),
+            "kept": (rank + rows,),
+            "index": (rows,),
+        }
 
     @property
     def num_rows(self) -> int:
@@ -301,8 +334,7 @@ class _Alive:
 def _view(layer: nn.Module) -> views.LinearView:
     assert isinstance(layer, LowRankSparseLinear)
     shape = (layer.out_features, layer.in_features)
-    parameters = (layer.inner.weight, layer.left.weight)
-    return views.LinearView(shape, layer.bias, parameters, lambda: layer.weight)
+    return views.LinearView(shape, layer.bias, layer.factors, lambda: layer.weight)
 
 
 views.register(LowRankSparseLinear, _view)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lrcompress.budget import Candidate, allocate, divide
 from lrcompress.engine import Settings
 from lrcompress.errors import LayerError, SettingError
-from lrcompress.nn import Factored, LowRankSparseLinear
+from lrcompress.nn import LowRankSparseLinear, Replacement
 from lrcompress.objective import METHODS
 from lrcompress.parallel import ALONE, Team
 from lrcompress.pruning.shares import AUTO, Quota, Shares
@@ -104,7 +104,7 @@ def check_dense(model: nn.Module, names: Iterable[str]) -> None:
         LayerError: if one is factored already.
     """
     for name in names:
-        if isinstance(model.get_submodule(name), Factored):
+        if isinstance(model.get_submodule(name), Replacement):
             raise LayerError(
                 f"layer {name!r} is factored already; LoSparse starts from dense layers: leave "
                 "it out with exclude=, or use one of Factorize and LoSparse"

@@ -128,7 +128,7 @@ def test_tensors_saved_under_other_names_are_told_apart_by_their_sizes() -> None
         ),
         (LayerPlan("a", "low_rank_sparse", SPARSE), r"'a\.inner\.weight' .* none of that name"),
         (LayerPlan("a", "low_rank_sparse", SIZES), "gives layer 'a' no size 'rows'"),
-        (LayerPlan("a", "low_rank", {}), "gives layer 'a' no size 'in'"),
+        (LayerPlan("a", "low_rank", {}), "gives layer 'a' no size 'rank'"),
         (LayerPlan("a", "magic", SIZES), "gives layer 'a' kind 'magic'"),
     ],
 )

@@ -1,0 +1,73 @@
+"""What every layer that takes another's place can say of itself, so that no one else has to ask."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from lrcompress.statistics import views
+
+Sizes = Mapping[str, int]
+
+
+class Replacement(nn.Module, ABC):
+    """A layer that stands where the architecture had put another.
+
+    Its sizes are ``in`` and ``out``, those of the weight it stands for, and the kind's own. A new
+    kind is a subclass that is named in ``lrcompress.nn.KINDS``; plans, checkpoints, exported
+    folders and reports ask it for the rest.
+
+    Attributes:
+        kind: what plans call it.
+        told_by: tensors that only this kind of layer has, of those it may stand for, and how many
+            axes each has.
+        plain: the layer type it stands for, and can go back to.
+    """
+
+    kind: ClassVar[str]
+    told_by: ClassVar[Mapping[str, int]]
+    plain: type[nn.Module]
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """``in``, ``out``, and the kind's own sizes."""
+
+    @property
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """The parameters that are here in place of the weight."""
+
+    @classmethod
+    @abstractmethod
+    def in_place_of(cls, layer: nn.Module, *args: Any, **sizes: int) -> Self:
+        """Return a layer of these own sizes to stand where ``layer`` stood, values not yet set."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """Return a plain layer that computes the same."""
+
+    @classmethod
+    def takes(cls, layer: nn.Module) -> bool:
+        """Return whether it can stand where ``layer`` does."""
+        return views.is_linear(layer)
+
+    @staticmethod
+    @abstractmethod
+    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+        """Return the least and the greatest of its own sizes, for ``in`` and ``out``."""
+
+    @staticmethod
+    @abstractmethod
+    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Return the sizes that the shapes of the tensors ``told_by`` say."""
+
+    @staticmethod
+    @abstractmethod
+    def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor it is stored as, but for its bias.
+
+        Raises:
+            KeyError: if a size is missing.
+        """
