@@ -1,7 +1,7 @@
 """Find layers by pattern, put others in their place, carry the optimizer's state over."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -189,9 +189,8 @@ def whole_or_not(
     biases = [view(layer).bias for layer in layers.values()]
     values = [(bias, bias.detach().clone()) for bias in biases if bias is not None]
     held = [(x, [_listed(group) for group in x.param_groups], dict(x.state)) for x in optimizers]
-    try:
-        yield
-    except BaseException:
+
+    def put_back() -> None:
         for name, layer in layers.items():
             replace_(model, name, layer)
         for bias, value in values:
@@ -201,7 +200,11 @@ def whole_or_not(
                 group.update(lists)
             optimizer.state.clear()
             optimizer.state.update(state)
-        raise
+
+    with ExitStack() as stack:
+        stack.callback(put_back)
+        yield
+        stack.pop_all()
 
 
 def _listed(group: dict[str, Any]) -> dict[str, list[Any]]:
