@@ -92,7 +92,7 @@ def check_keep(keep: float, name: str = "keep") -> float:
 
 
 def _percent(keep: object) -> bool:
-    return isinstance(keep, int | float) and 1 < keep <= 100
+    return isinstance(keep, int | float) and 2 <= keep <= 100
 
 
 def cost(candidate: Candidate, rank: int | None) -> int:

@@ -43,6 +43,10 @@ def summary(report: Report) -> Summary:
     if dense:
         notes.append(f"{dense} of the targeted layers are left dense")
     notes += [point.note for point in report.points if point.note]
+    if any(point.predicted_loss is not None for point in points):
+        notes.append(
+            "predicted: of the training loss, for small cuts near a minimum; large cuts lose more"
+        )
     return Summary(columns, found.rows, notes)
 
 

@@ -469,7 +469,8 @@ def test_refuses_callbacks_that_hold_dense_weights(
     [
         ({"method": "kfca"}, SettingError, r"got 'kfca', nearest: kfac"),
         ({"keep": 0}, SettingError, r"keep must be above 0 and at most 1 .* got 0"),
-        ({"keep": 1.5}, SettingError, r"got 1.5; did you mean 0.015"),
+        ({"keep": 1.5}, SettingError, r"got 1.5$"),
+        ({"keep": 15}, SettingError, r"got 15; did you mean 0.15\?"),
         ({"keep": float("nan")}, SettingError, r"got nan"),
         ({"keep": None}, SettingError, r"keep is missing"),
         (
