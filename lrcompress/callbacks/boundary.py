@@ -145,7 +145,8 @@ def factor_checkpoint(
 
     Args:
         checkpoint: one file: of any strategy that writes one, or consolidated.
-        out: the file to write: a Lightning checkpoint of weights, with the report.
+        out: the file to write: a Lightning checkpoint of weights, with the report; the callback's
+            own report stands beside it by default.
         module: of the checkpoint's class; it is factored in place.
         data: a datamodule or training batches, as ``Trainer.fit`` takes them; None for a module
             that has its own.
@@ -170,6 +171,7 @@ def factor_checkpoint(
         max_steps=batches + 1,
         check_val_every_n_epoch=batches + 2,  # the callback validates, before and after
         num_sanity_val_steps=0,
+        default_root_dir=Path(out).parent,  # for the report
         callbacks=[once],
         logger=False,
         enable_checkpointing=False,

@@ -157,6 +157,7 @@ def test_it_is_what_compress_makes_of_the_weights(
     report = factor_checkpoint(
         dense, tmp_path / "out.ckpt", module, loader(), factorize(method=method), batches=12
     )
+    assert Report.load(tmp_path).points == report.points  # beside what it wrote
     held = torch.load(tmp_path / "out.ckpt", weights_only=True)
     same = tagger()
     same.load_state_dict(torch.load(dense, weights_only=True)["state_dict"])
