@@ -142,7 +142,8 @@ class Course(pl.Callback, ABC):
         names = self.settings_at(0).select(pl_module).names
         processes.check_layers(pl_module, names, self._team, type(self).__name__)
         for name in names:
-            if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
+            layer = view(pl_module.get_submodule(name), table=True)
+            if not layer.parameters[0].requires_grad:
                 raise LayerError(
                     f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
                     "leave it out with exclude=, or call lrcompress.compress() on the model"
