@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "checkpoint", "files", "linalg", "parallel", "schedules"},
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
-    {"nn", "plan", "size", "surgery"},
+    {"nn", "plan", "ties", "size", "surgery"},
     {"bench", "engine", "forecast", "sharded", "pruning", "report", "settings", "export"},
     {"callbacks", "distill"},
     {"tasks", "cli", "recipe", "__main__"},
