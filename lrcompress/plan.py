@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrcompress.checkpoint import how_to_join, read_checkpoint
 from lrcompress.errors import CheckpointError, LayerError, NoMatchError, ShapeError, nearest
-from lrcompress.nn import KINDS, LowRankEmbedding, LowRankLinear, Replacement
+from lrcompress.nn import KINDS, FactoredTable, LowRankEmbedding, LowRankLinear, Replacement
 from lrcompress.statistics.views import is_linear, is_table, view
 from lrcompress.surgery import replace_
 from lrcompress.ties import first_holders, plain_forms, restate_, same_storage, share_
@@ -76,15 +76,11 @@ class Plan:
         """
         every = _plans_now(model, lambda module: is_linear(module) or is_table(module))
         modules = dict(model.named_modules())
-        tied = same_storage(state, [now.name for now in every], prefix)
-        layers = []
-        for now in every:
-            wanted = _stored(modules[now.name], now, state, f"{prefix}{now.name}.")
-            if wanted.kind != DENSE:
-                wanted = replace(wanted, tied=tied.get(now.name, ""))
-            if wanted != now:
-                layers.append(wanted)
-        return cls(tuple(layers))
+        stored = [_stored(modules[x.name], x, state, f"{prefix}{x.name}.") for x in every]
+        factors = {x.name: KINDS[x.kind].told_by for x in stored if x.kind != DENSE}
+        tied = same_storage(state, factors, prefix)
+        wanted = [replace(x, tied=tied.get(x.name, "")) for x in stored]
+        return cls(tuple(x for x, now in zip(wanted, every, strict=True) if x != now))
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Give ``model`` this structure, on any device, ``meta`` included; values are not set.
@@ -168,11 +164,12 @@ def _check_ties(layers: Iterable[LayerPlan], modules: Mapping[str, nn.Module]) -
         if not layer.tied:
             continue
         sides = [modules.get(name) for name in (layer.name, layer.tied)]
-        kinds = [type(side) for side in sides]
-        if not set(kinds) <= {LowRankLinear, LowRankEmbedding}:
+        kinds = {type(side) for side in sides}
+        alike = len(kinds) == 1 and isinstance(sides[0], FactoredTable)
+        if not (alike or kinds <= {LowRankLinear, LowRankEmbedding}):
             raise CheckpointError(
                 f"layer {layer.name!r} of kind {layer.kind!r} cannot share the factors of "
-                f"{layer.tied!r}: a low-rank embedding and its low-rank output heads can"
+                f"{layer.tied!r}: embeddings of one kind can, and low-rank output heads"
             )
         sizes = [dict(side.sizes) for side in sides if isinstance(side, Replacement)]
         if sizes[0] != sizes[1]:

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from lrcompress.nn import Replacement
 
-# The factors that a tied pair shares, by name within each layer.
-FACTORS = ("left.weight", "right.weight")
 _TIED, _OWN = "all_tied_weights_keys", "_tied_weights_keys"  # of a model of transformers
 
 
@@ -24,15 +22,17 @@ def first_holders(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     return found
 
 
-def same_storage(state: Mapping[str, Any], names: Iterable[str], prefix: str) -> dict[str, str]:
+def same_storage(
+    state: Mapping[str, Any], factors: Mapping[str, Iterable[str]], prefix: str
+) -> dict[str, str]:
     """Return layers whose stored factors lie where those of one before them do, and which that is.
 
     Equal values are no tie: what was saved untied stays so.
     """
     holders: dict[tuple[object, ...], str] = {}
     found = {}
-    for name in names:
-        stored = [state.get(f"{prefix}{name}.{part}") for part in FACTORS]
+    for name, parts in factors.items():
+        stored = [state.get(f"{prefix}{name}.{part}") for part in sorted(parts)]
         if not all(type(x) in (Tensor, nn.Parameter) and x.data_ptr() for x in stored):
             continue
         key = tuple((x.data_ptr(), x.shape) for x in stored if x is not None)
@@ -44,7 +44,7 @@ def same_storage(state: Mapping[str, Any], names: Iterable[str], prefix: str) ->
 
 def share_(layer: nn.Module, source: nn.Module) -> None:
     """Let a layer hold the very factors of another one of the same sizes."""
-    for part in FACTORS:
+    for part in _factors(source):
         holder, _, key = part.rpartition(".")
         setattr(layer.get_submodule(holder), key, source.get_parameter(part))
 
@@ -98,6 +98,11 @@ def _names_now(model: nn.Module, key: str) -> list[str]:
     layer = model.get_submodule(path)
     if not isinstance(layer, Replacement):
         return [key]
-    parts = FACTORS if last == "weight" else ("left.bias",)
-    held = dict(layer.named_parameters())
-    return [f"{path}.{part}" for part in parts if part in held]
+    if last == "weight":
+        return [f"{path}.{part}" for part in _factors(layer)]
+    return [f"{path}.left.bias"] if "left.bias" in dict(layer.named_parameters()) else []
+
+
+def _factors(layer: nn.Module) -> list[str]:
+    """Return the names of a layer's factors, the same for all that may share them."""
+    return sorted(name for name, _ in layer.named_parameters() if name != "left.bias")

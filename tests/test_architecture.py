@@ -16,7 +16,17 @@ LAYERS = [
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
     {"nn", "plan", "ties", "size", "surgery"},
-    {"bench", "engine", "forecast", "sharded", "pruning", "report", "settings", "export"},
+    {
+        "bench",
+        "engine",
+        "embedding",
+        "forecast",
+        "sharded",
+        "pruning",
+        "report",
+        "settings",
+        "export",
+    },
     {"callbacks", "distill"},
     {"tasks", "cli", "recipe", "__main__"},
 ]

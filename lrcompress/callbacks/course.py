@@ -20,6 +20,7 @@ from typing_extensions import override
 from lrcompress.callbacks import platform, processes, telling
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.restart import Restart
+from lrcompress.embedding import TableSettings
 from lrcompress.engine import Settings
 from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
 from lrcompress.parallel import ALONE
@@ -84,7 +85,7 @@ class Course(pl.Callback, ABC):
     at: float | str | list[float | str]  # its argument; part of the state's key
 
     @abstractmethod
-    def settings_at(self, stage: int) -> Settings:
+    def settings_at(self, stage: int) -> Settings | TableSettings:
         """Return how layers are chosen and measured at a point."""
 
     @abstractmethod
