@@ -32,10 +32,11 @@ def same_storage(
     holders: dict[tuple[object, ...], str] = {}
     found = {}
     for name, parts in factors.items():
-        stored = [state.get(f"{prefix}{name}.{part}") for part in sorted(parts)]
-        if not all(type(x) in (Tensor, nn.Parameter) and x.data_ptr() for x in stored):
+        stored: list[Any] = [state.get(f"{prefix}{name}.{part}") for part in sorted(parts)]
+        plain = [x for x in stored if type(x) in (Tensor, nn.Parameter) and x.data_ptr()]
+        if len(plain) < len(stored):
             continue
-        key = tuple((x.data_ptr(), x.shape) for x in stored if x is not None)
+        key = tuple((x.data_ptr(), x.shape) for x in plain)
         first = holders.setdefault(key, name)
         if first != name:
             found[name] = first

@@ -269,7 +269,8 @@ class Course(pl.Callback, ABC):
         if self._loaded is not None:
             if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
                 self._draw_as_before(self._loaded)
-            self._loaded = None
+            for one in self._courses(trainer):  # once: a point may have drawn before the others
+                one._loaded = None
         now = platform.steps_done(trainer)
         if self._next is not None and now >= self._next and platform.between_steps(trainer):
             self._reach(trainer, pl_module, now)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -248,8 +248,9 @@ def _token_embedding(model: nn.Module, names: Sequence[str]) -> list[str]:
         NoMatchError: if there is no such one.
     """
     for module in model.modules():
-        if hasattr(module, "get_input_embeddings"):
-            given = module.get_input_embeddings()
+        ask: Any = getattr(module, "get_input_embeddings", None)
+        if ask is not None:
+            given = ask()
             own = [name for name in names if model.get_submodule(name) is given]
             if own:
                 return own

@@ -22,7 +22,9 @@ class SafeEmbedding(FactoredTable):
 
     The layer has attention over the whole last axis of the input, padding excluded, and a
     feed-forward part, each ``x + branch(norm(x))``. Branches end in matrices that are zero at
-    first, so a new one is ``left lift``: of full width it can be any table exactly.
+    first, so a new one is ``left liftᵀ``: of full width it can be any table exactly. All its
+    parameters are matrices, so that optimizers that treat biases and norms otherwise have it, like
+    the table before, in one group.
 
     Shapes:
         input ``(..., length)`` of row numbers, output ``(..., length, width)``; ``left.weight``
@@ -37,19 +39,18 @@ class SafeEmbedding(FactoredTable):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, **options: Any) -> None:
         super().__init__(num_embeddings, embedding_dim, rank, **options)
-        like = {"device": self.left.weight.device, "dtype": self.left.weight.dtype}
+        weight = self.left.weight
         # as many heads as are at least so wide, of those numbers that divide
-        self.heads = math.gcd(rank, max(1, rank // _HEAD)) if rank % _HEAD else rank // _HEAD
-        self.norm_attention = nn.LayerNorm(rank, **like)
-        self.attention = nn.Linear(rank, 3 * rank, **like)
-        self.attention_out = nn.Linear(rank, rank, **like)
-        self.norm_feed = nn.LayerNorm(rank, **like)
-        self.feed = nn.Linear(rank, _WIDER * rank, **like)
-        self.feed_out = nn.Linear(_WIDER * rank, rank, **like)
-        self.lift = nn.Linear(rank, embedding_dim, bias=False, **like)
+        self.heads = rank // _HEAD if rank % _HEAD == 0 else math.gcd(rank, max(1, rank // _HEAD))
+
+        def linear(fan_in: int, fan_out: int) -> nn.Linear:
+            return nn.Linear(fan_in, fan_out, False, weight.device, weight.dtype)
+
+        self.attention, self.attention_out = linear(rank, 3 * rank), linear(rank, rank)
+        self.feed, self.feed_out = linear(rank, _WIDER * rank), linear(_WIDER * rank, rank)
+        self.lift = linear(rank, embedding_dim)
         for last in (self.attention_out, self.feed_out):
             nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
 
     @property
     @override
@@ -72,18 +73,14 @@ class SafeEmbedding(FactoredTable):
     @staticmethod
     def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         e, wide = sizes["rank"], _WIDER * sizes["rank"]
-        layers = {
-            "attention": (3 * e, e),
-            "attention_out": (e, e),
-            "feed": (wide, e),
-            "feed_out": (e, wide),
+        return {
+            "left.weight": (sizes["out"], e),
+            "attention.weight": (3 * e, e),
+            "attention_out.weight": (e, e),
+            "feed.weight": (wide, e),
+            "feed_out.weight": (e, wide),
+            "lift.weight": (sizes["in"], e),
         }
-        found = {"left.weight": (sizes["out"], e), "lift.weight": (sizes["in"], e)}
-        for name, shape in layers.items():
-            found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}  # type: ignore[dict-item]
-        for name in ("norm_attention", "norm_feed"):
-            found |= {f"{name}.weight": (e,), f"{name}.bias": (e,)}  # type: ignore[dict-item]
-        return found  # type: ignore[return-value]
 
     @override
     def to_dense(self) -> nn.Module:
@@ -101,8 +98,8 @@ class SafeEmbedding(FactoredTable):
         """Look up narrow rows, let them see each other, and widen them."""
         tokens = input.reshape(-1, input.shape[-1]) if input.ndim else input.reshape(1, 1)
         x = self.left(tokens)
-        x = x + self.attention_out(self._attend(self.norm_attention(x), tokens))
-        x = x + self.feed_out(F.gelu(self.feed(self.norm_feed(x))))
+        x = x + self.attention_out(self._attend(_normed(x), tokens))
+        x = x + self.feed_out(F.gelu(self.feed(_normed(x))))
         return self._scaled(self.lift(x)).reshape(*input.shape, self.embedding_dim)
 
     def _attend(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -112,8 +109,13 @@ class SafeEmbedding(FactoredTable):
             # of a row that is all padding nothing is read, but zeros would become NaN
             mask = (real | ~real.any(-1, keepdim=True))[:, None, None]
         split = self.attention(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(*split.unbind(0), attn_mask=mask)
+        query, key, value = split.unbind(0)
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return y.transpose(1, 2).flatten(2)
+
+
+def _normed(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
 
 
 register_table(SafeEmbedding)
