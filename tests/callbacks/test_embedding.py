@@ -456,3 +456,83 @@ def test_position_tables_can_be_chosen(loader: Make, trainer: Make) -> None:
     assert isinstance(inner.position_embeddings, LowRankEmbedding)
     assert type(inner.token_type_embeddings) is nn.Embedding
     assert len(callback.report.points[0].layers) == 2
+
+
+PROCESSES = """
+import os, sys
+sys.path.insert(0, {here!r})
+import lightning as L
+import torch
+import lrcompress
+from conftest import Loader, Tagger, sentences
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+number, root = int(os.environ["RANK"]), {root!r}
+
+def run(name, ckpt_path=None, **options):
+    L.seed_everything(1000 * number, verbose=False)
+    torch.manual_seed(0)
+    model = Tagger(dropout=0.0)
+    torch.manual_seed(1000 * number)  # a new layer is drawn otherwise in every process
+    seen = []
+    class Grab(lrcompress.FactorizeEmbedding):
+        def _change(self, *args):
+            seen.append(self._observation.statistics.state_dict())
+            super()._change(*args)
+    callback = Grab(at=0.5, every_n_steps=1, verbose=False, report_path=None, **options)
+    saving = ModelCheckpoint(f"{{root}}/{{name}}", "{{step}}", every_n_train_steps=1, save_top_k=-1,
+        save_on_train_epoch_end=False)
+    trainer = L.Trainer(callbacks=[callback, saving], max_epochs=3, accelerator="cpu", devices=2,
+        strategy="ddp", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=root)
+    parts = [{{k: v[number::2] for k, v in batch.items()}} for batch in sentences()]
+    trainer.fit(model, Loader(parts), ckpt_path=ckpt_path)
+    kept = {{"model": model.state_dict(), "statistics": seen,
+             "optimizer": trainer.optimizers[0].state_dict()}}
+    torch.save(kept, f"{{root}}/{{name}} {{number}}.pt")
+
+run("low", rank=4, weighting="fisher")
+run("resumed", f"{{root}}/low/step=7.ckpt", rank=4, weighting="fisher")
+run("safe", rank=3, method="safe")
+"""
+
+
+def test_two_processes_end_alike_resume_and_count_as_one(
+    launch: Make, tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PROCESSES.format(here=str(Path(__file__).parent), root=str(tmp_path)))
+    launch(script, 2)
+
+    def kept(name: str, number: int) -> Any:
+        return torch.load(tmp_path / f"{name} {number}.pt")
+
+    def flat(kept: Any) -> list[Tensor]:
+        state = kept["optimizer"]["state"]
+        return [*kept["model"].values(), *(v for one in state.values() for v in one.values())]
+
+    for name in ("low", "resumed", "safe"):
+        pairs = zip(flat(kept(name, 0)), flat(kept(name, 1)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), name
+    pairs = zip(flat(kept("low", 0)), flat(kept("resumed", 0)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+    seen: list[Any] = []
+
+    class Grab(lrcompress.FactorizeEmbedding):
+        def _change(self, *args: Any) -> None:
+            seen.append(self._observation.statistics.state_dict())
+            super()._change(*args)
+
+    model = tagger(dropout=0.0)
+    torch.manual_seed(0)
+    model = type(model)(dropout=0.0)
+    alone = Grab(
+        rank=4, weighting="fisher", every_n_steps=1, verbose=False, report_path=None, at=0.5
+    )
+    trainer(alone).fit(model, loader())
+    ours, theirs = seen[0], kept("low", 0)["statistics"][0]
+    key = ("inputs", "embed", "token_count")
+    assert torch.equal(ours[key[0]][key[1]][key[2]], theirs[key[0]][key[1]][key[2]])
+    fisher = [x["outputs"]["embed"]["token_fisher"] for x in (ours, theirs)]
+    torch.testing.assert_close(*fisher)
