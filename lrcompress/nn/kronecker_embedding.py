@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lrcompress.errors import ShapeError
 from lrcompress.nn.low_rank_embedding import FactoredTable, register_table
@@ -47,7 +46,6 @@ class KroneckerEmbedding(FactoredTable):
         self.block = nn.Parameter(like.new_empty(1, embedding_dim // rank))
 
     @property
-    @override
     def factors(self) -> tuple[Tensor, ...]:
         return self.block, self.left.weight
 
@@ -55,13 +53,11 @@ class KroneckerEmbedding(FactoredTable):
     def weight(self) -> Tensor:
         return torch.kron(self.left.weight, self.block)
 
-    @override
     @staticmethod
     def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (vocabulary, rank), (_, block) = shapes["left.weight"], shapes["block"]
         return {"in": rank * block, "out": vocabulary, "rank": rank}
 
-    @override
     @staticmethod
     def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         rank = sizes["rank"]

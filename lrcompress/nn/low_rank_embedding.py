@@ -6,7 +6,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lrcompress.errors import LayerError
 from lrcompress.nn.replacement import Replacement, Sizes
@@ -48,7 +47,6 @@ class FactoredTable(Replacement):
             num_embeddings, rank, padding_idx=padding_idx, sparse=sparse, _weight=empty
         )
 
-    @override
     @classmethod
     def in_place_of(cls, layer: nn.Module, rank: int) -> Self:  # type: ignore[override]
         """Return a layer whose narrow table has that width, values not yet set.
@@ -74,7 +72,6 @@ class FactoredTable(Replacement):
         new.plain = layer.plain if factored else type(layer)  # type: ignore[assignment]
         return new.requires_grad_(weight.requires_grad).train(layer.training)
 
-    @override
     @classmethod
     def takes(cls, layer: nn.Module) -> bool:
         return views.is_table(layer)
@@ -85,16 +82,13 @@ class FactoredTable(Replacement):
         raise NotImplementedError
 
     @property
-    @override
     def sizes(self) -> dict[str, int]:
         return {"in": self.embedding_dim, "out": self.num_embeddings, "rank": self.rank}
 
-    @override
     @staticmethod
     def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         return {"rank": (1, min(sizes["in"], sizes["out"]))}
 
-    @override
     def to_dense(self) -> nn.Module:
         """Return an embedding of the class that stood there, with the same rows."""
         weight = self.weight.detach().contiguous()
@@ -141,7 +135,6 @@ class LowRankEmbedding(FactoredTable):
         )
 
     @property
-    @override
     def factors(self) -> tuple[Tensor, ...]:
         return self.right.weight, self.left.weight
 
@@ -149,13 +142,11 @@ class LowRankEmbedding(FactoredTable):
     def weight(self) -> Tensor:
         return self.left.weight @ self.right.weight
 
-    @override
     @staticmethod
     def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (vocabulary, rank), (_, width) = shapes["left.weight"], shapes["right.weight"]
         return {"in": width, "out": vocabulary, "rank": rank}
 
-    @override
     @staticmethod
     def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         rank = sizes["rank"]

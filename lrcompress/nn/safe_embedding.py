@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lrcompress.errors import LayerError
 from lrcompress.nn.low_rank_embedding import FactoredTable, register_table
@@ -53,7 +52,6 @@ class SafeEmbedding(FactoredTable):
             nn.init.zeros_(last.weight)
 
     @property
-    @override
     def factors(self) -> tuple[Tensor, ...]:
         mine = (p for p in self.parameters() if p is not self.left.weight)
         return (*mine, self.left.weight)
@@ -63,13 +61,11 @@ class SafeEmbedding(FactoredTable):
         """The table without its layer."""
         return self.left.weight @ self.lift.weight.mT
 
-    @override
     @staticmethod
     def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (vocabulary, rank), (width, _) = shapes["left.weight"], shapes["lift.weight"]
         return {"in": width, "out": vocabulary, "rank": rank}
 
-    @override
     @staticmethod
     def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         e, wide = sizes["rank"], _WIDER * sizes["rank"]
@@ -82,7 +78,6 @@ class SafeEmbedding(FactoredTable):
             "lift.weight": (sizes["in"], e),
         }
 
-    @override
     def to_dense(self) -> nn.Module:
         """Raise, since what a row becomes depends on its neighbours.
 
