@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Distilled": "distill",
     "Factorize": "callbacks",
+    "FactorizeEmbedding": "callbacks",
     "LoSparse": "callbacks",
     "LowRankLinear": "nn",
     "LowRankSparseLinear": "nn",

@@ -10,6 +10,7 @@ import lrcompress
 NAMES = [
     "Distilled",
     "Factorize",
+    "FactorizeEmbedding",
     "LoSparse",
     "LowRankLinear",
     "LowRankSparseLinear",

@@ -20,6 +20,7 @@ from typing_extensions import override
 from lrcompress.callbacks import platform, processes, telling
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.restart import Restart
+from lrcompress.embedding import TableSettings
 from lrcompress.engine import Settings
 from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
 from lrcompress.parallel import ALONE
@@ -84,7 +85,7 @@ class Course(pl.Callback, ABC):
     at: float | str | list[float | str]  # its argument; part of the state's key
 
     @abstractmethod
-    def settings_at(self, stage: int) -> Settings:
+    def settings_at(self, stage: int) -> Settings | TableSettings:
         """Return how layers are chosen and measured at a point."""
 
     @abstractmethod
@@ -142,7 +143,8 @@ class Course(pl.Callback, ABC):
         names = self.settings_at(0).select(pl_module).names
         processes.check_layers(pl_module, names, self._team, type(self).__name__)
         for name in names:
-            if not view(pl_module.get_submodule(name)).parameters[0].requires_grad:
+            layer = view(pl_module.get_submodule(name), table=True)
+            if not layer.parameters[0].requires_grad:
                 raise LayerError(
                     f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
                     "leave it out with exclude=, or call lrcompress.compress() on the model"
@@ -267,7 +269,8 @@ class Course(pl.Callback, ABC):
         if self._loaded is not None:
             if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
                 self._draw_as_before(self._loaded)
-            self._loaded = None
+            for one in self._courses(trainer):  # once: a point may have drawn before the others
+                one._loaded = None
         now = platform.steps_done(trainer)
         if self._next is not None and now >= self._next and platform.between_steps(trainer):
             self._reach(trainer, pl_module, now)

@@ -2,13 +2,33 @@
 
 from collections.abc import Mapping
 
+from lrcompress.nn.kronecker_embedding import KroneckerEmbedding
 from lrcompress.nn.low_rank import Factored, LowRankLinear
+from lrcompress.nn.low_rank_embedding import FactoredTable, LowRankEmbedding
 from lrcompress.nn.low_rank_sparse import LowRankSparseLinear
 from lrcompress.nn.replacement import Replacement
+from lrcompress.nn.safe_embedding import SafeEmbedding
 
 # What plans call a kind -> the kind.
 KINDS: Mapping[str, type[Replacement]] = {
-    kind.kind: kind for kind in (LowRankLinear, LowRankSparseLinear)
+    kind.kind: kind
+    for kind in (
+        LowRankLinear,
+        LowRankSparseLinear,
+        LowRankEmbedding,
+        KroneckerEmbedding,
+        SafeEmbedding,
+    )
 }
 
-__all__ = ["KINDS", "Factored", "LowRankLinear", "LowRankSparseLinear", "Replacement"]
+__all__ = [
+    "KINDS",
+    "Factored",
+    "FactoredTable",
+    "KroneckerEmbedding",
+    "LowRankEmbedding",
+    "LowRankLinear",
+    "LowRankSparseLinear",
+    "Replacement",
+    "SafeEmbedding",
+]

@@ -32,6 +32,7 @@ class LayerRecord:
         measured_loss: increase of the validation loss with this layer alone replaced; None if it
             was not measured.
         curve: ranks and the relative errors they would have, some of them, rising.
+        parameters: of what stands there now, where it is no pair of factors; None where it is.
         importance: how many units were at least as important, and the score of the last of them,
             when pruning began: some of the units that pruning chooses from, in falling order.
     """
@@ -48,6 +49,7 @@ class LayerRecord:
     measured_loss: float | None = None
     curve: Curve = ()
     importance: Curve = ()
+    parameters: int | None = None
 
     @property
     def before(self) -> int:
@@ -66,6 +68,8 @@ class LayerRecord:
         """Parameters that take up memory, zeros among them."""
         if self.rank is None:
             return self.before
+        if self.parameters is not None:
+            return self.parameters
         rows = (self.rows or 0) * self.in_features
         return self.rank * (self.out_features + self.in_features) + rows
 
