@@ -30,7 +30,8 @@ def merge_dense(model: Model) -> Model:
     memo: dict[int, Any] = {}
     for layer in [module for module in model.modules() if isinstance(module, Replacement)]:
         plain = layer.to_dense()
-        plain.bias = copy.deepcopy(layer.bias, memo)
+        if plain.bias is layer.bias:
+            plain.bias = copy.deepcopy(layer.bias, memo)  # type: ignore[assignment]
         memo[id(layer)] = plain  # deepcopy takes it for the copy it has already made
     merged = copy.deepcopy(model, memo)
     forget_structure_(merged)

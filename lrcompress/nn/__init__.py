@@ -4,11 +4,21 @@ from collections.abc import Mapping
 
 from lrcompress.nn.low_rank import Factored, LowRankLinear
 from lrcompress.nn.low_rank_sparse import LowRankSparseLinear
+from lrcompress.nn.narrow import NarrowLinear
 from lrcompress.nn.replacement import Replacement
+from lrcompress.nn.updated import UpdatedLinear
 
 # What plans call a kind -> the kind.
 KINDS: Mapping[str, type[Replacement]] = {
-    kind.kind: kind for kind in (LowRankLinear, LowRankSparseLinear)
+    kind.kind: kind for kind in (LowRankLinear, LowRankSparseLinear, UpdatedLinear, NarrowLinear)
 }
 
-__all__ = ["KINDS", "Factored", "LowRankLinear", "LowRankSparseLinear", "Replacement"]
+__all__ = [
+    "KINDS",
+    "Factored",
+    "LowRankLinear",
+    "LowRankSparseLinear",
+    "NarrowLinear",
+    "Replacement",
+    "UpdatedLinear",
+]
