@@ -31,7 +31,7 @@ def merge_dense(model: Model) -> Model:
     for layer in [module for module in model.modules() if isinstance(module, Replacement)]:
         plain = layer.to_dense()
         if plain.bias is layer.bias:
-            plain.bias = copy.deepcopy(layer.bias, memo)  # type: ignore[assignment]
+            plain.bias = copy.deepcopy(layer.bias, memo)
         memo[id(layer)] = plain  # deepcopy takes it for the copy it has already made
     merged = copy.deepcopy(model, memo)
     forget_structure_(merged)

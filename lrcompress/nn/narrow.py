@@ -159,7 +159,7 @@ class NarrowLinear(Replacement):
             dense = self.plain(*sizes) if transposed else nn.Linear(sizes[1], sizes[0], bias=False)
         trained = self.weight.requires_grad
         dense.weight = nn.Parameter(weight.mT.contiguous() if transposed else weight, trained)
-        dense.bias = self.bias
+        dense.bias = self.bias  # type: ignore[assignment]
         if self.bias is not None and len(self.bias) < sizes[0]:
             bias = self.bias.new_zeros(sizes[0])
             if not bias.is_meta:

@@ -173,13 +173,16 @@ class UpdatedLinear(Replacement):
     @property
     def weight(self) -> Tensor:
         """What the layer applies, ``(out, in)``: mask and coefficients included."""
-        heads = len(self.coefficients)
-        if not heads:
-            return self._matrix()
-        return self._matrix() * self.coefficients.repeat_interleave(self.in_features // heads)
+        matrix = self._matrix()
+        return matrix * self._scales if len(self.coefficients) else matrix
+
+    @property
+    def _scales(self) -> Tensor:
+        """What inputs are multiplied by, ``(in,)``."""
+        return self.coefficients.repeat_interleave(self.in_features // len(self.coefficients))
 
     def _matrix(self) -> Tensor:
-        matrix = self.frozen
+        matrix: Tensor = self.frozen
         if self.rank:
             matrix = matrix + self.left @ self.right
         if len(self.entries):
@@ -189,9 +192,8 @@ class UpdatedLinear(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the update to the frozen product, or apply all of it at once if it is masked."""
-        heads = len(self.coefficients)
-        if heads:
-            x = (x.unflatten(-1, (heads, -1)) * self.coefficients[:, None]).flatten(-2)
+        if len(self.coefficients):
+            x = x * self._scales
         if self.masked:
             return F.linear(x, self._matrix(), self.bias)
         y = F.linear(x, self.frozen, self.bias)
@@ -239,7 +241,7 @@ class UpdatedLinear(Replacement):
             )
         stored = weight.mT.contiguous() if transposed else weight.clone()
         dense.weight = nn.Parameter(stored.to(self.frozen.dtype))
-        dense.bias = self.bias
+        dense.bias = self.bias  # type: ignore[assignment]
         return dense.train(self.training)
 
     def extra_repr(self) -> str:

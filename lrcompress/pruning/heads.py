@@ -99,9 +99,7 @@ def attentions(model: nn.Module, chosen: Collection[str]) -> list[Attention]:
     return found
 
 
-def _attention(
-    model: nn.Module, inputs: tuple[str, str, str], output: str, size: str
-) -> Attention:
+def _attention(model: nn.Module, inputs: tuple[str, str, str], output: str, size: str) -> Attention:
     for name in (*inputs, output):
         layer = model.get_submodule(name)
         if not is_linear(layer) or isinstance(layer, NarrowLinear):

@@ -41,7 +41,7 @@ def largest(scores: Mapping[str, Tensor], keep: float, scope: str) -> dict[str, 
     if scope == "layer":
         return {name: _largest(one.flatten(), keep).view_as(one) for name, one in scores.items()}
     stays = _largest(torch.cat([one.flatten() for one in scores.values()]), keep)
-    parts = stays.split([one.numel() for one in scores.values()])
+    parts = torch.split(stays, [one.numel() for one in scores.values()])
     return {n: part.view_as(scores[n]) for n, part in zip(scores, parts, strict=True)}
 
 

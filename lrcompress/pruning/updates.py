@@ -1,16 +1,16 @@
 """Small trained updates beside a frozen, pruned model; and what it is once they are merged."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from lrcompress.errors import LayerError, NoMatchError, SettingError, nearest
+from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError, nearest
 from lrcompress.nn import Replacement, UpdatedLinear
 from lrcompress.parallel import ALONE, Team
 from lrcompress.pruning.magnitude import largest
-from lrcompress.report.record import LayerRecord
 from lrcompress.solvers.godec import godec
 from lrcompress.statistics.views import is_linear, view
 from lrcompress.surgery import replace_, select
@@ -121,8 +121,6 @@ def attach_(
         team: the processes that do the same.
 
     Raises:
-        LayerError: if a layer is not a plain one.
-        ShapeError: if a layer is too small for them.
         NotFiniteError: if a weight is not finite.
     """
     heads = heads or {}
@@ -130,13 +128,8 @@ def attach_(
     built: dict[str, UpdatedLinear] = {}
     for number, name in enumerate(names):
         layer = model.get_submodule(name)
-        if isinstance(layer, Replacement):
-            raise LayerError(
-                f"layer {name!r} is a {type(layer).__name__}; updates stand beside plain layers: "
-                "leave it out with updates= or exclude=, or merge it first with merge_dense()"
-            )
         sizes = (rank, entries) if name in updates else (0, 0)
-        found = godec(view(layer).weight, *sizes, seed=seed)  # also checks the sizes
+        found = godec(view(layer).weight, *sizes, seed=seed)
         new = UpdatedLinear.in_place_of(layer, *sizes, heads.get(name, 0))
         new.support.copy_(found.support)
         generator = torch.Generator().manual_seed(seed + number)
@@ -148,10 +141,38 @@ def attach_(
         replace_(model, name, new)
 
 
+def check_updatable(
+    model: nn.Module, pruned: Collection[str], updates: Collection[str], rank: int, entries: int
+) -> None:
+    """Check that layers are plain, and large enough for their updates.
+
+    Raises:
+        LayerError: if one is no plain layer.
+        ShapeError: if one has no such rank, or not so many entries.
+    """
+    for name in (*pruned, *updates):
+        layer = model.get_submodule(name)
+        if isinstance(layer, Replacement):
+            raise LayerError(
+                f"layer {name!r} is a {type(layer).__name__}; DSEE starts from plain layers: leave "
+                "it out with updates=, pruned= or exclude=, or merge it first with merge_dense()"
+            )
+    for name in updates:
+        shape = view(model.get_submodule(name)).shape
+        if rank > min(shape) or entries > math.prod(shape):
+            raise ShapeError(
+                f"layer {name!r} of shape {shape} cannot have an update of rank {rank} and "
+                f"{entries} entries; at most {min(shape)} and {math.prod(shape)}, or leave it out "
+                "with updates="
+            )
+
+
 def freeze_(model: nn.Module, trained: Collection[str]) -> None:
     """Have the named parameters trained, and no others."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+        if name not in trained:
+            parameter.grad = None
 
 
 def update_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -200,45 +221,3 @@ def merge_updates_(model: nn.Module) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, UpdatedLinear)
         replace_(model, name, layer.to_dense())
-
-
-def trained_size(model: nn.Module) -> int:
-    """Return how many parameters are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-@torch.no_grad()
-def effective_size(model: nn.Module) -> int:
-    """Return how many parameters are not zero, each update counted as merged."""
-    updated = [layer for layer in model.modules() if isinstance(layer, UpdatedLinear)]
-    inside = {id(p) for layer in updated for p in layer.factors}
-    total = sum(int(layer.weight.count_nonzero()) for layer in updated)
-    return total + sum(int(p.count_nonzero()) for p in model.parameters() if id(p) not in inside)
-
-
-@torch.no_grad()
-def records(model: nn.Module, names: Sequence[str]) -> list[LayerRecord]:
-    """Return what is left of layers, as they are or would be merged."""
-    found = []
-    for name in names:
-        layer = model.get_submodule(name)
-        seen = view(layer)
-        sizes = layer.sizes if isinstance(layer, Replacement) else None
-        out_features, in_features = (sizes["out"], sizes["in"]) if sizes else seen.shape
-        rows, columns = seen.shape
-        left = int(seen.weight.count_nonzero())
-        whole = left == out_features * in_features
-        found.append(
-            LayerRecord(
-                name,
-                out_features,
-                in_features,
-                rank=None if whole else 0,
-                error=0.0 if whole else None,
-                predicted_loss=None,
-                rows=None if whole else rows,
-                columns=None if columns == in_features else columns,
-                entries=None if left == rows * columns else left,
-            )
-        )
-    return found
