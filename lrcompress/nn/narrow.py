@@ -143,6 +143,13 @@ class NarrowLinear(Replacement):
         own = {"rows": (sizes["out"],), "columns": (sizes["in"],)}
         return {"weight": (sizes["rows"], sizes["columns"]), **own}
 
+    @property
+    def consistent(self) -> bool:
+        """Whether what was loaded into its buffers makes sense: as many places as it has."""
+        if self.rows.dtype != torch.bool or self.columns.dtype != torch.bool:
+            return False
+        return self.rows.is_meta or self.weight.shape == (self.rows.sum(), self.columns.sum())
+
     @override
     @torch.no_grad()
     def to_dense(self) -> nn.Module:

@@ -166,6 +166,14 @@ class UpdatedLinear(Replacement):
         }
 
     @property
+    def consistent(self) -> bool:
+        """Whether what was loaded into its buffers makes sense: places within the weight."""
+        if self.support.dtype != torch.int64 or self.mask.dtype != torch.bool:
+            return False
+        inside = (self.support >= 0) & (self.support < self.frozen.numel())
+        return self.support.is_meta or bool(inside.all())
+
+    @property
     def masked(self) -> bool:
         """Whether entries are pruned."""
         return bool(len(self.mask))
