@@ -24,19 +24,8 @@ from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
 from lrcompress.size import dense_bytes, dense_size, stored_bytes
-from lrcompress.statistics.views import view
 
 _STRUCTURES = ("entries", "heads")
-_NONE = Sampling(  # nothing is observed
-    kinds=(),
-    every_n_steps=None,
-    max_tokens=None,
-    fisher="labels",
-    logits=None,
-    mask=None,
-    offload=None,
-    owner="DSEE",
-)
 _PRUNE_AT = 1 / 3  # of the way from `at` to the end
 _MOMENTS = 20  # at which gradual pruning goes on
 
@@ -132,7 +121,7 @@ class DSEE(Course):
         )
         super().__init__(
             [Point.parse(at)],
-            _NONE,
+            Sampling.none("DSEE"),
             window=Point("epoch", 1),
             validate=validate,
             report_path=report_path,
@@ -142,12 +131,7 @@ class DSEE(Course):
     def _check(self) -> None:
         check_keep(self.keep)
         check_scope(self.scope)
-        for name in ("rank", "entries"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise SettingError(f"{name} must be a whole number from 0, got {value!r}")
-        if not self.rank + self.entries:
-            raise SettingError("rank and entries are both 0: an update needs one of them")
+        updates.check_update(self.rank, self.entries)
         if self.structure not in _STRUCTURES:
             raise SettingError(
                 f"structure must be one of {', '.join(_STRUCTURES)}, got {self.structure!r}"
@@ -260,9 +244,13 @@ class DSEE(Course):
         state = super().state_dict()
         if self._live is None:
             return state
-        trained = [name for name, p in self._live[0].named_parameters() if p.requires_grad]
-        own = {"asked": self._asked, "trained": trained, "before": self._before}
-        return state | {"dsee": own | {"merged": self._merged}}
+        own = {
+            "asked": self._asked,
+            "trained": [n for n, p in self._live[0].named_parameters() if p.requires_grad],
+            "before": self._before,
+            "merged": self._merged,
+        }
+        return state | {"dsee": own}
 
     # The course of a fit
 
@@ -436,14 +424,13 @@ class DSEE(Course):
         chosen = {*self._pruned, *self._updates}
         others = set(updates.trained_names(model, self.trained, chosen))
         layers = counts.outlook(model, self._pruned or self._updates, self.keep, self._attentions)
-        shapes = [view(model.get_submodule(name)).shape for name in self._updates]
-        trained = sum(self.rank * sum(shape) + self.entries for shape in shapes)
+        trained = counts.update_size(model, self._updates, self.rank, self.entries)
         trained += sum(p.numel() for name, p in model.named_parameters() if name in others)
         trained += sum(one.heads for one in self._attentions)
         whole = sum(p.numel() for p in model.parameters())
         notes = [
-            f"updates of rank {self.rank} and {self.entries} entries for {len(shapes)} layers: "
-            f"{trained:,} of {whole:,} parameters are trained, with {len(others)} others",
+            f"{len(self._updates)} layers get updates of rank {self.rank} and {self.entries} "
+            f"entries: {trained:,} of {whole:,} parameters are trained, with {len(others)} others",
             "what is pruned is shown uniform; training shares it out by size",
         ]
         if self._at_steps:

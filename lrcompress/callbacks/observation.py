@@ -48,6 +48,12 @@ class Sampling:
     offload: str | None
     owner: str
 
+    @classmethod
+    def none(cls, owner: str) -> "Sampling":
+        """Return the sampling of who observes nothing."""
+        unused = dict.fromkeys(("every_n_steps", "max_tokens", "logits", "mask", "offload"))
+        return cls(kinds=(), fisher="labels", owner=owner, **unused)
+
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:

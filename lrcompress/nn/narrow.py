@@ -7,7 +7,6 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lrcompress.nn.replacement import Replacement, Sizes
 from lrcompress.statistics import views
@@ -58,7 +57,6 @@ class NarrowLinear(Replacement):
         self.register_buffer("rows", torch.arange(out_features, device=device) < rows)
         self.register_buffer("columns", torch.arange(in_features, device=device) < columns)
 
-    @override
     @classmethod
     def in_place_of(cls, layer: nn.Module, rows: int, columns: int) -> Self:  # type: ignore[override]
         """Return a layer to stand where ``layer`` stood, its values not yet set.
@@ -115,29 +113,24 @@ class NarrowLinear(Replacement):
         return new
 
     @property
-    @override
     def sizes(self) -> dict[str, int]:
         own = {"rows": self.out_features, "columns": self.in_features}
         return {"in": len(self.columns), "out": len(self.rows), **own}
 
     @property
-    @override
     def factors(self) -> tuple[Tensor, ...]:
         return (self.weight,)
 
-    @override
     @staticmethod
     def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         return {"rows": (1, sizes["out"]), "columns": (1, sizes["in"])}
 
-    @override
     @staticmethod
     def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (out_features,), (in_features,) = shapes["rows"], shapes["columns"]
         rows, columns = shapes["weight"]
         return {"in": in_features, "out": out_features, "rows": rows, "columns": columns}
 
-    @override
     @staticmethod
     def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         own = {"rows": (sizes["out"],), "columns": (sizes["in"],)}
@@ -148,9 +141,10 @@ class NarrowLinear(Replacement):
         """Whether what was loaded into its buffers makes sense: as many places as it has."""
         if self.rows.dtype != torch.bool or self.columns.dtype != torch.bool:
             return False
-        return self.rows.is_meta or self.weight.shape == (self.rows.sum(), self.columns.sum())
+        if self.rows.is_meta:
+            return True
+        return self.weight.shape == (int(self.rows.sum()), int(self.columns.sum()))
 
-    @override
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """Return a plain layer of the architecture's size, with zeros for what is gone.

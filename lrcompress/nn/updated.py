@@ -7,7 +7,6 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lrcompress.errors import ShapeError
 from lrcompress.nn.replacement import Replacement, Sizes
@@ -85,7 +84,6 @@ class UpdatedLinear(Replacement):
     entries: nn.Parameter
     coefficients: nn.Parameter
 
-    @override
     @classmethod
     def in_place_of(  # type: ignore[override]
         cls, layer: nn.Module, rank: int, entries: int = 0, heads: int = 0, masked: int = 0
@@ -115,7 +113,6 @@ class UpdatedLinear(Replacement):
         return new.train(layer.training)
 
     @property
-    @override
     def sizes(self) -> dict[str, int]:
         return {
             "in": self.in_features,
@@ -127,18 +124,15 @@ class UpdatedLinear(Replacement):
         }
 
     @property
-    @override
     def factors(self) -> tuple[Tensor, ...]:
         return self.right, self.left, self.entries, self.coefficients, self.frozen
 
-    @override
     @staticmethod
     def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         most = sizes["in"] * sizes["out"]
         own = {"entries": (0, most), "heads": (0, sizes["in"]), "masked": (0, 1)}
         return {"rank": (0, min(sizes["in"], sizes["out"])), **own}
 
-    @override
     @staticmethod
     def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         out_features, in_features = shapes["frozen"]
@@ -151,7 +145,6 @@ class UpdatedLinear(Replacement):
             "masked": int(shapes["mask"][0] > 0),
         }
 
-    @override
     @staticmethod
     def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         out_features, in_features, rank = (sizes[x] for x in ("out", "in", "rank"))
@@ -233,7 +226,6 @@ class UpdatedLinear(Replacement):
         self.mask = (self.mask & kept if self.masked else kept.clone()).to(self.frozen.device)
         return self
 
-    @override
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """Return a plain layer of the same weight, with true zeros, and the same bias.

@@ -19,6 +19,12 @@ def trained_size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def update_size(model: nn.Module, names: Collection[str], rank: int, entries: int) -> int:
+    """Return how many parameters updates of these layers have."""
+    shapes = [view(model.get_submodule(name)).shape for name in names]
+    return sum(rank * sum(shape) + entries for shape in shapes)
+
+
 @torch.no_grad()
 def effective_size(model: nn.Module) -> int:
     """Return how many parameters are not zero, each update counted as merged."""

@@ -22,6 +22,19 @@ _QUERY_VALUE = frozenset(
 )
 
 
+def check_update(rank: int, entries: int) -> None:
+    """Check that an update has something to train.
+
+    Raises:
+        SettingError: unless both are whole numbers from 0, and one of them above.
+    """
+    for name, value in (("rank", rank), ("entries", entries)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise SettingError(f"{name} must be a whole number from 0, got {value!r}")
+    if not rank + entries:
+        raise SettingError("rank and entries are both 0: an update needs one of them")
+
+
 def updated_names(model: nn.Module, patterns: Sequence[str] | None) -> tuple[str, ...]:
     """Return the layers that get an update.
 

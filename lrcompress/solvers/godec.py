@@ -75,7 +75,7 @@ def godec(
         ([3], True)
     """
     _check(weight, rank, entries)
-    w = weight.double()
+    w = weight.double().contiguous()
     out_features, in_features = w.shape
     generator = torch.Generator().manual_seed(seed)
     right = torch.randn(rank, in_features, generator=generator, dtype=w.dtype).to(w.device)

