@@ -17,13 +17,10 @@ from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.telling import AUTO
 from lrcompress.engine import Settings
 from lrcompress.errors import CheckpointError, LayerError, PlatformError, SettingError
-from lrcompress.nn import UpdatedLinear
 from lrcompress.pruning import counts, heads, updates
 from lrcompress.pruning.magnitude import check_scope
-from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
-from lrcompress.size import dense_bytes, dense_size, stored_bytes
 
 _STRUCTURES = ("entries", "heads")
 _PRUNE_AT = 1 / 3  # of the way from `at` to the end
@@ -37,9 +34,9 @@ class DSEE(Course):
     single entries where GoDec finds that low rank cannot follow ``W``; everything else but poolers
     and heads is frozen and leaves the optimizer. At ``prune_at`` the smallest entries of the
     weights with their updates are set to zero, or whole attention heads are. The updates are
-    trained on to make up for it, and at the end they become part of the weights: a plain model
-    with true zeros or fewer heads. With ``entries=0`` and ``keep=1`` this is LoRA. A run can be
-    resumed at any step as with :class:`~lrcompress.Factorize`.
+    trained on to make up for it, and after the last step they become part of the weights: a plain
+    model with true zeros or fewer heads. With ``entries=0`` and ``keep=1`` this is LoRA. A run
+    can be resumed at any step as with :class:`~lrcompress.Factorize`.
 
     Entries that are zero make nothing smaller or faster by themselves; heads that are removed do.
     Heads have a coefficient each until ``prune_at``, which multiplies what they give to the output
@@ -256,7 +253,7 @@ class DSEE(Course):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._merged:
+        if self._merged and platform.steps_done(trainer) < self._lengths(trainer)[0]:
             raise CheckpointError(
                 "the checkpoint was written after the updates were merged, at the end of a run; "
                 "resume from one before that, or leave ckpt_path out and start from its weights"
@@ -265,25 +262,31 @@ class DSEE(Course):
             named = (self._pruned, self._updates)
             updates.check_updatable(pl_module, *named, self.rank, self.entries)
         if self.keep < 1:
-            total, per_epoch = self._lengths(trainer)
-            start = self.points[0].step(total, per_epoch)
-            if self._prune_at is None:  # a fraction of unknown length raises
-                Point("fraction", _PRUNE_AT).step(total, per_epoch)
-                end = start + round(_PRUNE_AT * (total - start))
-            else:
-                end = self._prune_at.step(total, per_epoch)
-            begin = end if self._prune_from is None else self._prune_from.step(total, per_epoch)
-            if not start <= begin <= end or start == end:
-                raise SettingError(
-                    "phases must follow each other, at ≤ prune_from ≤ prune_at, at < prune_at; got "
-                    f"at step {start}, prune_from {begin}, prune_at {end} of {total:g} steps"
-                )
-            self._schedule = Cubic(begin, end, self.keep)
-            spread = range(1, _MOMENTS)
-            found = {begin + (end - begin) * moment // _MOMENTS for moment in spread}
-            self._moments = sorted(found - {begin, end})
-            self.points = [self.points[0], Point("step", end)]
+            self._place(*self._lengths(trainer))
         super().on_train_start(trainer, pl_module)
+
+    def _place(self, total: float, per_epoch: float) -> None:
+        """Find the steps at which weights are pruned.
+
+        Raises:
+            SettingError: if they do not follow each other.
+        """
+        start = self.points[0].step(total, per_epoch)
+        if self._prune_at is None:  # a fraction of unknown length raises
+            Point("fraction", _PRUNE_AT).step(total, per_epoch)
+            end = start + round(_PRUNE_AT * (total - start))
+        else:
+            end = self._prune_at.step(total, per_epoch)
+        begin = end if self._prune_from is None else self._prune_from.step(total, per_epoch)
+        if not start <= begin <= end or start == end:
+            raise SettingError(
+                "phases must follow each other, at ≤ prune_from ≤ prune_at, at < prune_at; got "
+                f"at step {start}, prune_from {begin}, prune_at {end} of {total:g} steps"
+            )
+        self._schedule = Cubic(begin, end, self.keep)
+        found = {begin + (end - begin) * moment // _MOMENTS for moment in range(1, _MOMENTS)}
+        self._moments = sorted(found - {begin, end})
+        self.points = [self.points[0], Point("step", end)]
 
     @override
     def on_train_batch_start(
@@ -301,14 +304,8 @@ class DSEE(Course):
     ) -> None:
         if self._stage != 1 or not self._attentions:
             return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         scale = platform.gradient_factor(trainer, optimizer)
-        for one in self._attentions:
-            layer = pl_module.get_submodule(one.output)
-            assert isinstance(layer, UpdatedLinear)
-            own = layer.coefficients
-            if own.grad is not None and id(own) in held:
-                own.grad.add_(own.detach().sign(), alpha=self.l1 / scale)
+        heads.penalise_(pl_module, self._attentions, optimizer, self.l1 / scale)
 
     @override
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
@@ -321,9 +318,16 @@ class DSEE(Course):
             self._prune(trainer, module)
         self._settle(trainer, module)
         if last:
-            record = self._made(module, now, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
             after = platform.validate(trainer) if self.validate else {}
-            record.metrics = {"before": before, "after": after}
+            method = f"DSEE, {self.structure}" if self._pruned else "DSEE"
+            layers = self._pruned or self._updates
+            record = counts.outcome(method, now, module, layers, self._attentions, self.merge)
+            record.seconds, record.metrics = seconds, {"before": before, "after": after}
+            record.note = (
+                f"{len(self._updates)} layers were updated, each by rank {self.rank} and "
+                f"{self.entries} entries"
+            )
             self._record(trainer, record)
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -372,49 +376,40 @@ class DSEE(Course):
         platform.regroup_(module, trainer.optimizers, _replaced(groups, stay))
 
     @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (
+            platform.steps_done(trainer) >= self._total
+        ):  # what is validated and saved then is merged
+            self._merge(trainer, pl_module)
+
+    def _merge(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._merged or not self.merge or not self._stage:
+            return
+        if self._stage == len(self.points):
+            heads.remove_heads_(module, self._attentions)
+        updates.merge_updates_(module)
+        names = dict(module.named_parameters())
+        updates.freeze_(module, names.keys() - set(self._before["frozen"]))
+        platform.regroup_(module, trainer.optimizers, self._before["groups"])
+        self._merged = True
+        self._settle(trainer, module)
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.merge and self._stage:
-            if self._stage == len(self.points):
-                heads.remove_heads_(pl_module, self._attentions)
-            updates.merge_updates_(pl_module)
-            names = dict(pl_module.named_parameters())
-            updates.freeze_(pl_module, names.keys() - set(self._before["frozen"]))
-            platform.regroup_(pl_module, trainer.optimizers, self._before["groups"])
-            self._merged = True
-            self._settle(trainer, pl_module)
+        self._merge(trainer, pl_module)  # where training ended before its last step
         if self.report.points:
-            record = self.report.points[-1]
-            record.effective = counts.effective_size(pl_module)
-            record.model_after = sum(p.numel() for p in pl_module.parameters())
-            record.bytes_after = stored_bytes(pl_module)
-            record.layers = counts.records(pl_module, [layer.name for layer in record.layers])
+            counts.recount_(self.report.points[-1], pl_module)
         super().on_train_end(trainer, pl_module)
 
     # What is told
-
-    def _made(self, module: nn.Module, now: int, seconds: float) -> PointRecord:
-        """Return what the model is with its updates merged, as far as that will be done."""
-        layers = counts.records(
-            module,
-            self._pruned or self._updates,
-            counts.narrower(module, self._attentions) if self.merge else None,
-        )
-        whole, nbytes = dense_size(module), dense_bytes(module)
-        gone = sum(x.before - x.stored for x in layers)
-        return PointRecord(
-            f"DSEE, {self.structure}" if self._pruned else "DSEE",
-            now,
-            layers,
-            whole,
-            whole - gone if self.merge else sum(p.numel() for p in module.parameters()),
-            seconds=seconds,
-            bytes_before=nbytes,
-            bytes_after=stored_bytes(module),
-            note=f"{len(self._updates)} layers were updated, each by rank {self.rank} and "
-            f"{self.entries} entries",
-            trained=counts.trained_size(module),
-            effective=counts.effective_size(module),
-        )
 
     @override
     def preview(self, model: nn.Module) -> RenderableType:

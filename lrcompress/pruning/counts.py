@@ -8,7 +8,8 @@ from torch import nn
 
 from lrcompress.nn import Replacement, UpdatedLinear
 from lrcompress.pruning.heads import Attention, remaining
-from lrcompress.report.record import LayerRecord
+from lrcompress.report.record import LayerRecord, PointRecord
+from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.statistics.views import view
 
 Sides = Mapping[str, tuple[int, int]]
@@ -70,6 +71,46 @@ def records(
         dense = LayerRecord(name, *shape, rank=None, error=0.0, predicted_loss=None)
         found.append(dense if left == dense.before else _left(dense, rows, columns, left))
     return found
+
+
+def outcome(
+    method: str,
+    step: int,
+    model: nn.Module,
+    names: Sequence[str],
+    found: Collection[Attention],
+    merge: bool,
+) -> PointRecord:
+    """Return what pruning left of a model whose updates are still trained.
+
+    Args:
+        method: for the record.
+        step: likewise.
+        model: pruned.
+        names: of the pruned layers.
+        found: the attention modules whose heads were pruned.
+        merge: count what will be stored after merging; else what is stored now.
+    """
+    layers = records(model, names, narrower(model, found) if merge else None)
+    whole, gone = dense_size(model), sum(x.before - x.stored for x in layers)
+    return PointRecord(
+        method,
+        step,
+        layers,
+        whole,
+        whole - gone if merge else sum(p.numel() for p in model.parameters()),
+        bytes_before=dense_bytes(model),
+        bytes_after=stored_bytes(model),
+        trained=trained_size(model),
+        effective=effective_size(model),
+    )
+
+
+def recount_(record: PointRecord, model: nn.Module) -> None:
+    """Let a record say what its layers and the model are at the end."""
+    record.layers = records(model, [layer.name for layer in record.layers])
+    record.model_after = sum(p.numel() for p in model.parameters())
+    record.bytes_after, record.effective = stored_bytes(model), effective_size(model)
 
 
 def outlook(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lrcompress.errors import LayerError
 from lrcompress.nn import NarrowLinear, UpdatedLinear
@@ -136,6 +137,20 @@ def kept_heads(
     if scope == "layer":
         least = max(1 / one.heads for one in found)
     return largest(scores, max(keep, least), scope)
+
+
+@torch.no_grad()
+def penalise_(
+    model: nn.Module, found: Collection[Attention], optimizer: Optimizer, weight: float
+) -> None:
+    """Add the gradient of ``weight · Σ|coefficient|``, of coefficients that ``optimizer`` holds."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for one in found:
+        layer = model.get_submodule(one.output)
+        assert isinstance(layer, UpdatedLinear)
+        own = layer.coefficients
+        if own.grad is not None and id(own) in held:
+            own.grad.add_(own.sign(), alpha=weight)
 
 
 @torch.no_grad()

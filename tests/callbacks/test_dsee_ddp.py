@@ -30,7 +30,7 @@ class Watch(L.Callback):
     def on_train_batch_end(self, trainer, module, *args):
         wrapper = trainer.strategy.model
         assert isinstance(wrapper, DistributedDataParallel)
-        if trainer.global_step > 1:
+        if 1 < trainer.global_step < 18:
             held = {{id(p) for p in wrapper.parameters() if p.requires_grad}}
             assert held == {{id(p) for p in trainer.optimizers[0].state}}
 
