@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 # Name to module: Lightning and transformers are imported when a name that needs them is used.
 _PUBLIC = {
+    "DSEE": "callbacks",
     "Distilled": "distill",
     "Factorize": "callbacks",
     "FactorizeEmbedding": "callbacks",

@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
-from lrcompress.nn import LowRankSparseLinear
+from lrcompress.nn import LowRankLinear, LowRankSparseLinear, Replacement
 from lrcompress.statistics.views import is_linear, view
 
 # Optimizer state that is linear in past gradients, and state that is quadratic in them.
 _LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 _SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+# Kinds of layers that are not factored further, in words.
+_MADE_BY = {
+    "low_rank_sparse": "is low rank plus sparse rows, which LoSparse made",
+    "updated": "is frozen with an update, which DSEE made and merges at the end",
+    "narrow": "has lost heads, which DSEE removed",
+}
 
 
 @dataclass(frozen=True)
@@ -145,13 +151,15 @@ def check_kinds(model: nn.Module, names: Iterable[str]) -> None:
     """Check that layers are of a kind that can be factored.
 
     Raises:
-        LayerError: if one has sparse rows, which a low-rank layer could not take over.
+        LayerError: if one is neither dense nor low-rank.
     """
     for name in names:
-        if isinstance(model.get_submodule(name), LowRankSparseLinear):
+        layer = model.get_submodule(name)
+        if isinstance(layer, Replacement) and not isinstance(layer, LowRankLinear):
+            made = _MADE_BY.get(layer.kind, f"is a {type(layer).__name__}")
             raise LayerError(
-                f"layer {name!r} is low rank plus sparse rows, which LoSparse made; Factorize "
-                "starts from dense or low-rank layers: leave it out with exclude="
+                f"layer {name!r} {made}; Factorize starts from dense or low-rank layers: leave "
+                "it out with exclude="
             )
 
 

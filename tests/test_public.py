@@ -8,6 +8,7 @@ import pytest
 import lrcompress
 
 NAMES = [
+    "DSEE",
     "Distilled",
     "Factorize",
     "FactorizeEmbedding",

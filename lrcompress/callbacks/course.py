@@ -142,16 +142,39 @@ class Course(pl.Callback, ABC):
         platform.refuse_optimizers(trainer.optimizers, type(self).__name__)
         names = self.settings_at(0).select(pl_module).names
         processes.check_layers(pl_module, names, self._team, type(self).__name__)
+        self._check_trained(pl_module, names)
+        if self._loaded is not None:
+            self._resume(pl_module, trainer.optimizers, self._loaded)
+            processes.rewrap_(trainer)
+
+    def _check_trained(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Refuse layers whose factors would not be trained.
+
+        Raises:
+            LayerError: if one is frozen.
+        """
         for name in names:
-            layer = view(pl_module.get_submodule(name), table=True)
+            layer = view(module.get_submodule(name), table=True)
             if not layer.parameters[0].requires_grad:
                 raise LayerError(
                     f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
                     "leave it out with exclude=, or call lrcompress.compress() on the model"
                 )
-        if self._loaded is not None:
-            self._resume(pl_module, trainer.optimizers, self._loaded)
-            processes.rewrap_(trainer)
+
+    def _check_alone(self, trainer: pl.Trainer, module: nn.Module) -> None:
+        """Refuse another callback that changes the same layers.
+
+        Raises:
+            SettingError: naming the first of them.
+        """
+        names = set(self.settings_at(0).select(module).names)
+        for other in self._courses(trainer):
+            both = names & set(other.settings_at(0).select(module).names)
+            if both and other is not self:
+                raise SettingError(
+                    f"{type(self).__name__} and {type(other).__name__} both target layer "
+                    f"{min(both)!r}; leave it to one of them with targets= and exclude="
+                )
 
     def _resume(
         self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
@@ -408,18 +431,6 @@ class Course(pl.Callback, ABC):
         self._observation.close_step()
         self._hooks.close()
         self._restart = None
-
-
-def check_restart(steps: float, scale: float) -> None:
-    """Check how the learning rate is to rise after a point.
-
-    Raises:
-        SettingError: unless ``steps`` is at least 0 and ``scale`` above 0 and at most 10.
-    """
-    if not steps >= 0:
-        raise SettingError(f"restart_steps must not be negative, got {steps!r}")
-    if not 0 < scale <= 10:
-        raise SettingError(f"restart_scale must be above 0 and at most 10, got {scale!r}")
 
 
 def _follow_checkpoint(

@@ -11,8 +11,9 @@ from torch import nn
 from typing_extensions import override
 
 from lrcompress.callbacks import platform
-from lrcompress.callbacks.course import Course, check_restart
+from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.observation import Sampling
+from lrcompress.callbacks.restart import check_restart
 from lrcompress.callbacks.telling import AUTO
 from lrcompress.embedding import Table, TableSettings, factor_tables_, record_of
 from lrcompress.errors import PlatformError, SettingError

@@ -26,7 +26,8 @@ class Sampling:
     """Which steps are observed, and whose gradients; every entry is checked when it is made.
 
     Attributes:
-        kinds: the statistics to accumulate.
+        kinds: the statistics to accumulate; of who observes nothing, none.
+        owner: how the owner calls itself in error messages.
         every_n_steps: every n-th step before a point, counted back from it; None is every 10th,
             or more often where that would be fewer than 16 steps.
         max_tokens: enough is enough.
@@ -34,7 +35,6 @@ class Sampling:
         logits: the submodule that returns the logits, for ``"model"``.
         mask: the batch's key of its padding mask.
         offload: the device the sums live on.
-        owner: how the owner calls itself in error messages.
         of_tables: the statistics of tables that may be asked for.
 
     Raises:
@@ -42,13 +42,13 @@ class Sampling:
     """
 
     kinds: Sequence[str]
-    every_n_steps: int | None
-    max_tokens: int | None
-    fisher: str
-    logits: str | None
-    mask: str | None
-    offload: str | None
     owner: str
+    every_n_steps: int | None = None
+    max_tokens: int | None = None
+    fisher: str = "labels"
+    logits: str | None = None
+    mask: str | None = None
+    offload: str | None = None
     of_tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from torch import nn
 from torch.optim import Optimizer
 
-from lrcompress.errors import CheckpointError, PlatformError
+from lrcompress.errors import CheckpointError, PlatformError, nearest
 
 # By name: the same classes exist twice, in lightning.pytorch and in pytorch_lightning.
 _REFUSED = {
@@ -278,6 +278,41 @@ def reorder_(
             for key in ("params", "param_names"):
                 if key in group:
                     group[key] = [group[key][place[name]] for name in want]
+
+
+def regroup_(
+    model: nn.Module, optimizers: Sequence[Optimizer], wanted: Sequence[Sequence[Sequence[str]]]
+) -> None:
+    """Let every group of every optimizer hold the named parameters, and no state of others.
+
+    Parameters that the model does not have stay where they are; they are called "".
+
+    Raises:
+        CheckpointError: if there are other optimizers or groups, or a name is not in the model.
+    """
+    named = dict(model.named_parameters())
+    sizes = [len(optimizer.param_groups) for optimizer in optimizers]
+    if sizes != [len(groups) for groups in wanted]:
+        raise CheckpointError(
+            f"expected optimizers with {[len(groups) for groups in wanted]} groups of parameters, "
+            f"got {sizes}; build them as the run that was saved did"
+        )
+    missing = {name for groups in wanted for names in groups for name in names} - {"", *named}
+    if missing:
+        raise CheckpointError(
+            f"no parameter {min(missing)!r} in the model, which the optimizer shall train; "
+            f"nearest names: {nearest(min(missing), named)}"
+        )
+    known = {id(parameter) for parameter in named.values()}
+    for optimizer, groups in zip(optimizers, wanted, strict=True):
+        for group, names in zip(optimizer.param_groups, groups, strict=True):
+            strange = iter([p for p in group["params"] if id(p) not in known])
+            group["params"] = [named[name] if name else next(strange) for name in names]
+            if "param_names" in group:
+                group["param_names"] = list(names)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for parameter in [p for p in optimizer.state if id(p) not in held]:
+            del optimizer.state[parameter]
 
 
 def rng_state() -> dict[str, Any]:

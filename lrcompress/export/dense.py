@@ -31,7 +31,7 @@ def merge_dense(model: Model) -> Model:
     memo: dict[int, Any] = {}
     replaced = [module for module in model.modules() if isinstance(module, Replacement)]
     for layer, plain in plain_forms(replaced).items():
-        if layer.bias is not None:
+        if layer.bias is not None and plain.bias is layer.bias:
             plain.bias = copy.deepcopy(layer.bias, memo)
         memo[id(layer)] = plain  # deepcopy takes it for the copy it has already made
     merged = copy.deepcopy(model, memo)

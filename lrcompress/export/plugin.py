@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.errors import CheckpointError
 from lrcompress.export.tensors import check_plan, read_headers
-from lrcompress.nn import LowRankSparseLinear
+from lrcompress.nn import KINDS, LowRankSparseLinear, NarrowLinear, UpdatedLinear
 from lrcompress.plan import DENSE, LayerPlan, Plan
 
 METHOD = "lrcompress"
@@ -115,6 +115,11 @@ class CompressionQuantizer(HfQuantizer):
             if isinstance(module, LowRankSparseLinear):
                 _check_index(name, module)
                 module.to(module.kept.device)  # so that it looks at what `kept` now holds
+            if isinstance(module, UpdatedLinear | NarrowLinear) and not module.consistent:
+                raise CheckpointError(
+                    f"the weights' {name} is no {module.kind} layer: its places lie outside of it, "
+                    "or are of another type or number"
+                )
         align_(model)
         # every parameter is a plain float tensor: .half(), .float() and training may go on
         model.is_quantized = False  # type: ignore[assignment]
@@ -160,8 +165,12 @@ def markers(plan: Plan) -> dict[str, Tensor]:
 
 
 def marker_names(plan: Plan) -> list[str]:
-    """Return the names of the tensors that are no part of the model."""
-    return [NOTICE, *(f"{layer.name}.weight" for layer in plan)]
+    """Return the names of the tensors that are no part of the model.
+
+    A kind that has a weight of its own, of other sizes, needs none.
+    """
+    plain = [kind.kind for kind in KINDS.values() if "weight" in kind.told_by]
+    return [NOTICE, *(f"{layer.name}.weight" for layer in plan if layer.kind not in plain)]
 
 
 def shape_(model: PreTrainedModel, plan: Plan) -> None:

@@ -6,8 +6,10 @@ from lrcompress.nn.kronecker_embedding import KroneckerEmbedding
 from lrcompress.nn.low_rank import Factored, LowRankLinear
 from lrcompress.nn.low_rank_embedding import FactoredTable, LowRankEmbedding
 from lrcompress.nn.low_rank_sparse import LowRankSparseLinear
+from lrcompress.nn.narrow import NarrowLinear
 from lrcompress.nn.replacement import Replacement
 from lrcompress.nn.safe_embedding import SafeEmbedding
+from lrcompress.nn.updated import UpdatedLinear
 
 # What plans call a kind -> the kind.
 KINDS: Mapping[str, type[Replacement]] = {
@@ -15,6 +17,8 @@ KINDS: Mapping[str, type[Replacement]] = {
     for kind in (
         LowRankLinear,
         LowRankSparseLinear,
+        UpdatedLinear,
+        NarrowLinear,
         LowRankEmbedding,
         KroneckerEmbedding,
         SafeEmbedding,
@@ -29,6 +33,8 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankLinear",
     "LowRankSparseLinear",
+    "NarrowLinear",
     "Replacement",
     "SafeEmbedding",
+    "UpdatedLinear",
 ]

@@ -27,7 +27,7 @@ class LayerRecord:
         predicted_loss: increase of the loss per example that the metric predicts for this
             layer alone; None for metrics that do not know the loss.
         note: what was done about ill-conditioned statistics, or "".
-        rows: rows of its sparse part; None where there is none.
+        rows: rows of its sparse part; None where there is none. Of rank 0, it is all of the layer.
         entries: entries of these rows that are not zero, where single ones were pruned.
         measured_loss: increase of the validation loss with this layer alone replaced; None if it
             was not measured.
@@ -35,6 +35,7 @@ class LayerRecord:
         parameters: of what stands there now, where it is no pair of factors; None where it is.
         importance: how many units were at least as important, and the score of the last of them,
             when pruning began: some of the units that pruning chooses from, in falling order.
+        columns: of these rows, where inputs were removed; None where all are left.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerRecord:
     curve: Curve = ()
     importance: Curve = ()
     parameters: int | None = None
+    columns: int | None = None
 
     @property
     def before(self) -> int:
@@ -70,7 +72,7 @@ class LayerRecord:
             return self.before
         if self.parameters is not None:
             return self.parameters
-        rows = (self.rows or 0) * self.in_features
+        rows = (self.rows or 0) * (self.in_features if self.columns is None else self.columns)
         return self.rank * (self.out_features + self.in_features) + rows
 
 
@@ -91,6 +93,9 @@ class PointRecord:
         bytes_after: of the whole model's parameters now.
         budget: steps of gradual pruning and what was kept of the layers after them.
         note: why ``keep`` was not met, or "".
+        trained: parameters that are trained from there on; None where that is all of them.
+        effective: parameters of the whole model that are not zero, updates merged; None where it
+            was not counted.
     """
 
     method: str
@@ -105,6 +110,8 @@ class PointRecord:
     bytes_after: int | None = None
     budget: Curve = ()
     note: str = ""
+    trained: int | None = None
+    effective: int | None = None
 
     @property
     def keep(self) -> float:

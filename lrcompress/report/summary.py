@@ -94,7 +94,12 @@ def _sizes(found: _Rows, report: Report) -> None:
     found.add("  kept", _shares(targeted), say=share)
     if single:
         found.add("… stored", _both_ends([sum(x.stored for x in layers) for layers in stages]))
-    first = report.points[0]
+    first, last = report.points[0], report.points[-1]
+    if last.effective is not None:
+        effective = [one.effective for one in (*report.points, last)]
+        found.add("parameters that are not zero", [None, *effective])
+    if last.trained is not None:
+        found.add("parameters that are trained", [None, *(one.trained for one in report.points)])
     whole = _both_ends([first.model_before, *(point.model_after for point in report.points)])
     found.add("all parameters" + (", stored" if single else ""), whole)
     found.add("  kept", _shares(whole), say=share)

@@ -117,6 +117,11 @@ def point_table(point: PointRecord) -> RenderableType:
     if any(layer.entries is not None for layer in point.layers):
         stored = sum(x.stored for x in point.layers) / sum(x.before for x in point.layers)
         lines[0] += f"; zeros are stored, with them the layers take {share(stored)}"
+    if point.trained is not None and point.effective is not None:
+        lines.append(
+            f"parameters: {point.trained:,} trained, {point.model_after:,} stored, "
+            f"{point.effective:,} not zero"
+        )
     if point.observed.get("steps"):
         lines.append(
             f"statistics of {point.observed['tokens']:,} tokens in {point.observed['steps']} steps"

