@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.errors import CheckpointError
 from lrcompress.export.tensors import check_plan, read_headers
-from lrcompress.nn import KINDS, LowRankSparseLinear, NarrowLinear, UpdatedLinear
+from lrcompress.nn import KINDS, LowRankSparseLinear, Replacement
 from lrcompress.plan import DENSE, LayerPlan, Plan
 
 METHOD = "lrcompress"
@@ -112,14 +112,11 @@ class CompressionQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
         for name, module in model.named_modules():
+            reason = module.inconsistency() if isinstance(module, Replacement) else None
+            if reason is not None:
+                raise CheckpointError(f"the weights' {name}.{reason}")
             if isinstance(module, LowRankSparseLinear):
-                _check_index(name, module)
                 module.to(module.kept.device)  # so that it looks at what `kept` now holds
-            if isinstance(module, UpdatedLinear | NarrowLinear) and not module.consistent:
-                raise CheckpointError(
-                    f"the weights' {name} is no {module.kind} layer: its places lie outside of it, "
-                    "or are of another type or number"
-                )
         align_(model)
         # every parameter is a plain float tensor: .half(), .float() and training may go on
         model.is_quantized = False  # type: ignore[assignment]
@@ -212,16 +209,3 @@ def renamed(plan: Plan, model: PreTrainedModel) -> Plan:
             names[layer.name] = name
     kept = (layer for layer in plan if layer.name in names)
     return Plan(tuple(replace(x, name=names[x.name], tied=names.get(x.tied, "")) for x in kept))
-
-
-def _check_index(name: str, layer: LowRankSparseLinear) -> None:
-    index, last = layer.index, layer.out_features - 1
-    if index.is_meta:
-        return
-    bounds = torch.tensor([-1, *index.tolist(), last + 1])
-    rising = bool((bounds[1:] > bounds[:-1]).all())
-    if not rising or index.dtype != torch.int64 or layer.kept.dtype != torch.bool:
-        raise CheckpointError(
-            f"the weights' {name}.index must be int64 that rise from 0 to at most {last}, beside "
-            f"bool kept; got {index.dtype} {index.tolist()[:8]} and {layer.kept.dtype}"
-        )

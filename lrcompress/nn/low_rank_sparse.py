@@ -287,6 +287,18 @@ class LowRankSparseLinear(Factored):
         sizes = f"rank={self.rank}, num_rows={self.num_rows}"
         return f"in_features={self.in_features}, out_features={self.out_features}, {sizes}"
 
+    def inconsistency(self) -> str | None:
+        if self.index.is_meta:
+            return None
+        bounds = torch.tensor([-1, *self.index.tolist(), self.out_features])
+        rising = bool((bounds[1:] > bounds[:-1]).all())
+        if rising and self.index.dtype == torch.int64 and self.kept.dtype == torch.bool:
+            return None
+        return (
+            f"index must be int64 that rise from 0 to at most {self.out_features - 1}, beside bool "
+            f"kept; got {self.index.dtype} {self.index.tolist()[:8]} and {self.kept.dtype}"
+        )
+
     def _checked(self, components: Tensor) -> Tensor:
         if components.dtype != torch.bool or components.shape != self.kept.shape:
             raise ShapeError(

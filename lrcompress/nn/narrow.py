@@ -136,14 +136,16 @@ class NarrowLinear(Replacement):
         own = {"rows": (sizes["out"],), "columns": (sizes["in"],)}
         return {"weight": (sizes["rows"], sizes["columns"]), **own}
 
-    @property
-    def consistent(self) -> bool:
-        """Whether what was loaded into its buffers makes sense: as many places as it has."""
-        if self.rows.dtype != torch.bool or self.columns.dtype != torch.bool:
-            return False
+    def inconsistency(self) -> str | None:
         if self.rows.is_meta:
-            return True
-        return self.weight.shape == (int(self.rows.sum()), int(self.columns.sum()))
+            return None
+        kinds = [self.rows.dtype, self.columns.dtype]
+        if kinds != [torch.bool] * 2:
+            return f"rows and columns must be bool, got {kinds}"
+        found = (int(self.rows.sum()), int(self.columns.sum()))
+        if found == tuple(self.weight.shape):
+            return None
+        return f"rows and columns must name {tuple(self.weight.shape)} features, got {found}"
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:

@@ -48,6 +48,13 @@ class Replacement(nn.Module, ABC):
     def to_dense(self) -> nn.Module:
         """Return a plain layer that computes the same."""
 
+    def inconsistency(self) -> str | None:
+        """Return what is wrong with the buffers it was loaded with, or None.
+
+        Shapes are checked before; this is about values that no layer of its kind could have.
+        """
+        return None
+
     @classmethod
     def takes(cls, layer: nn.Module) -> bool:
         """Return whether it can stand where ``layer`` does."""

@@ -158,13 +158,17 @@ class UpdatedLinear(Replacement):
             "mask": (sizes["masked"] * out_features, in_features),
         }
 
-    @property
-    def consistent(self) -> bool:
-        """Whether what was loaded into its buffers makes sense: places within the weight."""
-        if self.support.dtype != torch.int64 or self.mask.dtype != torch.bool:
-            return False
+    def inconsistency(self) -> str | None:
+        if self.support.is_meta:
+            return None
         inside = (self.support >= 0) & (self.support < self.frozen.numel())
-        return self.support.is_meta or bool(inside.all())
+        sound = self.support.dtype == torch.int64 and self.mask.dtype == torch.bool
+        if sound and bool(inside.all()):
+            return None
+        return (
+            f"support must be int64 from 0, below {self.frozen.numel()}, beside bool mask; got "
+            f"{self.support.dtype} {self.support.tolist()[:8]} and {self.mask.dtype}"
+        )
 
     @property
     def masked(self) -> bool:

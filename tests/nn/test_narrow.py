@@ -66,8 +66,10 @@ def test_follows_dtypes_and_says_whether_its_places_fit() -> None:
     layer = NarrowLinear.of(nn.Linear(12, 8), rows=ROWS).bfloat16()
     assert layer(torch.randn(2, 12).bfloat16()).dtype == torch.bfloat16
     assert layer.rows.dtype == torch.bool
-    assert layer.consistent
+    assert layer.inconsistency() is None
+    left = int(ROWS.sum())
     layer.rows[1] = True
-    assert not layer.consistent
+    told = f"rows and columns must name ({left}, 12) features, got ({left + 1}, 12)"
+    assert layer.inconsistency() == told
     layer.rows = layer.rows.int()
-    assert not layer.consistent
+    assert "must be bool" in str(layer.inconsistency())

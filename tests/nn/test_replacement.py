@@ -4,15 +4,25 @@ import pytest
 import torch
 from torch import nn
 
-from lrcompress.nn import KINDS, NarrowLinear, Replacement
+from lrcompress.nn import KINDS, FactoredTable, Replacement
 
 BASE = {"in": 12, "out": 8}
 
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
-def original() -> nn.Module:
+# What these kinds compute, no plain layer of the same sizes does: their own tests say what it is.
+OTHERWISE = {"narrow", "safe_embedding"}
+
+
+def original(kind: type[Replacement]) -> nn.Module:
+    if issubclass(kind, FactoredTable):
+        return nn.Embedding(BASE["out"], BASE["in"])
     return nn.Linear(BASE["in"], BASE["out"])
+
+
+def made(kind: type[Replacement]) -> Replacement:
+    return kind.in_place_of(original(kind), **small(kind))
 
 
 def small(kind: type[Replacement]) -> dict[str, int]:
@@ -22,7 +32,7 @@ def small(kind: type[Replacement]) -> dict[str, int]:
 
 @each_kind
 def test_a_layer_is_stored_as_its_kind_says(kind: type[Replacement]) -> None:
-    layer = kind.in_place_of(original(), **small(kind))
+    layer = made(kind)
     stored = {k: tuple(v.shape) for k, v in layer.state_dict().items() if not k.endswith("bias")}
     assert stored == kind.tensors(BASE | small(kind))
     told = {part: stored[part] for part in kind.told_by}
@@ -32,26 +42,30 @@ def test_a_layer_is_stored_as_its_kind_says(kind: type[Replacement]) -> None:
 
 @each_kind
 def test_its_factors_are_all_its_parameters_but_the_bias(kind: type[Replacement]) -> None:
-    layer = kind.in_place_of(original(), **small(kind))
+    layer = made(kind)
     others = [p for name, p in layer.named_parameters() if not name.endswith("bias")]
     assert set(map(id, others)) == set(map(id, layer.factors))
 
 
-@each_kind
+@pytest.mark.parametrize("kind", [kind for name, kind in KINDS.items() if name not in OTHERWISE])
 def test_a_plain_layer_of_it_computes_the_same(kind: type[Replacement]) -> None:
-    layer = kind.in_place_of(original(), **small(kind))
+    layer = made(kind)
     for factor in layer.factors:
         nn.init.normal_(factor)
-    x = torch.randn(5, BASE["in"])
-    if kind is NarrowLinear:  # reads less and gives less: its own tests say what stays the same
-        return
+    x = torch.arange(5) if issubclass(kind, FactoredTable) else torch.randn(5, BASE["in"])
     plain = layer.to_dense()
-    assert type(plain) is layer.plain is nn.Linear
+    assert type(plain) is layer.plain is type(original(kind))
     torch.testing.assert_close(plain(x), layer(x))
 
 
 @each_kind
-def test_it_takes_linear_layers_of_every_kind_and_no_others(kind: type[Replacement]) -> None:
-    assert kind.takes(original())
-    assert kind.takes(kind.in_place_of(original(), **small(kind)))
+def test_it_takes_layers_of_its_family_and_no_others(kind: type[Replacement]) -> None:
+    for other in KINDS.values():
+        family = issubclass(kind, FactoredTable) == issubclass(other, FactoredTable)
+        assert kind.takes(original(other)) == kind.takes(made(other)) == family
     assert not kind.takes(nn.LayerNorm(8))
+
+
+@each_kind
+def test_a_new_layer_is_consistent(kind: type[Replacement]) -> None:
+    assert made(kind).inconsistency() is None

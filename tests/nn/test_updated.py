@@ -116,13 +116,14 @@ def test_copies_moves_and_autocasts() -> None:
 
 def test_says_whether_its_places_lie_within_it() -> None:
     layer = random_layer()
-    assert layer.consistent
-    layer.support[0] = 96
-    assert not layer.consistent
-    layer.support[0] = -1
-    assert not layer.consistent
+    assert layer.inconsistency() is None
+    for wrong in (96, -1):
+        layer.support[0] = wrong
+        assert f"below 96, beside bool mask; got torch.int64 [{wrong}," in str(
+            layer.inconsistency()
+        )
     layer.support = layer.support.clamp(min=0).int()
-    assert not layer.consistent
+    assert "got torch.int32" in str(layer.inconsistency())
 
 
 def test_says_what_does_not_fit() -> None:
