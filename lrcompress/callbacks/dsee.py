@@ -385,9 +385,7 @@ class DSEE(Course):
         batch_idx: int,
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if (
-            platform.steps_done(trainer) >= self._total
-        ):  # what is validated and saved then is merged
+        if platform.steps_done(trainer) >= self._total:  # the last validation sees it merged
             self._merge(trainer, pl_module)
 
     def _merge(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

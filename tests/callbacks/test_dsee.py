@@ -401,6 +401,31 @@ def test_what_it_cannot_do_is_refused_in_setup(
         trainer(dsee(structure="heads", updates=None)).fit(gpt, loader(list(tokens())))
 
 
+def test_groups_may_be_named_and_become_empty(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    def made() -> Any:
+        model = tagger()
+        named = dict(model.named_parameters())
+        biases = [(n, p) for n, p in named.items() if n.startswith("b") and n.endswith("bias")]
+        rest = [(n, p) for n, p in named.items() if not n.startswith("b") or n[-4:] != "bias"]
+        groups = [{"params": biases, "lr": 0.1}, {"params": rest}]
+        model.configure_optimizers = lambda: torch.optim.AdamW(groups, lr=0.01)
+        return model
+
+    def look(run: L.Trainer, module: nn.Module) -> None:
+        names.append([group["param_names"] for group in run.optimizers[0].param_groups])
+
+    names: list[list[list[str]]] = []
+    whole, again = made(), made()
+    trainer(dsee(), Watch(look), every_step=True).fit(whole, loader())
+    parts = [f"{name}.{part}" for name in UP for part in ("right", "left", "entries")]
+    assert names[0] == [[], [*parts, "head.weight", "head.bias"]]
+    assert [len(group) for group in names[-1]] == [4, 7]
+    trainer(dsee()).fit(again, loader(), ckpt_path=tmp_path / "step=9.ckpt")
+    assert same(again, whole)
+
+
 def test_preview_changes_nothing(tagger: Make, bert: Make) -> None:
     model = tagger()
     before = {name: value.clone() for name, value in model.state_dict().items()}
