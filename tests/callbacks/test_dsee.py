@@ -10,6 +10,7 @@ import pytest
 import rich
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
@@ -368,6 +369,16 @@ def test_a_run_with_heads_is_resumed_saved_and_loaded(
     lrcompress.save_pretrained(back.model, tmp_path / "updated")
     again = lrcompress.load_pretrained(tmp_path / "updated").eval()
     torch.testing.assert_close(again(**batch).logits, back.model.eval()(**batch).logits)
+
+    query = "bert.encoder.layer.0.attention.self.query"
+    for folder, tensor, value in (("out", "rows", True), ("updated", "support", 5000)):
+        path = tmp_path / folder / "model.safetensors"
+        state = load_file(path)
+        state[f"{query}.{tensor}"][:] = value
+        save_file(state, path, {"format": "pt"})
+        kind = "narrow" if folder == "out" else "updated"
+        with pytest.raises(CheckpointError, match=rf"{query} is no {kind} layer: its places lie"):
+            BertForSequenceClassification.from_pretrained(path.parent)
 
 
 def test_what_it_cannot_do_is_refused_in_setup(
