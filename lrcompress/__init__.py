@@ -10,6 +10,7 @@ _PUBLIC = {
     "DSEE": "callbacks",
     "Distilled": "distill",
     "Factorize": "callbacks",
+    "FactorizeEmbedding": "callbacks",
     "LoSparse": "callbacks",
     "LowRankLinear": "nn",
     "LowRankSparseLinear": "nn",

@@ -1,7 +1,7 @@
 """The structure of a compressed model as data: the one way to give a model its structure."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lrcompress.checkpoint import how_to_join, read_checkpoint
 from lrcompress.errors import CheckpointError, LayerError, NoMatchError, ShapeError, nearest
-from lrcompress.nn import KINDS, Replacement
-from lrcompress.statistics.views import is_linear, view
+from lrcompress.nn import KINDS, FactoredTable, LowRankEmbedding, LowRankLinear, Replacement
+from lrcompress.statistics.views import is_linear, is_table, view
 from lrcompress.surgery import replace_
+from lrcompress.ties import first_holders, plain_forms, restate_, same_storage, share_
 
 VERSION = 1
 DENSE = "dense"  # the kind of a layer that is as the architecture made it
@@ -27,11 +28,13 @@ class LayerPlan:
         kind: a key of :data:`lrcompress.nn.KINDS`, or ``"dense"`` for one that goes back to a
             plain layer.
         sizes: ``in`` and ``out``, and those that the kind has of its own.
+        tied: the layer whose factors it shares, as an output head those of an embedding; or "".
     """
 
     name: str
     kind: str
     sizes: Mapping[str, int]
+    tied: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,32 +61,26 @@ class Plan:
     @classmethod
     def of(cls, model: nn.Module) -> "Plan":
         """Return the structure that ``model`` has now."""
-        return cls(
-            tuple(
-                _layer_plan(name, module)
-                for name, module in model.named_modules()
-                if isinstance(module, Replacement)
-            )
-        )
+        return cls(tuple(_plans_now(model, lambda module: isinstance(module, Replacement))))
 
     @classmethod
     def matching(cls, model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> "Plan":
         """Return what has to change in ``model`` before it can hold the tensors of ``state``.
 
         The keys and shapes say it all: ``name.left.weight`` beside ``name.right.weight`` stands
-        for factors, other kinds have others, and ``name.weight`` stands for a plain layer.
+        for factors, other kinds have others, and ``name.weight`` stands for a plain layer. Layers
+        are tied if their factors lie in the same memory.
 
         Raises:
             CheckpointError: if what should be factors are not of their form.
         """
-        layers = []
-        for name, module in model.named_modules():
-            if is_linear(module):
-                now = _layer_plan(name, module)
-                wanted = _stored(module, now, state, f"{prefix}{name}.")
-                if wanted != now:
-                    layers.append(wanted)
-        return cls(tuple(layers))
+        every = _plans_now(model, lambda module: is_linear(module) or is_table(module))
+        modules = dict(model.named_modules())
+        stored = [_stored(modules[x.name], x, state, f"{prefix}{x.name}.") for x in every]
+        factors = {x.name: KINDS[x.kind].told_by for x in stored if x.kind != DENSE}
+        tied = same_storage(state, factors, prefix)
+        wanted = [replace(x, tied=tied.get(x.name, "")) for x in stored]
+        return cls(tuple(x for x, now in zip(wanted, every, strict=True) if x != now))
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Give ``model`` this structure, on any device, ``meta`` included; values are not set.
@@ -94,19 +91,29 @@ class Plan:
             NoMatchError: if a named layer is not in the model.
             ShapeError: if its sizes are not the plan's.
             LayerError: if it is of a type that cannot be factored.
-            CheckpointError: if the plan gives it a kind that is not known.
+            CheckpointError: if the plan gives it a kind that is not known, or ties it to a layer
+                that it cannot share factors with.
         """
         modules = dict(model.named_modules())
         built = {layer.name: _build(layer, modules) for layer in self.layers}
+        _check_ties(self.layers, modules | built)
+        old = [modules[layer.name] for layer in self.layers if layer.kind == DENSE]
+        plain = plain_forms(module for module in old if isinstance(module, Replacement))
         for name, new in built.items():
+            new = plain.get(new, new)  # type: ignore[call-overload]
             if new is not modules[name]:
                 replace_(model, name, new)
+        for layer in self.layers:
+            if layer.tied:
+                share_(model.get_submodule(layer.name), model.get_submodule(layer.tied))
+        restate_(model)
         return model
 
     def to_dict(self) -> dict[str, object]:
         """Return the plan in plain types."""
         layers = [asdict(layer) | {"sizes": dict(layer.sizes)} for layer in self.layers]
-        return {"version": VERSION, "layers": layers}
+        listed = [{k: v for k, v in layer.items() if k != "tied" or v} for layer in layers]
+        return {"version": VERSION, "layers": listed}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> "Plan":
@@ -125,6 +132,7 @@ class Plan:
                     str(layer["name"]),
                     str(layer["kind"]),
                     {str(key): int(value) for key, value in layer["sizes"].items()},
+                    str(layer.get("tied", "")),
                 )
                 for layer in data["layers"]  # type: ignore[attr-defined]
             )
@@ -136,8 +144,39 @@ class Plan:
 def _layer_plan(name: str, module: nn.Module) -> LayerPlan:
     if isinstance(module, Replacement):
         return LayerPlan(name, module.kind, module.sizes)
-    out_features, in_features = view(module, f"layer {name!r}").shape
+    out_features, in_features = view(module, f"layer {name!r}", table=True).shape
     return LayerPlan(name, DENSE, {"in": in_features, "out": out_features})
+
+
+def _plans_now(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[LayerPlan]:
+    found = {name: module for name, module in model.named_modules() if wanted(module)}
+    tied = first_holders(found)
+    return [replace(_layer_plan(n, m), tied=tied.get(n, "")) for n, m in found.items()]
+
+
+def _check_ties(layers: Iterable[LayerPlan], modules: Mapping[str, nn.Module]) -> None:
+    """Check that layers can share factors.
+
+    Raises:
+        CheckpointError: if they cannot.
+    """
+    for layer in layers:
+        if not layer.tied:
+            continue
+        sides = [modules.get(name) for name in (layer.name, layer.tied)]
+        kinds = {type(side) for side in sides}
+        alike = len(kinds) == 1 and isinstance(sides[0], FactoredTable)
+        if not (alike or kinds <= {LowRankLinear, LowRankEmbedding}):
+            raise CheckpointError(
+                f"layer {layer.name!r} of kind {layer.kind!r} cannot share the factors of "
+                f"{layer.tied!r}: embeddings of one kind can, and low-rank output heads"
+            )
+        sizes = [dict(side.sizes) for side in sides if isinstance(side, Replacement)]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                f"layer {layer.name!r} of sizes {sizes[0]} cannot share the factors of "
+                f"{layer.tied!r}, which has {sizes[1]}"
+            )
 
 
 def _stored(
@@ -178,10 +217,8 @@ def _build(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module:
         raise ShapeError(
             f"layer {layer.name!r} has sizes {sides}, the plan gives it {dict(layer.sizes)}"
         )
-    if now == layer:
+    if now == replace(layer, tied="") or layer.kind == DENSE:
         return old
-    if layer.kind == DENSE:
-        return old.to_dense() if isinstance(old, Replacement) else old
     return _made(layer, old, sides)
 
 

@@ -96,6 +96,10 @@ class Settings:
         """Return the layers of ``model`` that are targeted."""
         return select(model, self.targets, self.exclude, shared=self.shared)
 
+    def watched(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the layers of ``model`` that are observed."""
+        return self.select(model).names
+
 
 def _check_whole(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -27,7 +27,9 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def _replaced(model: nn.Module) -> list[Replacement]:
-    return [module for module in model.modules() if isinstance(module, Replacement)]
+    """Return the replaced layers, of those that share their factors one."""
+    layers = [module for module in model.modules() if isinstance(module, Replacement)]
+    return list({tuple(map(id, layer.factors)): layer for layer in layers}.values())
 
 
 def _weight(layer: Replacement) -> int:

@@ -194,7 +194,7 @@ def whole_or_not(
         optimizers: whose groups and state the block changes.
     """
     layers = {name: model.get_submodule(name) for name in names}
-    biases = [view(layer).bias for layer in layers.values()]
+    biases = [view(layer, table=True).bias for layer in layers.values()]
     values = [(bias, bias.detach().clone()) for bias in biases if bias is not None]
     held = [(x, [_listed(group) for group in x.param_groups], dict(x.state)) for x in optimizers]
 

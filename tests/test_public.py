@@ -11,6 +11,7 @@ NAMES = [
     "DSEE",
     "Distilled",
     "Factorize",
+    "FactorizeEmbedding",
     "LoSparse",
     "LowRankLinear",
     "LowRankSparseLinear",

@@ -24,10 +24,12 @@ def test_every_recipe_is_found() -> None:
         "mrpc_svd_then_distil",
         "quickstart",
         "sst2_dsee",
+        "sst2_embedding",
         "sst2_kfac",
         "sst2_kfac_distil",
         "sst2_losparse",
         "sst2_losparse_then_distil",
+        "sst2_safe_embedding",
         "stsb_row_fisher",
         "wikitext2_gpt2_kfac",
     ]

@@ -3,7 +3,16 @@
 from lrcompress.callbacks.boundary import StartFrom, factor_checkpoint
 from lrcompress.callbacks.checkpoint_io import WholeCheckpointIO
 from lrcompress.callbacks.dsee import DSEE
+from lrcompress.callbacks.embedding import FactorizeEmbedding
 from lrcompress.callbacks.factorize import Factorize
 from lrcompress.callbacks.losparse import LoSparse
 
-__all__ = ["DSEE", "Factorize", "LoSparse", "StartFrom", "WholeCheckpointIO", "factor_checkpoint"]
+__all__ = [
+    "DSEE",
+    "Factorize",
+    "FactorizeEmbedding",
+    "LoSparse",
+    "StartFrom",
+    "WholeCheckpointIO",
+    "factor_checkpoint",
+]

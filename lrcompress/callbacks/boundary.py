@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lrcompress.callbacks import platform
-from lrcompress.callbacks.course import check_restart
 from lrcompress.callbacks.factorize import Factorize
-from lrcompress.callbacks.restart import Restart
+from lrcompress.callbacks.restart import Restart, check_restart
 from lrcompress.checkpoint import read_lightning
 from lrcompress.errors import CheckpointError, PlatformError, SettingError
 from lrcompress.files import whole

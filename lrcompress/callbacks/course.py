@@ -20,6 +20,7 @@ from typing_extensions import override
 from lrcompress.callbacks import platform, processes, telling
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.restart import Restart
+from lrcompress.embedding import TableSettings
 from lrcompress.engine import Settings
 from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
 from lrcompress.parallel import ALONE
@@ -84,7 +85,7 @@ class Course(pl.Callback, ABC):
     at: float | str | list[float | str]  # its argument; part of the state's key
 
     @abstractmethod
-    def settings_at(self, stage: int) -> Settings:
+    def settings_at(self, stage: int) -> Settings | TableSettings:
         """Return how layers are chosen and measured at a point."""
 
     @abstractmethod
@@ -153,7 +154,8 @@ class Course(pl.Callback, ABC):
             LayerError: if one is frozen.
         """
         for name in names:
-            if not view(module.get_submodule(name)).parameters[0].requires_grad:
+            layer = view(module.get_submodule(name), table=True)
+            if not layer.parameters[0].requires_grad:
                 raise LayerError(
                     f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
                     "leave it out with exclude=, or call lrcompress.compress() on the model"
@@ -275,7 +277,8 @@ class Course(pl.Callback, ABC):
         if self._loaded is not None:
             if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
                 self._draw_as_before(self._loaded)
-            self._loaded = None
+            for one in self._courses(trainer):  # once: a point may have drawn before the others
+                one._loaded = None
         now = platform.steps_done(trainer)
         if self._next is not None and now >= self._next and platform.between_steps(trainer):
             self._reach(trainer, pl_module, now)
@@ -413,18 +416,6 @@ class Course(pl.Callback, ABC):
         self._observation.close_step()
         self._hooks.close()
         self._restart = None
-
-
-def check_restart(steps: float, scale: float) -> None:
-    """Check how the learning rate is to rise after a point.
-
-    Raises:
-        SettingError: unless ``steps`` is at least 0 and ``scale`` above 0 and at most 10.
-    """
-    if not steps >= 0:
-        raise SettingError(f"restart_steps must not be negative, got {steps!r}")
-    if not 0 < scale <= 10:
-        raise SettingError(f"restart_scale must be above 0 and at most 10, got {scale!r}")
 
 
 def _follow_checkpoint(

@@ -118,7 +118,7 @@ class DSEE(Course):
         )
         super().__init__(
             [Point.parse(at)],
-            Sampling.none("DSEE"),
+            Sampling(kinds=(), owner="DSEE"),
             window=Point("epoch", 1),
             validate=validate,
             report_path=report_path,

@@ -12,9 +12,10 @@ from torch import nn
 from typing_extensions import override
 
 from lrcompress.callbacks import platform
-from lrcompress.callbacks.course import Course, check_restart
+from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.layerwise import Dense
 from lrcompress.callbacks.observation import Sampling
+from lrcompress.callbacks.restart import check_restart
 from lrcompress.callbacks.telling import AUTO
 from lrcompress.engine import Settings, factor_, preview
 from lrcompress.errors import PlatformError, SettingError

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrcompress.embedding import TableSettings
 from lrcompress.engine import Settings
 from lrcompress.errors import ObservationError, SettingError, nearest
 from lrcompress.parallel import ALONE, Team
@@ -25,7 +26,8 @@ class Sampling:
     """Which steps are observed, and whose gradients; every entry is checked when it is made.
 
     Attributes:
-        kinds: the statistics to accumulate.
+        kinds: the statistics to accumulate; of who observes nothing, none.
+        owner: how the owner calls itself in error messages.
         every_n_steps: every n-th step before a point, counted back from it; None is every 10th,
             or more often where that would be fewer than 16 steps.
         max_tokens: enough is enough.
@@ -33,30 +35,25 @@ class Sampling:
         logits: the submodule that returns the logits, for ``"model"``.
         mask: the batch's key of its padding mask.
         offload: the device the sums live on.
-        owner: how the owner calls itself in error messages.
+        of_tables: the statistics of tables that may be asked for.
 
     Raises:
         SettingError: if an entry is not what it may be.
     """
 
     kinds: Sequence[str]
-    every_n_steps: int | None
-    max_tokens: int | None
-    fisher: str
-    logits: str | None
-    mask: str | None
-    offload: str | None
     owner: str
-
-    @classmethod
-    def none(cls, owner: str) -> "Sampling":
-        """Return the sampling of who observes nothing."""
-        unused = dict.fromkeys(("every_n_steps", "max_tokens", "logits", "mask", "offload"))
-        return cls(kinds=(), fisher="labels", owner=owner, **unused)
+    every_n_steps: int | None = None
+    max_tokens: int | None = None
+    fisher: str = "labels"
+    logits: str | None = None
+    mask: str | None = None
+    offload: str | None = None
+    of_tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
-            if kind not in KINDS:
+            if kind not in KINDS + self.of_tables:
                 raise SettingError(
                     f"also_observe takes {', '.join(KINDS)}; got {kind!r}, "
                     f"nearest: {nearest(kind, KINDS, 1)}"
@@ -99,19 +96,20 @@ class Observation:
         """Whether a step is being observed now."""
         return self._recorder is not None and self._recorder.watching
 
-    def watch(self, module: nn.Module, settings: Settings) -> int:
+    def watch(self, module: nn.Module, settings: Settings | TableSettings) -> int:
         """Get ready to observe the targeted layers; return the bytes it may take."""
         self._device = self.sampling.offload or next(module.parameters()).device
         self._recorder = Recorder(
             module,
-            settings.select(module).names,
+            settings.watched(module),
             self.sampling.kinds,
             statistics=self.statistics,
             offload=self.sampling.offload,
             shared=settings.shared,
             name=self.sampling.owner,
         )
-        if self.sampling.fisher == "model" and set(self.sampling.kinds) & set(OUTPUT_KINDS):
+        from_gradients = {*OUTPUT_KINDS, "token_fisher"} & set(self.sampling.kinds)
+        if self.sampling.fisher == "model" and from_gradients:
             self._tap = LogitsTap(module, self.sampling.logits)
         return self._recorder.nbytes
 

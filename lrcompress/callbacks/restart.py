@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lrcompress.errors import SettingError
 from lrcompress.schedules import Warmup
 
 
@@ -49,3 +50,15 @@ class Restart:
         for group, lr in zip(optimizer.param_groups, held.pop(), strict=True):
             group["lr"] = lr
         self.taken += optimizer is self._first and not held
+
+
+def check_restart(steps: float, scale: float) -> None:
+    """Check how the learning rate is to rise after a point.
+
+    Raises:
+        SettingError: unless ``steps`` is at least 0 and ``scale`` above 0 and at most 10.
+    """
+    if not steps >= 0:
+        raise SettingError(f"restart_steps must not be negative, got {steps!r}")
+    if not 0 < scale <= 10:
+        raise SettingError(f"restart_scale must be above 0 and at most 10, got {scale!r}")

@@ -10,6 +10,7 @@ from lrcompress.callbacks.boundary import load_
 from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.rehearsal import look, rehearse
 from lrcompress.checkpoint import read_lightning
+from lrcompress.engine import Settings
 from lrcompress.errors import RecipeError
 from lrcompress.forecast import forecast
 from lrcompress.objective import METHODS
@@ -80,6 +81,8 @@ def _print_curve(
     kinds = tuple(dict.fromkeys(kind for one in METHODS.values() for kind in one.kinds))
     sampling = replace(course.sampling, kinds=kinds, max_tokens=None)
     settings = course.settings_at(0)
+    if not isinstance(settings, Settings):  # a table has one method, and no others beside it
+        return
     statistics = look(trainer, model, settings, sampling, curve, datamodule=datamodule)
     found = forecast(model, statistics, settings, tuple(METHODS))
     rich.print(forecast_table(found, f"from {statistics.tokens:,} tokens of {curve} batches"))

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lrcompress.nn import Replacement
+from lrcompress.ties import plain_forms, restate_
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,13 +29,14 @@ def merge_dense(model: Model) -> Model:
         )
     """
     memo: dict[int, Any] = {}
-    for layer in [module for module in model.modules() if isinstance(module, Replacement)]:
-        plain = layer.to_dense()
-        if plain.bias is layer.bias:
+    replaced = [module for module in model.modules() if isinstance(module, Replacement)]
+    for layer, plain in plain_forms(replaced).items():
+        if layer.bias is not None and plain.bias is layer.bias:
             plain.bias = copy.deepcopy(layer.bias, memo)
         memo[id(layer)] = plain  # deepcopy takes it for the copy it has already made
     merged = copy.deepcopy(model, memo)
     forget_structure_(merged)
+    restate_(merged)
     return merged
 
 

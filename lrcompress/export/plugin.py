@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.errors import CheckpointError
 from lrcompress.export.tensors import check_plan, read_headers
-from lrcompress.nn import (
-    KINDS,
-    LowRankSparseLinear,
-    NarrowLinear,
-    Replacement,
-    UpdatedLinear,
-)
+from lrcompress.nn import KINDS, LowRankSparseLinear, NarrowLinear, UpdatedLinear
 from lrcompress.plan import DENSE, LayerPlan, Plan
 
 METHOD = "lrcompress"
@@ -186,11 +181,6 @@ def shape_(model: PreTrainedModel, plan: Plan) -> None:
     ignored |= {f"^{re.escape(name)}$" for name in marker_names(plan)}
     known = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
-    model.all_tied_weights_keys = {
-        target: source
-        for target, source in model.all_tied_weights_keys.items()
-        if not any(_is_factored(model, key) for key in (target, source))
-    }
 
 
 def align_(model: nn.Module) -> None:
@@ -204,10 +194,6 @@ def align_(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _is_factored(model: nn.Module, key: str) -> bool:
-    return isinstance(model.get_submodule(key.rpartition(".")[0]), Replacement)
-
-
 def renamed(plan: Plan, model: PreTrainedModel) -> Plan:
     """Return the plan for another class of the same body, as ``from_pretrained`` would load it.
 
@@ -217,14 +203,15 @@ def renamed(plan: Plan, model: PreTrainedModel) -> Plan:
     modules = {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
     has_body = any(layer.name.startswith(prefix) for layer in plan)
-    layers = []
+    names = {}
     for layer in plan:
         of_body = layer.name.startswith(prefix)
         other = layer.name.removeprefix(prefix) if of_body else prefix + layer.name
         name = layer.name if layer.name in modules or other not in modules else other
         if name in modules or of_body or not has_body:
-            layers.append(LayerPlan(name, layer.kind, layer.sizes))
-    return Plan(tuple(layers))
+            names[layer.name] = name
+    kept = (layer for layer in plan if layer.name in names)
+    return Plan(tuple(replace(x, name=names[x.name], tied=names.get(x.tied, "")) for x in kept))
 
 
 def _check_index(name: str, layer: LowRankSparseLinear) -> None:

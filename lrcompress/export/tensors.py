@@ -146,7 +146,8 @@ def _parts(layer: LayerPlan, where: str) -> dict[str, tuple[int, ...]]:
     if layer.kind != DENSE and layer.kind not in KINDS:
         raise CheckpointError(f"{where}: the plan gives layer {layer.name!r} kind {layer.kind!r}")
     try:
-        return {} if layer.kind == DENSE else KINDS[layer.kind].tensors(layer.sizes)
+        # what is tied is stored once
+        return {} if layer.tied or layer.kind == DENSE else KINDS[layer.kind].tensors(layer.sizes)
     except KeyError as error:
         raise CheckpointError(
             f"{where}: the plan gives layer {layer.name!r} no size {error}"

@@ -32,6 +32,7 @@ class LayerRecord:
         measured_loss: increase of the validation loss with this layer alone replaced; None if it
             was not measured.
         curve: ranks and the relative errors they would have, some of them, rising.
+        parameters: of what stands there now, where it is no pair of factors; None where it is.
         importance: how many units were at least as important, and the score of the last of them,
             when pruning began: some of the units that pruning chooses from, in falling order.
         columns: of these rows, where inputs were removed; None where all are left.
@@ -49,6 +50,7 @@ class LayerRecord:
     measured_loss: float | None = None
     curve: Curve = ()
     importance: Curve = ()
+    parameters: int | None = None
     columns: int | None = None
 
     @property
@@ -68,6 +70,8 @@ class LayerRecord:
         """Parameters that take up memory, zeros among them."""
         if self.rank is None:
             return self.before
+        if self.parameters is not None:
+            return self.parameters
         rows = (self.rows or 0) * (self.in_features if self.columns is None else self.columns)
         return self.rank * (self.out_features + self.in_features) + rows
 

@@ -60,11 +60,19 @@ def plain_table(title: str) -> Table:
 
 
 def plan_table(
-    layers: Sequence[LayerRecord], title: str, whole: int, nbytes: int, notes: Iterable[str]
+    layers: Sequence[LayerRecord],
+    title: str,
+    whole: int,
+    nbytes: int,
+    notes: Iterable[str],
+    kept: int = 0,
 ) -> RenderableType:
-    """Return what would become of the layers of a model of ``whole`` parameters."""
+    """Return what would become of the layers of a model of ``whole`` parameters.
+
+    Of what is replaced, ``kept`` parameters stay in the model for others.
+    """
     before, after = sum(x.before for x in layers), sum(x.after for x in layers)
-    smaller = whole - before + after
+    smaller = whole - before + after + kept
     lines = [
         f"targeted layers: {before:,} → {after:,} parameters ({after / before:.3f})",
         f"whole model: {whole:,} → {smaller:,} ({smaller / whole:.3f})",

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from lrcompress.errors import ObservationError, ShapeError
 from lrcompress.statistics.moments import (
     INPUT_KINDS,
-    OUTPUT_KINDS,
+    TABLE_KINDS,
     Statistics,
     Sums,
     shapes,
 )
-from lrcompress.statistics.views import view
+from lrcompress.statistics.views import is_table, view
 
 _FISHER = frozenset({"input_fisher", "output_fisher"})
-_WITH_INPUTS = _FISHER | {"weighted_moment"}
+_WITH_INPUTS = _FISHER | {"weighted_moment", "token_fisher"}
+_OF_INPUTS = frozenset((*INPUT_KINDS, "input_sum", "token_count"))
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Recorder:
     Args:
         model: the module that holds the layers.
         names: of the layers to watch.
-        kinds: which statistics, of :data:`lrcompress.statistics.moments.KINDS`.
+        kinds: which statistics, of :data:`lrcompress.statistics.moments.KINDS`, and of its
+            ``TABLE_KINDS`` for those among the layers that are tables.
         statistics: to go on from; a new one if None.
         offload: where the sums live, ``"cpu"`` for instance; None leaves them beside the layer.
         shared: allow a layer to be called several times a step; its uses are added up.
@@ -92,17 +94,21 @@ class Recorder:
         self.owner = name
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for layer, module in self.layers.items():
-            out_features, in_features = view(module, layer).shape
-            self._shapes[layer] = shapes(self.kinds, in_features, out_features)
-        self._watches_inputs = bool(set(self.kinds) & set(INPUT_KINDS))
-        self._watches_outputs = bool(set(self.kinds) & set(OUTPUT_KINDS))
+            out_features, in_features = view(module, layer, table=True).shape
+            table = is_table(module)
+            own = [kind for kind in self.kinds if (kind in TABLE_KINDS) == table]
+            self._shapes[layer] = shapes(own, in_features, out_features)
         self._pass: _Pass | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes the sums will take at most, if no two layers read the same tensor."""
         every = (shape for named in self._shapes.values() for shape in named.values())
-        return sum(4 * torch.Size(shape).numel() for shape in every)
+        tables = (
+            named["token_count"][0] for named in self._shapes.values() if "token_count" in named
+        )
+        # counts are whole numbers of 8 bytes
+        return 4 * (sum(torch.Size(shape).numel() for shape in every) + sum(tables))
 
     @property
     def watching(self) -> bool:
@@ -190,6 +196,8 @@ class Recorder:
         if current is None or not (torch.is_grad_enabled() or self.forward_only):
             return  # a teacher's or a metric's own pass
         x = args[0] if args else next(iter(kwargs.values()))
+        if not x.is_floating_point():  # rows of a table, by number
+            x = x.unsqueeze(-1)
         if not _in_backward():
             if current.committed:  # a second forward pass in the same step: manual optimization
                 self._add_gradients(*current.parts)
@@ -199,10 +207,10 @@ class Recorder:
         if not (_in_backward() and name in current.forward):  # not a checkpoint's second run
             self._count_call(name)
             self._take_inputs(name, x.detach())
-        if self._watches_outputs and output.requires_grad:
+        if self._shapes[name].keys() - _OF_INPUTS and output.requires_grad:
             if not _in_backward():
                 current.outputs.append(output)
-            kept = x.detach() if _WITH_INPUTS & set(self.kinds) else None
+            kept = x.detach() if _WITH_INPUTS & self._shapes[name].keys() else None
             hook = partial(self._took_gradient, current, name, kept)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -230,9 +238,11 @@ class Recorder:
         current.tokens = max(current.tokens, (x[..., 0] if mask is None else mask).numel())
         if current.committed and current.armed:
             self._count_tokens()
-        if not self._watches_inputs:
+        if not self._shapes[name].keys() & _OF_INPUTS:
             return
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        # tables of other sizes may read the same rows
+        table = name if "token_count" in self._shapes[name] else None
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, table)
         first, _ = current.read.setdefault(key, (name, x))
         known = self.statistics.source.setdefault(name, first)
         if known != first:
@@ -265,10 +275,13 @@ class Recorder:
         tokens = self._joined(xs)
         sums = self.statistics.inputs.get(name)
         if sums is None:
-            kept = {k: v for k, v in self._shapes[name].items() if k in (*INPUT_KINDS, "input_sum")}
+            kept = {k: v for k, v in self._shapes[name].items() if k in _OF_INPUTS}
             sums = Sums.zeros(kept, self._device(tokens))
             self.statistics.inputs[name] = sums
-        sums.add_inputs_(tokens)
+        if "token_count" in sums.values:
+            sums.add_rows_(tokens)
+        else:
+            sums.add_inputs_(tokens)
 
     def _tokens(self, x: Tensor) -> Tensor:
         assert self._pass is not None
@@ -305,8 +318,7 @@ class Recorder:
             _, g = parts[0]
             sums = self.statistics.outputs.get(name)
             if sums is None:
-                inputs = (*INPUT_KINDS, "input_sum")
-                kept = {k: v for k, v in self._shapes[name].items() if k not in inputs}
+                kept = {k: v for k, v in self._shapes[name].items() if k not in _OF_INPUTS}
                 sums = Sums.zeros(kept, self._device(g))
                 self.statistics.outputs[name] = sums
             scale = self._pass.scale
@@ -316,6 +328,9 @@ class Recorder:
                 if "weighted_moment" in sums.values:
                     read = self._joined(x for x, _ in parts if x is not None)
                     sums.add_weighted_(read, tokens, scale)
+            if "token_fisher" in sums.values:
+                rows = self._joined(x for x, _ in parts if x is not None)
+                sums.add_row_gradients_(rows, self._joined(g for _, g in parts), g.shape[0], scale)
             if _FISHER & sums.values.keys():
                 sums.add_fisher_(*self._by_example(parts), scale)
 

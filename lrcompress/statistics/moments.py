@@ -12,6 +12,7 @@ from lrcompress.linalg import add_gram_, symmetric
 INPUT_KINDS = ("input_moment", "input_abs")
 OUTPUT_KINDS = ("output_moment", "weighted_moment", "input_fisher", "output_fisher")
 KINDS = INPUT_KINDS + OUTPUT_KINDS
+TABLE_KINDS = ("token_count", "token_fisher")  # of embeddings, the only ones they have
 
 
 def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
@@ -20,6 +21,8 @@ def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[st
     Example:
         >>> shapes(["input_abs"], in_features=3, out_features=2)
         {'input_sum': (3,), 'input_abs': (3,)}
+        >>> shapes(["token_count"], in_features=3, out_features=2)
+        {'token_count': (2,)}
     """
     every: dict[str, tuple[int, ...]] = {
         "input_moment": (in_features, in_features),
@@ -31,6 +34,8 @@ def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[st
         "weight": (),
         "input_fisher": (in_features,),
         "output_fisher": (out_features,),
+        "token_count": (out_features,),
+        "token_fisher": (out_features,),
     }
     wanted = set(kinds)
     if wanted & set(INPUT_KINDS):
@@ -42,14 +47,15 @@ def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[st
 
 @dataclass
 class Sums:
-    """Named float32 sums and the counts that go with them.
+    """Named sums and the counts that go with them: in float32, but for whole numbers, in int64.
 
     Attributes:
         values: ``input_moment`` ``Σ x xᵀ`` and ``output_moment`` ``Σ g gᵀ`` (upper triangles
             only), ``input_sum`` ``Σ x``, ``input_abs`` ``Σ |x|``, ``input_fisher`` and
             ``output_fisher``: ``Σ (∂L/∂W)²`` over examples, summed over the other axis;
             ``weighted_moment`` ``Σ ‖g‖² x xᵀ`` with ``weighted_sum`` ``Σ ‖g‖² x`` and
-            ``weight`` ``Σ ‖g‖²``.
+            ``weight`` ``Σ ‖g‖²``. Of a table ``token_count``, how often each row was read, and
+            ``token_fisher`` ``Σ ‖g‖²`` over the tokens that read it.
         tokens: ``()`` int64, tokens behind the sums.
         examples: ``()`` int64, examples behind the sums.
         skipped: ``()`` int64, steps left out because they were not finite.
@@ -67,7 +73,7 @@ class Sums:
         """Return sums of nothing yet."""
         count = torch.zeros(3, dtype=torch.int64, device=device)
         values = {
-            name: torch.zeros(shape, dtype=torch.float32, device=device)
+            name: torch.zeros(shape, dtype=_dtype(name), device=device)
             for name, shape in shapes.items()
         }
         return cls(values, *count.clone().unbind())
@@ -150,6 +156,30 @@ class Sums:
         if "output_moment" not in self.values:
             self._count(finite, g.shape[0] * g.shape[1], g.shape[0])
 
+    def add_rows_(self, rows: Tensor) -> None:
+        """Add the numbers ``(tokens, 1)`` of the rows that were read from a table."""
+        count = self.values["token_count"]
+        count += torch.bincount(rows.reshape(-1), minlength=len(count)).to(count.device)
+        self._count(torch.ones((), dtype=torch.bool, device=rows.device), rows.shape[0], 0)
+
+    def add_row_gradients_(
+        self, rows: Tensor, g: Tensor, examples: int, scale: float = 1.0
+    ) -> None:
+        """Add one step's squared gradients to the rows that were read.
+
+        A step with a gradient that is not finite is counted as skipped and adds nothing.
+
+        Args:
+            rows: ``(tokens, 1)`` their numbers.
+            g: ``(tokens, width)``; times ``scale`` the gradients of the summed loss.
+            examples: how many examples the tokens are from.
+            scale: see ``g``.
+        """
+        finite, g = _finite_or_zero(g.to(torch.float32))
+        fisher, squares = self.values["token_fisher"], (scale * g.norm(dim=1)).square()
+        fisher.index_add_(0, rows.reshape(-1).to(fisher.device), squares.to(fisher.device))
+        self._count(finite, g.shape[0], examples)
+
     def _count(self, finite: Tensor, tokens: int, examples: int) -> None:
         self.tokens += (finite * tokens).to(self.tokens.device)
         self.examples += (finite * examples).to(self.tokens.device)
@@ -186,6 +216,10 @@ class Sums:
 
     def _counts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.tokens, self.examples, self.skipped
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.int64 if name == "token_count" else torch.float32
 
 
 def _finite_or_zero(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,15 +18,16 @@ _COUNTS = 3
 def reduced_bytes(statistics: Statistics) -> int:
     """Return the bytes that :func:`all_reduce_` adds up: of a symmetric sum one triangle.
 
-    ``4·n(n + 1)/2`` for a moment of ``n`` features, ``4·n`` for a vector, ``8·3`` for the counts
-    of each: what is there to tell, and nothing else.
+    ``4·n(n + 1)/2`` for a moment of ``n`` features, ``4·n`` for a vector, ``8·n`` for one of whole
+    numbers, ``8·3`` for the counts of each: what is there to tell, and nothing else.
     """
     total = 0
     for _, sums in _every(statistics):
         total += 8 * _COUNTS
         for value in sums.values.values():
             n = value.shape[0] if value.ndim else 1
-            total += 4 * (n * (n + 1) // 2 if value.ndim == 2 else value.numel())
+            numbers = n * (n + 1) // 2 if value.ndim == 2 else value.numel()
+            total += value.element_size() * numbers
     return total
 
 
@@ -71,7 +72,8 @@ def all_reduce_(
     for count, value in zip(counts, packed.unbind(), strict=True):
         count.copy_(value)
     for parts in _buckets(every, bucket):
-        flat = torch.empty(sum(p.size for p in parts), device=team.device)
+        dtype = parts[0].block.dtype
+        flat = torch.empty(sum(p.size for p in parts), device=team.device, dtype=dtype)
         places = torch.split(flat, [p.size for p in parts])
         for part, place in zip(parts, places, strict=True):
             part.pack(place)
@@ -187,7 +189,8 @@ def _buckets(every: Sequence[Sums], bucket: int) -> Iterator[list[_Part]]:
     for sums in every:
         for kind in sorted(sums.values):
             for part in _parts(sums.values[kind], bucket):
-                if filled and size + part.size > bucket:
+                other = filled and filled[0].block.dtype != part.block.dtype
+                if other or (filled and size + part.size > bucket):
                     yield filled
                     filled, size = [], 0
                 filled.append(part)

@@ -2,6 +2,9 @@
 
 Every other module speaks this form only. A new layer type is made known by registering it
 here, as :mod:`lrcompress.nn` does for the layers this package puts in.
+
+An embedding is a table here: ``weight`` is ``(vocabulary, width)``, as a tied output head sees it,
+and what is read are one-hot rows of it, given by their numbers.
 """
 
 from collections.abc import Callable
@@ -50,6 +53,12 @@ def _conv1d(layer: nn.Module) -> LinearView:
     return LinearView((fan_out, fan_in), bias, (weight,), lambda: weight.mT, transposed=True)
 
 
+def _embedding(layer: nn.Module) -> LinearView:
+    assert isinstance(layer, nn.Embedding)
+    shape = (layer.num_embeddings, layer.embedding_dim)
+    return LinearView(shape, None, (layer.weight,), lambda: layer.weight)
+
+
 # By qualified name, so that transformers need not be imported to know its Conv1D.
 _VIEWS: dict[str, Callable[[nn.Module], LinearView]] = {
     "torch.nn.modules.linear.Linear": _linear,
@@ -64,9 +73,19 @@ def _qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def register(kind: type[nn.Module], view: Callable[[nn.Module], LinearView]) -> None:
+_TABLES: dict[str, Callable[[nn.Module], LinearView]] = {}
+
+
+def register(
+    kind: type[nn.Module], view: Callable[[nn.Module], LinearView], *, table: bool = False
+) -> None:
     """Make a layer type known: ``view(layer)`` gives its normal form."""
-    _VIEWS[_qualified(kind)] = view
+    (_TABLES if table else _VIEWS)[_qualified(kind)] = view
+
+
+def is_table(layer: nn.Module) -> bool:
+    """Return whether the layer gives rows of a table by number, as an embedding does."""
+    return isinstance(layer, nn.Embedding) or _qualified(type(layer)) in _TABLES
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -74,12 +93,14 @@ def is_linear(layer: nn.Module) -> bool:
     return _qualified(type(layer)) in _VIEWS
 
 
-def view(layer: nn.Module, name: str = "layer") -> LinearView:
-    """Return the normal form of ``layer``.
+def view(layer: nn.Module, name: str = "layer", *, table: bool = False) -> LinearView:
+    """Return the normal form of ``layer``, which may be a table where that is said.
 
     Raises:
         LayerError: if its type has none; the message lists those that do.
     """
+    if table and is_table(layer):
+        return _TABLES.get(_qualified(type(layer)), _embedding)(layer)
     if not is_linear(layer):
         known = ", ".join(sorted(known.rpartition(".")[2] for known in _VIEWS))
         raise LayerError(f"{name} is a {type(layer).__name__}; known layer types are {known}")

@@ -78,6 +78,18 @@ def contestants(keep: float) -> dict[str, tuple[str | None, Options, list[Option
             factorize | {"at": ["epoch:2", 0.5, 0.6], "keep": [3 * keep, 1.8 * keep, keep]},
             [LOGITS, HIDDEN],
         ),
+        # the whole of MiniLM at .15, whatever keep is
+        "factorize, embeddings too, distilled": (
+            "Factorize",
+            factorize | {"keep": 0.12, "embedding": {"keep": 0.15, "at": "epoch:2"}},
+            [LOGITS, HIDDEN],
+        ),
+        "factorize, safe embeddings too, distilled": (
+            "Factorize",
+            factorize
+            | {"keep": 0.12, "embedding": {"keep": 0.15, "at": "epoch:2", "method": "safe"}},
+            [LOGITS, HIDDEN],
+        ),
         "factorize, mostly distilled": ("Factorize", factorize, [MOSTLY, HIDDEN]),
         "lora": ("DSEE", {"keep": 1.0, "entries": 0}, []),
         "dsee": ("DSEE", {"keep": keep}, []),
@@ -100,7 +112,14 @@ def recipe(task: str, seed: int, folder: Path, name: str, keep: float) -> Option
     if callback:
         extra: Options = {"verbose": False, "report_path": str(folder / "report.json")}
         if "at" in options:
-            extra |= {"every_n_steps": 4, "also_observe": KINDS}
+            extra |= {"every_n_steps": 4}
+        embedding = options.get("embedding")
+        if embedding:
+            narrow = {"class_path": "lrcompress.FactorizeEmbedding", "init_args": embedding | extra}
+            callbacks.append(narrow)
+            options = {key: value for key, value in options.items() if key != "embedding"}
+        if "at" in options:
+            extra |= {"also_observe": KINDS}
         callbacks.append({"class_path": f"lrcompress.{callback}", "init_args": options | extra})
     model: Options = {
         "class_path": "lrcompress.tasks.TextClassification",
@@ -168,8 +187,8 @@ FIRST = {"Factorize": "factorize", "LoSparse": "losparse, split later, kfac", No
 def dense_phase(task: str, seed: int, keep: float, name: str) -> Path | None:
     """The checkpoint after the dense epochs, if this contestant has them and another ran them."""
     callback, options, _ = contestants(keep)[name]
-    if callback and options.get("at") != "epoch:2":
-        return None
+    if callback and (options.get("at") != "epoch:2" or "embedding" in options):
+        return None  # tokens are counted in the second epoch
     for other in (0.1, 0.2):
         file = place(task, other, seed, FIRST[callback]) / "epoch=1.ckpt"
         if file.exists():

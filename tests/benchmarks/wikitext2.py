@@ -1,7 +1,7 @@
 """A small GPT-2 on WikiText-2: every method at several keeps, before and after a short retraining.
 
     python tests/benchmarks/wikitext2.py
-    python tests/benchmarks/wikitext2.py METHOD ...      # some of them
+    python tests/benchmarks/wikitext2.py METHOD ...      # some of them; --plain, --taught: half
     python tests/benchmarks/wikitext2.py --table         # the tables so far
 
 A byte-pair vocabulary of 8,192 is learned from the training text; a model of 4 layers, 256 wide,
@@ -96,6 +96,7 @@ def run(method: str, keep: float, distilled: bool) -> None:
             f"--trainer.callbacks.report_path={report}",
             "--trainer.enable_checkpointing=false",
             "--trainer.check_val_every_n_epoch=1",
+            f"--trainer.callbacks.validate={str(not distilled).lower()}",  # the same twice
             *model,
         ]
     )
@@ -107,7 +108,7 @@ def figures(path: Path) -> tuple[float | None, float | None]:
     if not path.exists():
         return None, None
     report = json.loads(path.read_text())
-    after = report["points"][0]["metrics"]["after"]
+    after = report["points"][0]["metrics"].get("after", {})
     return after.get("val_perplexity"), report["final"].get("val_perplexity")
 
 
@@ -129,8 +130,10 @@ if __name__ == "__main__":
             make_model(RUNS / "model")
         if not DENSE.exists():
             assert main(["fit", CONFIG]) == 0
-        for distilled in (False, True):
-            for method in sys.argv[1:] or METHODS:
+        halves = [name == "--taught" for name in ("--plain", "--taught") if name in sys.argv]
+        chosen = [method for method in METHODS if method in sys.argv]
+        for distilled in halves or (False, True):
+            for method in chosen or METHODS:
                 for keep in KEEPS:
                     run(method, keep, distilled)
     print(table())

@@ -1,0 +1,234 @@
+"""The callback that makes the embeddings of a fine-tune narrower."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import RenderableType
+from torch import nn
+from typing_extensions import override
+
+from lrcompress.callbacks import platform
+from lrcompress.callbacks.course import Course
+from lrcompress.callbacks.observation import Sampling
+from lrcompress.callbacks.restart import check_restart
+from lrcompress.callbacks.telling import AUTO
+from lrcompress.embedding import Table, TableSettings, factor_tables_, record_of
+from lrcompress.errors import PlatformError, SettingError
+from lrcompress.report.tables import plan_table
+from lrcompress.schedules import Point
+from lrcompress.statistics.batches import MASK
+from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.moments import TABLE_KINDS
+
+
+class FactorizeEmbedding(Course):
+    """Replace embeddings by narrow ones and what widens their rows, during an ordinary fit.
+
+    Before each point it counts which tokens training reads; at the point a table becomes one of
+    lower rank that is nearest to it where it is read most, its optimizer state is carried over,
+    and training goes on. Beside :class:`~lrcompress.Factorize` in one fit, both layers and
+    embeddings become smaller. Runs are resumed as with it.
+
+    Args:
+        keep: Parameters that remain / parameters before, of each table, below 1. A list, falling,
+            for several points.
+        rank: Width of the narrow table, in place of ``keep``.
+        at: When to factor: a fraction of all steps (``0.4``), ``"epoch:N"`` (after N epochs) or
+            ``"step:N"``. A list, rising, for several points.
+        method: ``low_rank``: rows of a matrix product; ``kronecker``: rows are multiples of one
+            block; ``safe``: a transformer layer over narrow rows, which starts as ``low_rank`` and
+            learns the rest, best from a teacher (``Distilled``), for encoders.
+        targets: Patterns of names of embeddings, such as ``*.position_embeddings``. By default the
+            token embedding.
+        exclude: Patterns of embeddings to leave out.
+        weighting: A row counts by its tokens' ``frequency`` in training, by the ``fisher``
+            information of its row, or like all others (``none``).
+        heads: An output head that is tied to the table shares its factors (``tied``), chosen for
+            both uses together, or keeps the table for itself (``untied``): the model then grows by
+            the factors.
+        head_share: Of tied heads in what a column counts; the rest is the embedding's own use.
+        floor: Share of the mean weight that every row counts besides its own, those of tokens
+            that training never reads too.
+        window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
+            ``"step:N"``.
+        every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
+            where that would be fewer than 16 steps.
+        max_tokens: Stop observing after so many tokens, padding excluded.
+        fisher: Whose gradients: of ``labels``, or of labels drawn from the ``model``.
+        logits: For ``fisher: model``, the name of the submodule that returns the logits.
+        mask: Key of the batch's padding mask; None if nothing is padded.
+        offload: Device for the statistics; by default each layer's own.
+        restart_steps: Steps after a point over which the learning rate rises again, as a number
+            or as a fraction of all steps.
+        restart_scale: What the learning rate is multiplied by after the rise.
+        validate: Run validation just before and just after each point, for the report.
+        report_path: JSON file for the report, with a page of figures beside it; ``auto`` and None
+            are as for ``Factorize``.
+        verbose: Print a table at each point and at the end.
+
+    Raises:
+        SettingError: If an argument is not what it may be.
+
+    Source:
+        Lan et al., "ALBERT", ICLR 2020; Tahaei et al., "KroneckerBERT", NAACL 2022; Reid et al.,
+        "Subformer", Findings of EMNLP 2021.
+
+    Example:
+        >>> callback = FactorizeEmbedding(keep=0.2, at="epoch:2")
+        >>> callback.settings[0].weighting, str(callback.points[0])
+        ('frequency', 'epoch:2')
+    """
+
+    def __init__(
+        self,
+        keep: float | list[float] | None = None,
+        rank: int | None = None,
+        at: float | str | list[float | str] = 0.5,
+        method: str = "low_rank",
+        targets: list[str] | None = None,
+        exclude: list[str] | None = None,
+        weighting: str = "frequency",
+        heads: str = "tied",
+        head_share: float = 0.5,
+        floor: float = 0.1,
+        window: float | str = "epoch:1",
+        every_n_steps: int | None = None,
+        max_tokens: int | None = None,
+        fisher: str = "labels",
+        logits: str | None = None,
+        mask: str | None = MASK,
+        offload: str | None = None,
+        restart_steps: float = 0.05,
+        restart_scale: float = 1.0,
+        validate: bool = True,
+        report_path: str | None = AUTO,
+        verbose: bool = True,
+    ) -> None:
+        self.keep, self.rank, self.at, self.window = keep, rank, at, window
+        self.restart_steps, self.restart_scale = restart_steps, restart_scale
+        check_restart(restart_steps, restart_scale)
+        points = [Point.parse(one) for one in (at if isinstance(at, list) else [at])]
+        keeps = keep if isinstance(keep, list) else [keep]
+        if len(keeps) != len(points):
+            raise SettingError(
+                f"give one keep for every point, such as keep=[0.5, 0.2] for at=[0.3, 0.6]; "
+                f"got keep={keep!r} for at={at!r}"
+            )
+        if any(b >= a for a, b in pairwise(keeps) if a and b):
+            raise SettingError(f"keep must fall from point to point, got {keep!r}")
+        if len(points) > 1 and method != "low_rank":
+            raise SettingError(
+                f"method {method!r} makes tables that cannot be factored again; give one point, "
+                f"got at={at!r}"
+            )
+        self.settings = [
+            TableSettings(
+                method=method,
+                keep=share,
+                rank=rank,
+                targets=targets,
+                exclude=exclude or (),
+                weighting=weighting,
+                heads=heads,
+                head_share=head_share,
+                floor=floor,
+            )
+            for share in keeps
+        ]
+        sampling = Sampling(
+            kinds=self.settings[0].kinds,
+            every_n_steps=every_n_steps,
+            max_tokens=max_tokens,
+            fisher=fisher,
+            logits=logits,
+            mask=mask,
+            offload=offload,
+            owner=type(self).__name__,
+            of_tables=TABLE_KINDS,
+        )
+        super().__init__(
+            points,
+            sampling,
+            window=Point.parse(window),
+            validate=validate,
+            report_path=report_path,
+            verbose=verbose,
+        )
+
+    @override
+    def settings_at(self, stage: int) -> TableSettings:
+        return self.settings[stage]
+
+    @override
+    def _observes(self, stage: int) -> bool:
+        return bool(self.sampling.kinds)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and platform.is_sharding(trainer):
+            raise PlatformError(
+                "FactorizeEmbedding replaces tables that other layers may hold too, which sharding "
+                "cannot follow; use strategy='ddp', or factor in a fit on one device first and "
+                "shard the next one: lrcompress.StartFrom"
+            )
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        settings = self.settings[0]
+        tables = settings.tables(pl_module)
+        for table in tables if not self._stage else ():
+            settings.rank_of(table)
+            if table.heads and settings.heads == "untied":
+                rank_zero_warn(_cost(table))
+        for optimizer in trainer.optimizers:
+            if type(optimizer).__name__ == "SparseAdam":
+                raise PlatformError(
+                    "SparseAdam takes sparse gradients alone, and what widens a narrow table gets "
+                    "dense ones; use another optimizer, such as torch.optim.Adam with "
+                    "nn.Embedding(sparse=False)"
+                )
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        settings, statistics = self.settings[self._stage], self._observation.statistics
+        before = platform.validate(trainer) if self.validate else {}
+        optimizers, team = trainer.optimizers, self._team
+        record = factor_tables_(
+            module, statistics, settings, optimizers=optimizers, step=now, team=team
+        )
+        self._settle(trainer, module)
+        after = platform.validate(trainer) if self.validate else {}
+        record.metrics = {"before": before, "after": after}
+        self._record(trainer, record)
+        self._rise(self.restart_steps, self.restart_scale)
+
+    @override
+    def preview(self, model: nn.Module) -> RenderableType:
+        """Return what the first point would do to ``model``, as a table; nothing is changed."""
+        settings = self.settings[0]
+        tables = settings.tables(model)
+        records = [record_of(table, settings) for table in tables]
+        recorder = Recorder(model, settings.watched(model), settings.kinds)
+        by = f"by {settings.weighting}"
+        title = f"FactorizeEmbedding: {settings.method} {by}, at {self.points[0]}"
+        untied = [_cost(x) for x in tables if x.heads and settings.heads == "untied"]
+        notes: list[Any] = [f"{x.name}: {x.note}" for x in records if x.note]
+        notes += untied + [
+            f"point {point} is step {step:,} of {self._total:,.0f}"
+            for point, step in zip(self.points, self._at_steps, strict=False)
+        ]
+        whole = sum(p.numel() for p in model.parameters())
+        kept = sum(math.prod(x.shape) for x in tables if x.heads and settings.heads == "untied")
+        return plan_table(records, title, whole, recorder.nbytes, notes, kept)
+
+
+def _cost(table: Table) -> str:
+    return (
+        f"heads='untied': {table.heads[0]!r} keeps the {math.prod(table.shape):,} parameters of "
+        f"{table.name!r} for itself, so the model grows by those of the factors"
+    )

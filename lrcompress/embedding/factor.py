@@ -1,0 +1,201 @@
+"""Tables replaced, with everything that reads them and what optimizers know of them."""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrcompress.embedding.metric import metric_of, solve
+from lrcompress.embedding.settings import METHODS, Table, TableSettings, parameters_of
+from lrcompress.errors import LayerError
+from lrcompress.nn import (
+    FactoredTable,
+    KroneckerEmbedding,
+    LowRankEmbedding,
+    LowRankLinear,
+    SafeEmbedding,
+)
+from lrcompress.parallel import ALONE, Team
+from lrcompress.report.record import LayerRecord, PointRecord
+from lrcompress.sharded import share_ as broadcast_
+from lrcompress.size import dense_bytes, dense_size, stored_bytes
+from lrcompress.solvers.truncation import Factors
+from lrcompress.statistics.moments import Statistics
+from lrcompress.statistics.views import view
+from lrcompress.surgery import (
+    Carry,
+    carry_dense,
+    carry_factors,
+    replace_,
+    swap_parameters_,
+    whole_or_not,
+)
+from lrcompress.ties import restate_, share_
+
+
+def factor_tables_(
+    model: nn.Module,
+    statistics: Statistics,
+    settings: TableSettings,
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    step: int | None = None,
+    team: Team = ALONE,
+) -> PointRecord:
+    """Replace the targeted embeddings of ``model``, and their tied heads, from statistics.
+
+    Everything is decided and solved before the first is touched: an error leaves the model as it
+    was. Low-rank tables are factored again.
+
+    Args:
+        model: changed in place.
+        statistics: of the kinds the settings need.
+        settings: what to do.
+        optimizers: whose parameters and state follow.
+        step: for the record.
+        team: the processes that do the same with the same statistics. All solve; all end with the
+            values of the first, bit for bit.
+
+    Returns:
+        What was done, table by table.
+
+    Raises:
+        LayerError: if a table is of a form that cannot be factored again.
+    """
+    started = time.perf_counter()
+    held = tuple(optimizers)
+    tables = settings.tables(model)
+    before, bytes_before = dense_size(model), dense_bytes(model)
+    found: dict[str, Factors] = {}
+    records: list[LayerRecord] = []
+
+    def work() -> None:
+        for table in tables:
+            _check_form(model, table.name)
+            metric, rank = metric_of(table, statistics, settings), settings.rank_of(table)
+            weight = view(model.get_submodule(table.name), table=True).weight
+            found[table.name] = solve(weight, settings.method, rank, metric)
+            records.append(record_of(table, settings, found[table.name].error, metric.note))
+
+    team.attempt(work)
+    touched = [name for table in tables for name in (*table.embeddings, *table.heads)]
+    with whole_or_not(model, touched, held):
+        for table in tables:
+            _put(model, table, found[table.name], settings, held)
+        broadcast_(model, dict.fromkeys((x.name for x in tables), 0), held, team)
+    restate_(model)
+    return PointRecord(
+        f"{settings.method} embedding by {settings.weighting}",
+        step,
+        records,
+        before,
+        sum(p.numel() for p in model.parameters()),
+        statistics.figures(),
+        time.perf_counter() - started,
+        bytes_before=bytes_before,
+        bytes_after=stored_bytes(model),
+    )
+
+
+def record_of(
+    table: Table, settings: TableSettings, error: float | None = None, note: str = ""
+) -> LayerRecord:
+    """Return what becomes of a table."""
+    rank = settings.rank_of(table)
+    notes = [note] if note else []
+    if table.heads:
+        names = ", ".join(table.heads)
+        notes.append(
+            f"{names} shares the factors"
+            if settings.heads == "tied"
+            else f"{names} keeps {math.prod(table.shape):,} parameters of its own"
+        )
+    parameters = parameters_of(METHODS[settings.method], table.shape, rank)
+    told = None if settings.method == "low_rank" else parameters
+    return LayerRecord(
+        table.name, *table.shape, rank, error, None, "; ".join(notes), parameters=told
+    )
+
+
+def _check_form(model: nn.Module, name: str) -> None:
+    layer = model.get_submodule(name)
+    if isinstance(layer, FactoredTable) and not isinstance(layer, LowRankEmbedding):
+        raise LayerError(
+            f"embedding {name!r} is a {type(layer).__name__} already, and only low-rank ones can "
+            "be factored again; leave it out with exclude="
+        )
+
+
+@torch.no_grad()
+def _put(
+    model: nn.Module,
+    table: Table,
+    factors: Factors,
+    settings: TableSettings,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    """Put new layers where a table is read, and their parameters in the optimizers."""
+    rank, kind = factors.left.shape[1], METHODS[settings.method]
+    layer = model.get_submodule(table.name)
+    old = view(layer, table=True).parameters
+    new = kind.in_place_of(layer, rank)
+    carry, coming = _set_(new, layer, factors)
+    for name in table.embeddings:
+        other = new if name == table.name else kind.in_place_of(model.get_submodule(name), rank)
+        share_(other, new)
+        replace_(model, name, other)
+    for name in table.heads if settings.heads == "tied" else ():
+        head = LowRankLinear.in_place_of(model.get_submodule(name), rank)
+        share_(head, new)
+        replace_(model, name, head)
+    staying = any(parameter is old[-1] for parameter in model.parameters())
+    parameters = [new.get_parameter(name) for name in coming]
+    swap_parameters_(optimizers, old, parameters, carry, names=coming, staying=staying)
+    for parameter in parameters[2:]:  # of a layer that is new: it starts afresh
+        for optimizer in optimizers:
+            optimizer.state.pop(parameter, None)
+
+
+def _set_(new: FactoredTable, layer: nn.Module, factors: Factors) -> tuple[Carry, list[str]]:
+    """Give ``new`` its values; return how optimizer state carries over, and to what."""
+    left, right = factors.left, factors.right
+    new.left.weight.copy_(left)
+    if isinstance(new, KroneckerEmbedding):
+        new.block.copy_(right)
+        whole = carry_dense(left.reshape(-1, 1), right, False)
+
+        def carry_blocks(state: Sequence[Tensor], squared: bool) -> list[Tensor]:
+            of_block, of_left = whole([state[0].reshape(-1, right.shape[1])], squared)
+            return [of_block, of_left.view_as(left)]
+
+        return _dense_state(carry_blocks), ["block", "left.weight"]
+    dense = _dense_state(carry_dense(left, right, False))
+    if isinstance(new, SafeEmbedding):
+        new.lift.weight.copy_(right.mT)
+        first = ["lift.weight", "left.weight"]
+        names = [*first, *(name for name, _ in new.named_parameters() if name not in first)]
+
+        def carry_lift(state: Sequence[Tensor], squared: bool) -> list[Tensor]:
+            of_right, of_left = dense(state, squared)
+            fresh = [torch.zeros_like(new.get_parameter(name)) for name in names[2:]]
+            return [of_right.mT, of_left, *fresh]
+
+        return carry_lift, names
+    assert isinstance(new, LowRankEmbedding)
+    new.right.weight.copy_(right)
+    if isinstance(layer, LowRankEmbedding):
+        dense = carry_factors((layer.left.weight, layer.right.weight), (left, right))
+    return dense, ["right.weight", "left.weight"]
+
+
+def _dense_state(carry: Carry) -> Carry:
+    """Return the same for state that may be sparse, as that of sparse gradients."""
+
+    def densely(state: Sequence[Any], squared: bool) -> list[Tensor]:
+        return carry([x.to_dense() if x.is_sparse else x for x in state], squared)
+
+    return densely

@@ -1,0 +1,194 @@
+"""An embedding as a narrow one and a matrix that widens its rows."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.errors import LayerError
+from lrcompress.nn.replacement import Replacement, Sizes
+from lrcompress.statistics import views
+
+
+class FactoredTable(Replacement):
+    """What all that stand for an embedding share: a narrow table, ``left``, one row a token.
+
+    Attributes:
+        num_embeddings: rows.
+        embedding_dim: width of what it gives.
+        rank: width of the narrow table.
+        padding_idx: the row that gets no gradient, or None.
+        scale: what rows are multiplied by, as some embeddings of ``transformers`` do.
+        left: the narrow table, an ``nn.Embedding``.
+    """
+
+    bias = None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        *,
+        padding_idx: int | None = None,
+        scale: float = 1.0,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
+        self.padding_idx, self.scale = padding_idx, scale
+        self.plain: type[nn.Module] = nn.Embedding
+        empty = torch.empty(num_embeddings, rank, device=device, dtype=dtype)
+        self.left = nn.Embedding(
+            num_embeddings, rank, padding_idx=padding_idx, sparse=sparse, _weight=empty
+        )
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module, rank: int) -> Self:  # type: ignore[override]
+        """Return a layer whose narrow table has that width, values not yet set.
+
+        Raises:
+            LayerError: if ``layer`` does more than to look up rows.
+        """
+        reason = obstacle(layer)
+        if reason is not None:
+            raise LayerError(f"{type(layer).__name__} cannot be factored: {reason}")
+        weight = views.view(layer, table=True).parameters[-1]
+        factored = isinstance(layer, FactoredTable)
+        new = cls(
+            layer.num_embeddings,  # type: ignore[arg-type]
+            layer.embedding_dim,  # type: ignore[arg-type]
+            rank,
+            padding_idx=layer.padding_idx,  # type: ignore[arg-type]
+            scale=layer.scale if factored else getattr(layer, "embed_scale", 1.0),  # type: ignore[arg-type]
+            sparse=(layer.left if factored else layer).sparse,  # type: ignore[arg-type, union-attr]
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        new.plain = layer.plain if factored else type(layer)  # type: ignore[assignment]
+        return new.requires_grad_(weight.requires_grad).train(layer.training)
+
+    @classmethod
+    def takes(cls, layer: nn.Module) -> bool:
+        return views.is_table(layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table ``(vocabulary, width)`` that it stands for, for code that reads it."""
+        raise NotImplementedError
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"in": self.embedding_dim, "out": self.num_embeddings, "rank": self.rank}
+
+    @staticmethod
+    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+        return {"rank": (1, min(sizes["in"], sizes["out"]))}
+
+    def to_dense(self) -> nn.Module:
+        """Return an embedding of the class that stood there, with the same rows."""
+        weight = self.weight.detach().contiguous()
+        more = {} if self.plain is nn.Embedding else {"embed_scale": self.scale}
+        with torch.device("meta"):
+            dense = self.plain(self.num_embeddings, self.embedding_dim, self.padding_idx, **more)
+        dense.sparse = self.left.sparse  # type: ignore[assignment]
+        dense.weight = nn.Parameter(weight, requires_grad=self.left.weight.requires_grad)
+        return dense.train(self.training)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self.scale == 1 else rows * self.scale
+
+    def extra_repr(self) -> str:
+        scale = "" if self.scale == 1 else f", scale={self.scale:g}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}{scale}"
+
+
+class LowRankEmbedding(FactoredTable):
+    """``row i = left[i] right``: a table of rank at most ``rank``.
+
+    An output head that is tied to it is a :class:`~lrcompress.nn.LowRankLinear` with the same two
+    parameters.
+
+    Shapes:
+        input ``(...)`` of row numbers, output ``(..., width)``; ``left.weight``
+        ``(vocabulary, rank)``, ``right.weight`` ``(rank, width)``.
+
+    Example:
+        >>> LowRankEmbedding(50, 6, rank=2)(torch.zeros(3, 5, dtype=torch.int64)).shape
+        torch.Size([3, 5, 6])
+    """
+
+    kind = "low_rank_embedding"
+    told_by = MappingProxyType({"left.weight": 2, "right.weight": 2})
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, rank: int, **options: object
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, rank, **options)  # type: ignore[arg-type]
+        weight = self.left.weight
+        self.right = nn.Linear(
+            embedding_dim, rank, bias=False, device=weight.device, dtype=weight.dtype
+        )
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.right.weight, self.left.weight
+
+    @property
+    def weight(self) -> Tensor:
+        return self.left.weight @ self.right.weight
+
+    @staticmethod
+    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        (vocabulary, rank), (_, width) = shapes["left.weight"], shapes["right.weight"]
+        return {"in": width, "out": vocabulary, "rank": rank}
+
+    @staticmethod
+    def tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        rank = sizes["rank"]
+        return {"left.weight": (sizes["out"], rank), "right.weight": (rank, sizes["in"])}
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up narrow rows and widen them."""
+        return self._scaled(self.left(input) @ self.right.weight)
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Return why an embedding cannot be factored, or None if it can.
+
+    Example:
+        >>> obstacle(nn.Embedding(4, 2)), obstacle(nn.Embedding(4, 2, max_norm=1.0))
+        (None, 'max_norm shortens rows as they are read, which factors do not have')
+    """
+    if isinstance(layer, FactoredTable):
+        return None
+    if not isinstance(layer, nn.Embedding):
+        return "it is no embedding"
+    scaled = type(layer).__name__.endswith("ScaledWordEmbedding")
+    if scaled and not isinstance(getattr(layer, "embed_scale", None), float | int):
+        return "its scale is a tensor, which may change"
+    if type(layer).__name__ not in ("Embedding", "FSDPEmbedding") and not scaled:
+        return "its class may compute something else than to look up rows"
+    if layer.max_norm is not None:
+        return "max_norm shortens rows as they are read, which factors do not have"
+    if layer.scale_grad_by_freq:
+        return "scale_grad_by_freq divides gradients of rows, which factors do not have"
+    return None
+
+
+def _view(layer: nn.Module) -> views.LinearView:
+    assert isinstance(layer, FactoredTable)
+    shape = (layer.num_embeddings, layer.embedding_dim)
+    return views.LinearView(shape, None, layer.factors, lambda: layer.weight)
+
+
+def register_table(kind: type[FactoredTable]) -> None:
+    """Make a kind of embedding known to whoever asks for a layer's normal form."""
+    views.register(kind, _view, table=True)
+
+
+register_table(LowRankEmbedding)
