@@ -161,21 +161,6 @@ class Course(pl.Callback, ABC):
                     "leave it out with exclude=, or call lrcompress.compress() on the model"
                 )
 
-    def _check_alone(self, trainer: pl.Trainer, module: nn.Module) -> None:
-        """Refuse another callback that changes the same layers.
-
-        Raises:
-            SettingError: naming the first of them.
-        """
-        names = set(self.settings_at(0).select(module).names)
-        for other in self._courses(trainer):
-            both = names & set(other.settings_at(0).select(module).names)
-            if both and other is not self:
-                raise SettingError(
-                    f"{type(self).__name__} and {type(other).__name__} both target layer "
-                    f"{min(both)!r}; leave it to one of them with targets= and exclude="
-                )
-
     def _resume(
         self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
     ) -> None:

@@ -199,14 +199,15 @@ class DSEE(Course):
                 "some under FSDP2; use strategy='ddp', or Trainer(devices=1): with a frozen "
                 "backbone gradients and optimizer take little memory"
             )
+        others = [type(one).__name__ for one in self._courses(trainer) if one is not self]
+        if stage == "fit" and others:
+            raise SettingError(
+                f"DSEE freezes the whole model and holds on to its optimizer's groups, {others[0]} "
+                "changes layers meanwhile; run them in two fits, one after the other"
+            )
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._resolve(pl_module)
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_alone(trainer, pl_module)
-        super().on_fit_start(trainer, pl_module)
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -385,9 +386,7 @@ class DSEE(Course):
         batch_idx: int,
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if (
-            platform.steps_done(trainer) >= self._total
-        ):  # what is validated and saved then is merged
+        if platform.steps_done(trainer) >= self._total:  # the last validation sees it merged
             self._merge(trainer, pl_module)
 
     def _merge(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -426,7 +425,8 @@ class DSEE(Course):
         notes = [
             f"{len(self._updates)} layers get updates of rank {self.rank} and {self.entries} "
             f"entries: {trained:,} of {whole:,} parameters are trained, with {len(others)} others",
-            "what is pruned is shown uniform; training shares it out by size",
+            "what is pruned is shown uniform; training shares it out by size"
+            + ("" if self._attentions or not self._pruned else "; zeros are stored"),
         ]
         if self._at_steps:
             steps = ", pruned at ".join(f"{step:,}" for step in self._at_steps)

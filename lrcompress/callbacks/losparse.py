@@ -221,7 +221,15 @@ class LoSparse(Course):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_alone(trainer, pl_module)
+        names = set(self.settings.select(pl_module).names)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, Course) and other is not self:
+                both = sorted(names & set(other.settings_at(0).select(pl_module).names))
+                if both:
+                    raise SettingError(
+                        f"LoSparse and {type(other).__name__} both target layer {both[0]!r}; "
+                        "leave it to one of them with targets= and exclude="
+                    )
         super().on_fit_start(trainer, pl_module)
 
     @override

@@ -10,6 +10,7 @@ import pytest
 import rich
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
@@ -369,6 +370,16 @@ def test_a_run_with_heads_is_resumed_saved_and_loaded(
     again = lrcompress.load_pretrained(tmp_path / "updated").eval()
     torch.testing.assert_close(again(**batch).logits, back.model.eval()(**batch).logits)
 
+    query = "bert.encoder.layer.0.attention.self.query"
+    for folder, tensor, value in (("out", "rows", True), ("updated", "support", 5000)):
+        path = tmp_path / folder / "model.safetensors"
+        state = load_file(path)
+        state[f"{query}.{tensor}"][:] = value
+        save_file(state, path, {"format": "pt"})
+        kind = "narrow" if folder == "out" else "updated"
+        with pytest.raises(CheckpointError, match=rf"{query} is no {kind} layer: its places lie"):
+            BertForSequenceClassification.from_pretrained(path.parent)
+
 
 def test_what_it_cannot_do_is_refused_in_setup(
     tagger: Make, bert: Make, loader: Make, trainer: Make
@@ -389,7 +400,7 @@ def test_what_it_cannot_do_is_refused_in_setup(
     ):
         fit(dsee(structure="heads"))
     other = lrcompress.LoSparse(keep=0.5, targets=["*.down"], report_path=None)
-    with pytest.raises(SettingError, match=r"DSEE and LoSparse both target layer 'blocks.0.down'"):
+    with pytest.raises(SettingError, match=r"DSEE freezes the whole model .* LoSparse changes lay"):
         fit(dsee(), other)
     with pytest.raises(SettingError, match=r"at step 3, prune_from 2, prune_at 2 of 18 steps"):
         fit(dsee(at="step:3", prune_at="step:2"))
@@ -399,6 +410,31 @@ def test_what_it_cannot_do_is_refused_in_setup(
     gpt = Heads(GPT2ForSequenceClassification(config))
     with pytest.raises(LayerError, match=r"found none, but GPT2Attention; use structure='entries'"):
         trainer(dsee(structure="heads", updates=None)).fit(gpt, loader(list(tokens())))
+
+
+def test_groups_may_be_named_and_become_empty(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    def made() -> Any:
+        model = tagger()
+        named = dict(model.named_parameters())
+        biases = [(n, p) for n, p in named.items() if n.startswith("b") and n.endswith("bias")]
+        rest = [(n, p) for n, p in named.items() if not n.startswith("b") or n[-4:] != "bias"]
+        groups = [{"params": biases, "lr": 0.1}, {"params": rest}]
+        model.configure_optimizers = lambda: torch.optim.AdamW(groups, lr=0.01)
+        return model
+
+    def look(run: L.Trainer, module: nn.Module) -> None:
+        names.append([group["param_names"] for group in run.optimizers[0].param_groups])
+
+    names: list[list[list[str]]] = []
+    whole, again = made(), made()
+    trainer(dsee(), Watch(look), every_step=True).fit(whole, loader())
+    parts = [f"{name}.{part}" for name in UP for part in ("right", "left", "entries")]
+    assert names[0] == [[], [*parts, "head.weight", "head.bias"]]
+    assert [len(group) for group in names[-1]] == [4, 7]
+    trainer(dsee()).fit(again, loader(), ckpt_path=tmp_path / "step=9.ckpt")
+    assert same(again, whole)
 
 
 def test_preview_changes_nothing(tagger: Make, bert: Make) -> None:
