@@ -114,7 +114,7 @@ class CompressionQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             reason = module.inconsistency() if isinstance(module, Replacement) else None
             if reason is not None:
-                raise CheckpointError(f"the weights' {name}.{reason}")
+                raise CheckpointError(f"the weights of {name}: {reason}")
             if isinstance(module, LowRankSparseLinear):
                 module.to(module.kept.device)  # so that it looks at what `kept` now holds
         align_(model)

@@ -94,7 +94,7 @@ def test_an_index_that_does_not_rise_within_the_outputs_is_refused(
     layer.index[-2:] = torch.tensor(index)
     save_pretrained(model, tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"layer\.1\.output\.dense\.index must be int64 that rise"
+        CheckpointError, match=r"layer\.1\.output\.dense: index must be int64 that rise"
     ):
         tf.BertModel.from_pretrained(tmp_path)
 
