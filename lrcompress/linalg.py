@@ -105,7 +105,9 @@ def whitening(
     if metric.ndim == 1:
         p = metric.clamp(min=float(metric.max()) * floor).sqrt()[:, None]
         return lambda x: p * x, lambda x: x / p
-    r, triangular = root(metric, floor)  # P = Rᵀ: with R in its place it would be as good as ignored
+    r, triangular = root(
+        metric, floor
+    )  # P = Rᵀ: with R in its place it would be as good as ignored
     if triangular:
         return lambda x: r.mT @ x, lambda x: torch.linalg.solve_triangular(r.mT, x, upper=True)
     scale = r.square().sum(0)[:, None]  # the columns are orthogonal

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
-from lrcompress.nn import LowRankSparseLinear
+from lrcompress.nn import KroneckerLinear, LowRankSparseLinear, Replacement
 from lrcompress.statistics.views import is_linear, view
 
 # Optimizer state that is linear in past gradients, and state that is quadratic in them.
@@ -141,14 +141,27 @@ def _unsuited(model: nn.Module, name: str, weight: Tensor) -> str | None:
     return None
 
 
-def check_kinds(model: nn.Module, names: Iterable[str]) -> None:
+def check_kinds(model: nn.Module, names: Iterable[str], *, dense: bool = False) -> None:
     """Check that layers are of a kind that can be factored.
 
+    Args:
+        model: whose layers they are.
+        names: of the layers.
+        dense: whether they have to be dense.
+
     Raises:
-        LayerError: if one has sparse rows, which a low-rank layer could not take over.
+        LayerError: if one has sparse rows, which a low-rank layer could not take over, is a sum
+            of Kronecker products, or is factored at all where it has to be dense.
     """
     for name in names:
-        if isinstance(model.get_submodule(name), LowRankSparseLinear):
+        layer = model.get_submodule(name)
+        if isinstance(layer, KroneckerLinear) or (dense and isinstance(layer, Replacement)):
+            raise LayerError(
+                f"layer {name!r} is a {type(layer).__name__} already, "
+                "which cannot be factored again as this asks for: leave it out with exclude=, or "
+                "make it dense with merge_dense first"
+            )
+        if isinstance(layer, LowRankSparseLinear):
             raise LayerError(
                 f"layer {name!r} is low rank plus sparse rows, which LoSparse made; Factorize "
                 "starts from dense or low-rank layers: leave it out with exclude="
@@ -350,7 +363,8 @@ def swap_parameters_(
         new: what takes their place, a weight or two factors likewise.
         carry: turns state of ``old`` into state of ``new``; None drops it.
         names: of ``new`` within their layer, for groups that name their parameters; by default
-            ``weight`` for one, and ``right.weight`` and ``left.weight`` for two.
+            ``weight`` for one, and ``right.weight`` and ``left.weight`` for two; ``first`` and
+            ``second`` for Kronecker factors.
         staying: leave ``old`` in its groups too, for a tied weight that others still use.
     """
     if names is None:
@@ -394,8 +408,10 @@ def _swap_in_group(group: dict[str, Any], heirs: Heirs, staying: bool) -> dict[s
             base = "".join(f"{part}." for part in path)
             params += [heir for heir, _ in heirs[id(parameter)]]
             names += [base + named for _, named in heirs[id(parameter)]]
+            # Kronecker factors have their bias beside them, not on one of them
+            own = any(named == "first" for some in heirs.values() for _, named in some)
             before, after = (
-                "left.bias" if count > 1 else "bias" for count in (len(heirs), num_new)
+                "left.bias" if count > 1 and not own else "bias" for count in (len(heirs), num_new)
             )
             renamed[base + before] = base + after
     group["params"][:] = params

@@ -16,7 +16,7 @@ LAYERS = [
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
     {"nn", "plan", "size", "surgery"},
-    {"bench", "engine", "forecast", "sharded", "pruning", "report", "settings", "export"},
+    {"bench", "engine", "forecast", "sharded", "pruning", "report", "settings", "shapes", "export"},
     {"callbacks", "distill"},
     {"tasks", "cli", "recipe", "__main__"},
 ]

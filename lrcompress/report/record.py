@@ -32,6 +32,8 @@ class LayerRecord:
         measured_loss: increase of the validation loss with this layer alone replaced; None if it
             was not measured.
         curve: ranks and the relative errors they would have, some of them, rising.
+        first: sizes of the first factor of a sum of Kronecker products, of which ``rank`` counts
+            the terms; None for other factors.
         importance: how many units were at least as important, and the score of the last of them,
             when pruning began: some of the units that pruning chooses from, in falling order.
     """
@@ -48,6 +50,7 @@ class LayerRecord:
     measured_loss: float | None = None
     curve: Curve = ()
     importance: Curve = ()
+    first: tuple[int, int] | None = None
 
     @property
     def before(self) -> int:
@@ -55,11 +58,19 @@ class LayerRecord:
         return self.out_features * self.in_features
 
     @property
+    def unit(self) -> int:
+        """Parameters of one rank, or of one term."""
+        if self.first is None:
+            return self.out_features + self.in_features
+        size = self.first[0] * self.first[1]
+        return size + self.before // size
+
+    @property
     def after(self) -> int:
         """Parameters of what stands there now; of rows with single entries, those not zero."""
         if self.entries is None or self.rank is None:
             return self.stored
-        return self.rank * (self.out_features + self.in_features) + self.entries
+        return self.rank * self.unit + self.entries
 
     @property
     def stored(self) -> int:
@@ -67,7 +78,7 @@ class LayerRecord:
         if self.rank is None:
             return self.before
         rows = (self.rows or 0) * self.in_features
-        return self.rank * (self.out_features + self.in_features) + rows
+        return self.rank * self.unit + rows
 
 
 @dataclass
@@ -233,7 +244,7 @@ def _point(data: Mapping[str, Any]) -> PointRecord:
     layers = [
         LayerRecord(
             **{**one, "curve": _curve(one.get("curve", ()))}
-            | {"importance": _curve(one.get("importance", ()))}
+            | {"importance": _curve(one.get("importance", ())), "first": _pair(one.get("first"))}
         )
         for one in data["layers"]
     ]
@@ -245,6 +256,13 @@ def _point(data: Mapping[str, Any]) -> PointRecord:
 
 def _curve(pairs: Iterable[Sequence[float]]) -> Curve:
     return tuple((int(x), float(y)) for x, y in pairs)
+
+
+def _pair(sizes: Sequence[int] | None) -> tuple[int, int] | None:
+    if sizes is None:
+        return None
+    one, two = sizes
+    return int(one), int(two)
 
 
 def noted(curve: Curve, step: int, value: float, gap: float) -> Curve:

@@ -37,14 +37,27 @@ class KroneckerFactors:
     Attributes:
         first: ``(terms, m1, n1)``, dtype and device of the weight.
         second: ``(terms, out / m1, in / n1)``.
-        error: ``‖P (W − M) Q‖ / ‖P W Q‖``.
+        error: ``‖P (W − M) Q‖ / ‖P W Q‖``, with ``M`` the sum.
+        lost: ``‖P (W − M) Q‖²``.
         sweeps: alternations in the metric after the start; 0 where the start is the optimum.
     """
 
     first: Tensor
     second: Tensor
     error: float
+    lost: float
     sweeps: int = 0
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The factors."""
+        return self.first, self.second
+
+    def product(self) -> Tensor:
+        """Return what stands for the weight, ``(out, in)`` float64."""
+        (_, m1, n1), (terms, m2, n2) = self.first.shape, self.second.shape
+        rows = self.first.view(terms, -1).mT.double() @ self.second.view(terms, -1).double()
+        return assembled(rows, (m1, n1), (m1 * m2, n1 * n2))
 
 
 @dataclass(frozen=True)
@@ -85,9 +98,10 @@ class KroneckerSums:
                 f"{tuple(self._weight.shape)} and first factors {self.shape}, got {terms}"
             )
         x, y = self._start(terms)
-        error, sweeps = relative_error(self.energies, terms), 0
+        error, lost = relative_error(self.energies, terms), float(self.energies[terms:].sum())
+        sweeps = 0
         if not self.exact and terms < most:
-            x, y, error, sweeps = _alternated(self._whitened, x, y, self._product)
+            x, y, error, lost, sweeps = _alternated(self._whitened, x, y, self._product)
         (m1, n1), (m, n) = self.shape, self._weight.shape
         output, input = self._sides
         first = _back(x.view(m1, n1, terms), output.first, input.first)
@@ -95,7 +109,9 @@ class KroneckerSums:
         left, right = balanced(first.reshape(-1, terms), second.reshape(-1, terms).mT)
         first, second = left.mT.view(terms, m1, n1), right.view(terms, m // m1, n // n1)
         own = self._weight.dtype
-        return KroneckerFactors(first.to(own).contiguous(), second.to(own).contiguous(), error, sweeps)
+        return KroneckerFactors(
+            first.to(own).contiguous(), second.to(own).contiguous(), error, lost, sweeps
+        )
 
     def _start(self, terms: int) -> tuple[Tensor, Tensor]:
         """Return the optimum in the separable metric, the singular vectors on one side."""
@@ -106,7 +122,7 @@ class KroneckerSums:
 
     def _product(self, change: Tensor) -> Tensor:
         """Return ``R(G D C)`` of ``R(D)``, in the basis in which the separable metric is one."""
-        matrix = assembled(change, self.shape, self._weight.shape)
+        matrix = assembled(change, self.shape, (len(self._weight), self._weight.shape[1]))
         output, input = (side.rest for side in self._sides)
         if output is not None:
             matrix = output[:, None] * matrix if output.ndim == 1 else output @ matrix
@@ -258,7 +274,11 @@ def nearest_shape(
             count = terms or budget // (m1 * n1 + two[0] * two[1])
             fits = 1 <= count <= budget // (m1 * n1 + two[0] * two[1])
             work = count * min(multiply_adds(one, two))
-            if fits and work <= min(m * n, _WORK * budget) and not {1} in ({m1, two[1]}, {n1, two[0]}, {m1, n1}, {*two}):
+            if (
+                fits
+                and work <= min(m * n, _WORK * budget)
+                and {1} not in ({m1, two[1]}, {n1, two[0]}, {m1, n1}, {*two})
+            ):
                 found[one] = count, work
     if not found:
         return None
@@ -307,7 +327,9 @@ def _side(metric: Tensor | None, first: int) -> _Side:
     if far <= _SEPARABLE * metric.norm():
         return _Side(*maps, None)
     if metric.ndim == 1:
-        scale = [back(torch.ones(k, 1).to(metric)) for (_, back), k in zip(maps, sizes, strict=True)]
+        scale = [
+            back(torch.ones(k, 1).to(metric)) for (_, back), k in zip(maps, sizes, strict=True)
+        ]
         return _Side(*maps, metric * torch.outer(*(x.view(-1).square() for x in scale)).view(-1))
     backs = [back(torch.eye(k).to(metric)) for (_, back), k in zip(maps, sizes, strict=True)]
     for _ in range(2):  # the columns, then the rows
@@ -343,7 +365,7 @@ def _gram(matrix: Tensor) -> Tensor:
 
 def _alternated(
     matrix: Tensor, x: Tensor, y: Tensor, product: _Map
-) -> tuple[Tensor, Tensor, float, int]:
+) -> tuple[Tensor, Tensor, float, float, int]:
     """Lower ``⟨R − XY, 𝓜(R − XY)⟩`` by one factor after the other.
 
     Args:
@@ -353,7 +375,7 @@ def _alternated(
         product: ``𝓜``, linear, symmetric and positive semidefinite.
 
     Returns:
-        ``X``, ``Y``, the relative error and the number of sweeps.
+        ``X``, ``Y``, the relative error, the absolute squared one and the number of sweeps.
     """
     whole = (matrix * product(matrix)).sum()
     rest = matrix - x @ y
@@ -371,7 +393,8 @@ def _alternated(
         lost = lost - one - two
         if one + two <= _ENOUGH * lost:
             break
-    return x, y, float((lost.clamp(min=0) / whole).sqrt()), sweeps
+    lost = lost.clamp(min=0)
+    return x, y, float((lost / whole).sqrt()) if whole > 0 else 0.0, float(lost), sweeps
 
 
 def _improved(

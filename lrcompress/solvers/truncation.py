@@ -24,11 +24,22 @@ class Factors:
         left: ``(out, rank)``, dtype and device of the weight.
         right: ``(rank, in)``.
         error: ``‖P (W − left right) Q‖ / ‖P W Q‖``, from the discarded energies.
+        lost: ``‖P (W − left right) Q‖²``.
     """
 
     left: Tensor
     right: Tensor
     error: float
+    lost: float
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The factors in the order in which they are applied."""
+        return self.right, self.left
+
+    def product(self) -> Tensor:
+        """Return what stands for the weight, ``(out, in)`` float64."""
+        return self.left.double() @ self.right.double()
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Truncation:
             left.to(self._weight.dtype).contiguous(),
             right.to(self._weight.dtype).contiguous(),
             self.error(rank),
+            float(self.energies[rank:].sum()),
         )
 
     def basis(self, rank: int) -> Tensor:
@@ -176,11 +188,18 @@ def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
 
 
 def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a positive semidefinite matrix, falling, and their vectors."""
     energies, basis = torch.linalg.eigh(matrix)
     return energies.clamp(min=0).flip(0), basis.flip(1)  # rounding can push a zero below zero
 
 
 def check(weight: Tensor, output: Tensor | None, input: Tensor | None) -> None:
+    """Check that a weight and its metrics fit together and are finite.
+
+    Raises:
+        ShapeError: if they do not fit.
+        NotFiniteError: if one of them holds a NaN or an infinity.
+    """
     if weight.ndim != 2:
         raise ShapeError(f"weight must be (out, in), got shape {tuple(weight.shape)}")
     for name, metric, size in (
