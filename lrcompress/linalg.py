@@ -132,5 +132,6 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """
     heights, widths = left.norm(dim=0), right.norm(dim=1)
     floor = (1e-6 * (heights * widths).max().sqrt()).clamp(min=torch.finfo(left.dtype).tiny)
-    scale = (widths.clamp(min=floor) / heights.clamp(min=floor)).sqrt()
+    # two roots, since the quotient of zero factors would overflow
+    scale = widths.clamp(min=floor).sqrt() / heights.clamp(min=floor).sqrt()
     return left * scale, right / scale[:, None]

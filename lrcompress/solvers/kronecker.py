@@ -264,7 +264,8 @@ def nearest_shape(
         None if nothing fits.
 
     Cost:
-        Some 50 sets of eigenvalues in float32, of the smaller side of ``R(W)``, and four in float64.
+        Some 50 sets of eigenvalues, of the smaller side of ``R(W)``, in float32, and four more in
+        float64.
     """
     m, n = weight.shape
     found: dict[Sizes, tuple[int, int]] = {}  # to terms and multiply-adds
