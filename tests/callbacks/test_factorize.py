@@ -28,6 +28,7 @@ from lrcompress.errors import (
     ObservationError,
     PlatformError,
     SettingError,
+    ShapeError,
 )
 from lrcompress.nn import Factored, KroneckerLinear, LowRankLinear
 
