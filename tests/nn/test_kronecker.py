@@ -1,4 +1,4 @@
-"""A layer of Kronecker factors behaves as the linear layer it replaces, and never makes its weight."""
+"""A layer of Kronecker factors behaves as the linear layer it replaces, without its weight."""
 
 import copy
 import pickle
