@@ -35,6 +35,8 @@ class Candidate:
         keep: a share of this layer that is fixed in advance, or None.
         lowest: the least rank it may get.
         highest: the greatest rank it may get; at ``dense`` parameters it is left dense.
+        unit: parameters one rank costs; by default ``out + in``, those of a column and a row.
+        most: the greatest rank there is; by default the smaller of the two.
     """
 
     name: str
@@ -45,11 +47,13 @@ class Candidate:
     keep: float | None = None
     lowest: int = 1
     highest: int | None = None
+    unit: int = 0
+    most: int = 0
 
-    @property
-    def unit(self) -> int:
-        """Parameters one rank costs."""
-        return self.out_features + self.in_features
+    def __post_init__(self) -> None:
+        unit = self.unit or self.out_features + self.in_features
+        object.__setattr__(self, "unit", unit)
+        object.__setattr__(self, "most", self.most or min(self.out_features, self.in_features))
 
     @property
     def dense(self) -> int:
@@ -163,11 +167,11 @@ def _dense_above(candidate: Candidate, rank: int) -> int | None:
 
 
 def _fixed_rank(candidate: Candidate) -> int | None:
-    most = min(candidate.out_features, candidate.in_features)
     if candidate.rank is not None:
-        if not 1 <= candidate.rank <= most:
+        if not 1 <= candidate.rank <= candidate.most:
             raise SettingError(
-                f"rank of layer {candidate.name!r} must be from 1 to {most}, got {candidate.rank}"
+                f"rank of layer {candidate.name!r} must be from 1 to {candidate.most}, got "
+                f"{candidate.rank}"
             )
         return _dense_above(candidate, candidate.rank)
     share = check_keep(candidate.keep or 0, f"keep of layer {candidate.name!r}")
@@ -289,16 +293,22 @@ def _grown(candidate: Candidate, rank: int, step: int) -> int:
 
 
 def match_bounds(
-    keep_range: tuple[float, float], out_features: int, in_features: int
+    keep_range: tuple[float, float], out_features: int, in_features: int, unit: int | None = None
 ) -> tuple[int, int | None]:
     """Return the ranks that a least and a greatest keep per layer stand for.
+
+    Args:
+        keep_range: the two.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        unit: parameters one rank costs; None is ``out + in``.
 
     Example:
         >>> match_bounds((0.1, 0.5), out_features=100, in_features=100)
         (5, 25)
     """
     least, greatest = keep_range
-    scale = out_features * in_features / (out_features + in_features)
+    scale = out_features * in_features / (unit or out_features + in_features)
     lowest = max(1, math.ceil(least * scale - 1e-9))
     return lowest, None if greatest >= 1 else max(1, int(greatest * scale + 1e-9))
 

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,17 @@ from torch.optim import Optimizer
 
 from lrcompress.bench.faster import Choice, allocate_faster
 from lrcompress.budget import Candidate, allocate, match_bounds
-from lrcompress.errors import NoMatchError, ObservationError, SettingError, nearest
-from lrcompress.nn import LowRankLinear
+from lrcompress.errors import ObservationError, SettingError
+from lrcompress.nn import Factored, KroneckerLinear, LowRankLinear
+from lrcompress.nn.kronecker import carry_kronecker
 from lrcompress.objective import METHODS, Metric, method_named
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.settings import Settings as Settings
-from lrcompress.sharded import Found, install_, solve
+from lrcompress.shapes import Shapes, by_layer, check_layers, solver_for, unit_of
+from lrcompress.sharded import Found, Measured, install_, solve
 from lrcompress.size import dense_bytes, dense_size, stored_bytes
+from lrcompress.solvers.kronecker import KroneckerFactors, Sizes
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
 from lrcompress.statistics.capture import Recorder
@@ -31,27 +34,31 @@ from lrcompress.surgery import (
     carry_dense,
     carry_factors,
     carry_later,
-    check_kinds,
     replace_,
     select,
     swap_parameters_,
 )
 
 Loss = Callable[[nn.Module, Any], Tensor]
-Share = TypeVar("Share", int, float)
 
 
 def candidates(
-    model: nn.Module, names: Sequence[str], settings: Settings, energies: Mapping[str, Tensor]
+    model: nn.Module, names: Sequence[str], settings: Settings, measured: Mapping[str, Measured]
 ) -> list[Candidate]:
     """Return what each layer asks of the budget.
+
+    Args:
+        model: whose layers they are.
+        names: of the layers.
+        settings: what is asked for.
+        measured: the layers as far as they are solved; others cost what low-rank factors do.
 
     Raises:
         NoMatchError: if a pattern of ``ranks`` or ``keeps`` matches no targeted layer.
         SettingError: if a layer has both a rank and a keep of its own.
     """
-    ranks = _by_layer("ranks", settings.ranks, names)
-    keeps = _by_layer("keeps", settings.keeps, names)
+    ranks = by_layer("ranks", settings.ranks, names)
+    keeps = by_layer("keeps", settings.keeps, names)
     both = sorted(ranks.keys() & keeps.keys())
     if both:
         raise SettingError(f"layer {both[0]!r} is given both a rank and a keep")
@@ -59,34 +66,25 @@ def candidates(
     for name in names:
         layer = model.get_submodule(name)
         shape = view(layer).shape
-        lowest, highest = match_bounds(settings.keep_range, *shape)
+        one = measured.get(name)
+        unit = one.unit if one else 0
+        lowest, highest = match_bounds(settings.keep_range, *shape, unit or None)
         if isinstance(layer, LowRankLinear):
             highest = layer.rank if highest is None else min(highest, layer.rank)
         result.append(
             Candidate(
                 name,
                 *shape,
-                energies=energies.get(name),
+                energies=one.curve if one else None,
                 rank=ranks.get(name),
                 keep=keeps.get(name),
                 lowest=lowest,
                 highest=highest,
+                unit=unit,
+                most=len(one.energies) if one else 0,
             )
         )
     return result
-
-
-def _by_layer(argument: str, given: Mapping[str, Share], names: Sequence[str]) -> dict[str, Share]:
-    found: dict[str, Share] = {}
-    for pattern, value in given.items():
-        hits = [name for name in names if fnmatchcase(name, pattern)]
-        if not hits:
-            raise NoMatchError(
-                f"{argument}: pattern {pattern!r} matches none of the {len(names)} targeted "
-                f"layers; nearest names: {nearest(pattern, names)}"
-            )
-        found |= dict.fromkeys(hits, value)
-    return found
 
 
 def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Selection, int]:
@@ -95,10 +93,26 @@ def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Se
     Nothing is observed or changed. Global allocation shares the same budget out otherwise.
     """
     selection = settings.select(model)
-    asked = candidates(model, selection.names, settings, {})
+    check_layers(model, selection.names, settings)
+    firsts: dict[str, Sizes | None] = {}
+    if METHODS[settings.method].form == "kronecker":
+        firsts = Shapes(model, selection.names, settings).previewed(model)
+    asked = [
+        replace(c, unit=unit_of(firsts[c.name], (c.out_features, c.in_features))) if firsts else c
+        for c in candidates(model, selection.names, settings, {})
+    ]
     ranks = allocate(asked, settings.keep, "uniform", settings.align)
     records = [
-        LayerRecord(c.name, c.out_features, c.in_features, ranks[c.name], None, None) for c in asked
+        LayerRecord(
+            c.name,
+            c.out_features,
+            c.in_features,
+            rank := ranks[c.name],
+            None,
+            None,
+            first=firsts.get(c.name) if rank else None,
+        )
+        for c in asked
     ]
     recorder = Recorder(model, selection.names, METHODS[settings.method].kinds)
     return records, selection, recorder.nbytes
@@ -134,7 +148,7 @@ def factor_(
 
     Raises:
         NoMatchError: if a pattern matches nothing.
-        LayerError: if a layer has sparse rows.
+        LayerError: if a layer has sparse rows, or is factored as the method cannot start from.
         ObservationError: if a layer was never seen.
         NotFiniteError: if a statistic or a weight is not finite.
         SettingError: if the budget cannot be met.
@@ -144,11 +158,19 @@ def factor_(
     """
     started = time.perf_counter()
     names = settings.select(model).names
-    check_kinds(model, names)
-    refit, shrink, method = settings.refit_bias, settings.shrink, settings.method
-    dealt = solve(model, names, statistics, method, refit_bias=refit, shrink=shrink, team=team)
+    check_layers(model, names, settings)
+    dealt = solve(
+        model,
+        names,
+        statistics,
+        settings.method,
+        refit_bias=settings.refit_bias,
+        shrink=settings.shrink,
+        solver=solver_for(model, names, settings),
+        team=team,
+    )
     measured = dealt.measured
-    asked = candidates(model, names, settings, {n: one.curve for n, one in measured.items()})
+    asked = candidates(model, names, settings, measured)
     choice = team.decide(lambda: _choose(model, asked, settings, statistics, team))
     ranks = choice.ranks
     _check_falling(model, ranks)
@@ -157,15 +179,16 @@ def factor_(
     held = tuple(optimizers)
 
     def put(name: str, found: Found | None) -> None:
-        _put(model, name, chosen[name], found, held)
+        _put(model, name, chosen[name], measured[name].first, found, held)
 
-    install_(model, dealt, chosen, put, held)
+    reached = install_(model, dealt, chosen, put, held)
     layers = [
         measured[c.name].record(
             c.name,
             (c.out_features, c.in_features),
             ranks[c.name],
             choice.notes.get(c.name, ""),
+            reached.get(c.name),
         )
         for c in asked
     ]
@@ -209,29 +232,38 @@ def _put(
     model: nn.Module,
     name: str,
     rank: int,
+    first: Sizes | None,
     found: Found | None,
     optimizers: Sequence[Optimizer],
 ) -> None:
     """Put factors in place of a layer; without any, a layer to receive them from elsewhere."""
     layer = model.get_submodule(name)
-    old, new = view(layer), LowRankLinear.in_place_of(layer, rank)
-    factored = (new.right.weight, new.left.weight)
-    carry = carry_later(factored)
+    old, parts = view(layer), None
+    new: Factored
+    if first is None:
+        new = LowRankLinear.in_place_of(layer, rank)
+    else:
+        new, parts = KroneckerLinear.in_place_of(layer, rank, *first), ("first", "second")
+    carry = carry_later(new.factors)
     if found is not None:
         carry = _set_(new, layer, *found)
     replace_(model, name, new)
     tied = any(parameter is old.parameters[0] for parameter in model.parameters())
-    swap_parameters_(optimizers, old.parameters, factored, carry, staying=tied)
+    swap_parameters_(optimizers, old.parameters, new.factors, carry, names=parts, staying=tied)
 
 
-def _set_(new: LowRankLinear, layer: nn.Module, factors: Factors, metric: Metric) -> Carry:
+def _set_(
+    new: Factored, layer: nn.Module, factors: Factors | KroneckerFactors, metric: Metric
+) -> Carry:
     """Give ``new`` its values, and return how ``layer``'s optimizer state carries over."""
     old = view(layer)
-    new.left.weight.copy_(factors.left)
-    new.right.weight.copy_(factors.right)
+    for parameter, value in zip(new.factors, factors.values, strict=True):
+        parameter.copy_(value)
     if metric.mean is not None and old.bias is not None:
-        lost = old.weight.double() - factors.left.double() @ factors.right.double()
+        lost = old.weight.double() - factors.product()
         old.bias.add_((lost @ metric.mean.to(lost)).to(old.bias))
+    if isinstance(factors, KroneckerFactors):
+        return carry_kronecker(factors.first, factors.second, old.transposed)
     if isinstance(layer, LowRankLinear):
         held = (layer.left.weight, layer.right.weight)
         return carry_factors(held, (factors.left, factors.right))

@@ -9,6 +9,7 @@ from torch import nn
 from lrcompress.budget import allocate
 from lrcompress.engine import Settings, candidates
 from lrcompress.errors import SettingError
+from lrcompress.objective import LOW_RANK
 from lrcompress.report.record import Forecast, sum_or_none
 from lrcompress.sharded import solve
 from lrcompress.statistics.moments import Statistics
@@ -32,21 +33,30 @@ def forecast(
         model: whose layers ``settings`` choose.
         statistics: of these layers, of the kinds that the methods need.
         settings: all but the method and ``keep``.
-        methods: keys of :data:`lrcompress.objective.METHODS`.
+        methods: keys of :data:`lrcompress.objective.METHODS`, of low-rank ones.
         keeps: shares of the targeted layers' parameters.
+
+    Raises:
+        SettingError: if the shapes of a method's factors depend on ``keep``.
 
     Cost:
         That of solving all layers once a method.
     """
     names = settings.select(model).names
+    other = [method for method in methods if method not in LOW_RANK]
+    if other:
+        raise SettingError(
+            f"a forecast takes low-rank methods, {', '.join(LOW_RANK)}; the factors of "
+            f"{other[0]!r} have other shapes at every keep"
+        )
     found = []
     for method in methods:
         refit, shrink = settings.refit_bias, settings.shrink
         dealt = solve(model, names, statistics, method, refit_bias=refit, shrink=shrink)
         measured = dealt.measured
         spread = settings.allocation if method == settings.method else None
-        own = replace(settings, method=method, allocation=spread)
-        asked = candidates(model, names, own, {n: one.curve for n, one in measured.items()})
+        own = replace(settings, method=method, allocation=spread, shapes={})
+        asked = candidates(model, names, own, measured)
         for keep in keeps:
             try:
                 ranks = allocate(asked, keep, own.spread, own.align)

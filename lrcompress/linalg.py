@@ -1,5 +1,7 @@
 """Matrix mathematics that knows no layer: symmetric sums, their roots, balanced factors."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -82,6 +84,36 @@ def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:
     return basis * energy.clamp(min=floor * float(energy[-1].clamp(min=0))).sqrt(), False
 
 
+def whitening(
+    metric: Tensor | None, floor: float
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return what applies ``P`` and what applies ``P⁻¹``, for some ``P`` with ``PᵀP = metric``.
+
+    Both take and give ``(n, columns)``.
+
+    Args:
+        metric: ``(n, n)`` symmetric, ``(n,)`` its diagonal, or None for the identity; float64.
+        floor: share of the largest eigenvalue that smaller ones are raised to.
+
+    Example:
+        >>> there, back = whitening(torch.tensor([4.0, 9.0]), 1e-10)
+        >>> there(torch.ones(2, 1)).T.tolist(), back(there(torch.ones(2, 1))).T.tolist()
+        ([[2.0, 3.0]], [[1.0, 1.0]])
+    """
+    if metric is None:
+        return lambda x: x, lambda x: x
+    if metric.ndim == 1:
+        p = metric.clamp(min=float(metric.max()) * floor).sqrt()[:, None]
+        return lambda x: p * x, lambda x: x / p
+    r, triangular = root(
+        metric, floor
+    )  # P = Rᵀ: with R in its place it would be as good as ignored
+    if triangular:
+        return lambda x: r.mT @ x, lambda x: torch.linalg.solve_triangular(r.mT, x, upper=True)
+    scale = r.square().sum(0)[:, None]  # the columns are orthogonal
+    return lambda x: r.mT @ x, lambda x: r @ (x / scale)
+
+
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same product with each component's norm shared evenly by both factors.
 
@@ -100,5 +132,6 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """
     heights, widths = left.norm(dim=0), right.norm(dim=1)
     floor = (1e-6 * (heights * widths).max().sqrt()).clamp(min=torch.finfo(left.dtype).tiny)
-    scale = (widths.clamp(min=floor) / heights.clamp(min=floor)).sqrt()
+    # two roots, since the quotient of zero factors would overflow
+    scale = widths.clamp(min=floor).sqrt() / heights.clamp(min=floor).sqrt()
     return left * scale, right / scale[:, None]

@@ -15,6 +15,7 @@ method             output metric     input metric     source
 ``row_fisher``     diag Σ_j F_ij     C                both of the above, one a side
 ``kfac``           G                 C                two-sided, arXiv 2505.17974
 ``weighted_kfac``  G                 C_g              as ``kfac``, inputs by gradient
+``kronecker``      G                 C                as ``kfac``, over sums of Kronecker products
 =================  ================  ===============  =====================================
 
 ``C`` is the covariance of the inputs (their second moment where there is no bias to refit),
@@ -44,10 +45,12 @@ class Method:
     Attributes:
         output: the statistic behind the output metric; None for the identity.
         input: the statistic behind the input metric; None for the identity.
+        form: the kind of layer whose factors it looks for.
     """
 
     output: str | None
     input: str | None
+    form: str = "low_rank"
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -56,8 +59,8 @@ class Method:
 
     @property
     def comparable(self) -> bool:
-        """Whether errors of different layers are in one currency, the loss."""
-        return self.output is not None
+        """Whether ranks of different layers compete in one currency, the loss."""
+        return self.output is not None and self.form == "low_rank"
 
     @property
     def needs_gradients(self) -> bool:
@@ -73,9 +76,11 @@ METHODS: dict[str, Method] = {
     "row_fisher": Method("output_fisher", "input_moment"),
     "kfac": Method("output_moment", "input_moment"),
     "weighted_kfac": Method("output_moment", "weighted_moment"),
+    "kronecker": Method("output_moment", "input_moment", "kronecker"),
 }
 
 COMPARABLE = tuple(name for name, method in METHODS.items() if method.comparable)
+LOW_RANK = tuple(name for name, method in METHODS.items() if method.form == "low_rank")
 
 # A full input metric -> the sum its mean comes from, and the count if it is not that of tokens.
 _MEANS = {"input_moment": ("input_sum", None), "weighted_moment": ("weighted_sum", "weight")}

@@ -22,7 +22,9 @@ class Settings:
         exclude: patterns of layers to leave out.
         allocation: ``"uniform"``, or ``"global"`` for methods that predict the loss; None
             takes global where it can be had.
-        ranks: ranks of their own for layers matching a pattern.
+        ranks: ranks of their own for layers matching a pattern; of ``kronecker``, terms.
+        shapes: with ``kronecker``, sizes ``(rows, columns)`` of the first factors for layers
+            matching a pattern; for others the divisors that lose least.
         keeps: shares of their own for layers matching a pattern.
         keep_range: least and greatest keep any one layer may get; 1 allows it to stay dense.
         align: what ranks are multiples of, as far as no budget is lost by it.
@@ -44,6 +46,7 @@ class Settings:
     allocation: str | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     keeps: Mapping[str, float] = field(default_factory=dict)
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     keep_range: tuple[float, float] = (0.0, 1.0)
     align: int = 8
     refit_bias: bool = True
@@ -66,7 +69,7 @@ class Settings:
             )
         if self.allocation == "global" and not method.comparable:
             raise SettingError(
-                f"allocation='global' compares predicted losses of layers, which method "
+                f"allocation='global' compares predicted losses of ranks, which method "
                 f"{self.method!r} does not know; use allocation='uniform', or one of "
                 f"{', '.join(COMPARABLE)}"
             )
@@ -76,6 +79,19 @@ class Settings:
             raise SettingError(f"keep_range must rise, got {self.keep_range!r}")
         _check_whole("align", self.align)
         self._check_measured()
+        self._check_form(method.form)
+
+    def _check_form(self, form: str) -> None:
+        if self.shapes and form != "kronecker":
+            raise SettingError(
+                f"shapes are those of Kronecker factors, which method {self.method!r} does not "
+                "have; use method='kronecker'"
+            )
+        if self.keep_measured and form != "low_rank":
+            raise SettingError(
+                f"keep_measured measures low-rank factors, which method {self.method!r} does not "
+                "have; leave it out"
+            )
 
     def _check_measured(self) -> None:
         if self.measured_tokens is not None:

@@ -16,12 +16,15 @@ from torch.optim import Optimizer
 from lrcompress.objective import Metric, metric_of
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord
+from lrcompress.solvers.kronecker import KroneckerFactors, KroneckerSums, Sizes
 from lrcompress.solvers.truncation import Factors, Truncation, relative_error, truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
 from lrcompress.surgery import whole_or_not
 
-Found = tuple[Factors, Metric]
+Found = tuple[Factors | KroneckerFactors, Metric]
+# Solves a layer of that name, with that weight, in a metric; None where nothing is smaller.
+Solver = Callable[[str, Tensor, Metric], Truncation | KroneckerSums | None]
 # Multiply-adds of a product that take as long as one of an eigendecomposition.
 _EIGEN = 25
 _SHOWN = 20  # ranks of an error curve that are kept for the report
@@ -36,12 +39,16 @@ class Measured:
         loss_scale: of its metric.
         note: of its metric.
         mean: of its metric, on the CPU.
+        unit: parameters of one rank or term; 0 is those of a column and a row.
+        first: sizes of the first factor of a sum of Kronecker products.
     """
 
     energies: Tensor
     loss_scale: float | None
     note: str
     mean: Tensor | None
+    unit: int = 0
+    first: Sizes | None = None
 
     @property
     def curve(self) -> Tensor:
@@ -60,16 +67,34 @@ class Measured:
         return None if scale is None else 0.5 * scale * float(self.energies[rank:].sum())
 
     def record(
-        self, name: str, shape: tuple[int, int], rank: int | None, note: str = ""
+        self,
+        name: str,
+        shape: tuple[int, int],
+        rank: int | None,
+        note: str = "",
+        reached: tuple[float, float] | None = None,
     ) -> LayerRecord:
-        """Return what became of the layer at ``rank``, with some of its error curve."""
+        """Return what became of the layer at ``rank``, with some of its error curve.
+
+        Args:
+            name: of the layer.
+            shape: ``(out, in)``.
+            rank: of its factors; None if it stays dense.
+            note: what else there is to say.
+            reached: the relative error and the squared one, where they are known better than
+                from the energies.
+        """
         most = len(self.energies)
-        shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)}
+        shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)} if most else ()
         # six digits: a report is read by people
         curve = tuple((r, float(f"{self.error(r):.6g}")) for r in sorted(shown))
         error, loss = self.error(rank), self.loss(rank)
+        if rank is not None and reached is not None:
+            error = reached[0]
+            loss = None if self.loss_scale is None else 0.5 * self.loss_scale * reached[1]
         notes = "; ".join(filter(None, (self.note, note)))
-        return LayerRecord(name, *shape, rank, error, loss, notes, curve=curve)
+        first = None if rank is None else self.first
+        return LayerRecord(name, *shape, rank, error, loss, notes, curve=curve, first=first)
 
 
 @dataclass(frozen=True)
@@ -77,12 +102,12 @@ class Solved:
     """A layer that this process has solved.
 
     Attributes:
-        truncation: of its weight, all ranks.
+        truncation: of its weight, all ranks; None where no factors would be smaller.
         metric: what it was measured in, as far as it is kept.
         weight: ``(out, in)``, as it was solved.
     """
 
-    truncation: Truncation
+    truncation: Truncation | KroneckerSums | None
     metric: Metric
     weight: Tensor
 
@@ -124,6 +149,7 @@ def solve(
     refit_bias: bool,
     shrink: tuple[float, float],
     keep_metric: bool = False,
+    solver: Solver | None = None,
     team: Team = ALONE,
 ) -> Dealt:
     """Measure layers in a metric and find all their truncations, each in one process.
@@ -136,6 +162,7 @@ def solve(
         refit_bias: let biases take up the mean error, where there are any.
         shrink: shares of their mean diagonal mixed into the input and the output metric.
         keep_metric: keep the metrics themselves, the large part, too.
+        solver: of a layer; by default all low-rank truncations.
         team: the processes.
     """
     owner = team.deal({name: _cost(view(model.get_submodule(name)).shape) for name in names})
@@ -143,7 +170,11 @@ def solve(
     def of_layer(name: str, weight: Tensor) -> Solved:
         refit = refit_bias and view(model.get_submodule(name)).bias is not None
         metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
-        truncation = truncate(weight, metric.output, metric.input)
+        truncation = (
+            truncate(weight, metric.output, metric.input)
+            if solver is None
+            else solver(name, weight, metric)
+        )
         small = metric if keep_metric else replace(metric, output=None, input=None)
         return Solved(truncation, small, weight)
 
@@ -174,7 +205,12 @@ def solve(
 def _measured(one: Solved) -> Measured:
     metric, mean = one.metric, one.metric.mean
     mean = None if mean is None else mean.cpu()
-    return Measured(one.truncation.energies.cpu(), metric.loss_scale, metric.note, mean)
+    known, found = (metric.loss_scale, metric.note, mean), one.truncation
+    if isinstance(found, KroneckerSums):
+        return Measured(found.energies.cpu(), *known, found.unit, found.shape)
+    if found is None:
+        return Measured(torch.zeros(0), *known, one.weight.numel())
+    return Measured(found.energies.cpu(), *known)
 
 
 def _cost(shape: tuple[int, int]) -> float:
@@ -189,7 +225,7 @@ def install_(
     ranks: Mapping[str, int],
     put: Callable[[str, Found | None], None],
     optimizers: Sequence[Optimizer],
-) -> None:
+) -> dict[str, tuple[float, float]]:
     """Put factors in place of layers, the same in all processes.
 
     Args:
@@ -199,25 +235,36 @@ def install_(
         put: puts what was found for a layer in its place; where another process has found it,
             a layer of the same structure, whose values and optimizer state are sent.
         optimizers: whose parameters and state follow.
+
+    Returns:
+        The relative and the squared error of each layer's factors.
     """
     team = dealt.team
+    reached: dict[str, tuple[float, float]] = {}
     # where parameters are parted, a layer that was open cannot be put back
     guard = nullcontext() if team.parted else whole_or_not(model, ranks, optimizers)
     with guard:
         for turn, own in dealt.turns(ranks):
             found: dict[str, Found] = {}
 
-            def work(own: Mapping[str, Solved] = own, found: dict[str, Found] = found) -> None:
+            def work(
+                own: Mapping[str, Solved] = own, found: dict[str, Found] = found
+            ) -> dict[str, tuple[float, float]]:
                 for name in own.keys() & ranks.keys():
-                    found[name] = (own[name].truncation.factors(ranks[name]), own[name].metric)
+                    solved = own[name].truncation
+                    assert solved is not None, "it has been left dense"
+                    found[name] = (solved.factors(ranks[name]), own[name].metric)
+                return {name: (one.error, one.lost) for name, (one, _) in found.items()}
 
-            team.attempt(work)
+            for part_reached in team.attempt(work):
+                reached |= part_reached
             own.clear()
             for part in [[name] for name in turn] if team.parted else [turn]:
                 with team.whole(model, part, optimizers):
                     for name in part:
                         put(name, found.get(name))
                     share_(model, {name: dealt.owner[name] for name in part}, optimizers, team)
+    return reached
 
 
 @torch.no_grad()

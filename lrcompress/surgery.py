@@ -19,6 +19,8 @@ _LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 _SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 # Kinds of layers that are not factored further, in words.
 _MADE_BY = {
+    "low_rank": "is low rank already",
+    "kronecker": "is a sum of Kronecker products already",
     "low_rank_sparse": "is low rank plus sparse rows, which LoSparse made",
     "updated": "is frozen with an update, which DSEE made and merges at the end",
     "narrow": "has lost heads, which DSEE removed",
@@ -147,19 +149,26 @@ def _unsuited(model: nn.Module, name: str, weight: Tensor) -> str | None:
     return None
 
 
-def check_kinds(model: nn.Module, names: Iterable[str]) -> None:
+def check_kinds(model: nn.Module, names: Iterable[str], *, dense: bool = False) -> None:
     """Check that layers are of a kind that can be factored.
 
+    Args:
+        model: whose layers they are.
+        names: of the layers.
+        dense: whether they have to be dense.
+
     Raises:
-        LayerError: if one is neither dense nor low-rank.
+        LayerError: if one is neither dense nor low-rank, or is factored at all where it has to be
+            dense.
     """
     for name in names:
         layer = model.get_submodule(name)
-        if isinstance(layer, Replacement) and not isinstance(layer, LowRankLinear):
-            made = _MADE_BY.get(layer.kind, f"is a {type(layer).__name__}")
+        takes = "dense" if dense else "dense or low-rank"
+        if isinstance(layer, Replacement) and (dense or not isinstance(layer, LowRankLinear)):
             raise LayerError(
-                f"layer {name!r} {made}; Factorize starts from dense or low-rank layers: leave "
-                "it out with exclude="
+                f"layer {name!r} {_MADE_BY.get(layer.kind, f'is a {type(layer).__name__}')}; this "
+                f"starts from {takes} layers: leave it out with exclude=, or make it dense with "
+                "merge_dense first"
             )
 
 
@@ -358,7 +367,8 @@ def swap_parameters_(
         new: what takes their place, a weight or two factors likewise.
         carry: turns state of ``old`` into state of ``new``; None drops it.
         names: of ``new`` within their layer, for groups that name their parameters; by default
-            ``weight`` for one, and ``right.weight`` and ``left.weight`` for two.
+            ``weight`` for one, and ``right.weight`` and ``left.weight`` for two; ``first`` and
+            ``second`` for Kronecker factors.
         staying: leave ``old`` in its groups too, for a tied weight that others still use.
     """
     if names is None:
@@ -402,8 +412,10 @@ def _swap_in_group(group: dict[str, Any], heirs: Heirs, staying: bool) -> dict[s
             base = "".join(f"{part}." for part in path)
             params += [heir for heir, _ in heirs[id(parameter)]]
             names += [base + named for _, named in heirs[id(parameter)]]
+            # Kronecker factors have their bias beside them, not on one of them
+            own = any(named == "first" for some in heirs.values() for _, named in some)
             before, after = (
-                "left.bias" if count > 1 else "bias" for count in (len(heirs), num_new)
+                "left.bias" if count > 1 and not own else "bias" for count in (len(heirs), num_new)
             )
             renamed[base + before] = base + after
     group["params"][:] = params

@@ -25,6 +25,7 @@ LAYERS = [
         "pruning",
         "report",
         "settings",
+        "shapes",
         "export",
     },
     {"callbacks", "distill"},

@@ -21,7 +21,7 @@ from lrcompress.errors import (
     SettingError,
 )
 from lrcompress.nn import LowRankLinear
-from lrcompress.objective import METHODS, metric_of
+from lrcompress.objective import LOW_RANK, METHODS, metric_of
 from lrcompress.plan import Plan
 from lrcompress.report import PointRecord
 from lrcompress.solvers.truncation import truncate
@@ -29,7 +29,7 @@ from lrcompress.statistics.moments import KINDS, Statistics
 
 F = nn.functional
 WIDTH, CLASSES = 10, 3
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", LOW_RANK)  # others: test_shapes.py
 
 
 @pytest.fixture(autouse=True)

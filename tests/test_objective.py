@@ -55,6 +55,7 @@ def test_the_metric_is_what_the_table_says(method: str, x: Tensor, g: Tensor) ->
         "drone": (None, moment, None),
         "row_fisher": (fisher.sum(1).double() / EXAMPLES, moment, 1 / float(moment.trace())),
         "kfac": (gradients.mT @ gradients / EXAMPLES, moment, 1.0),
+        "kronecker": (gradients.mT @ gradients / EXAMPLES, moment, 1.0),
         "weighted_kfac": (gradients.mT @ gradients / EXAMPLES, weighted, 1.0),
     }
     found = metric_of(method, statistics(x, g), "layer", refit_bias=False)
@@ -68,13 +69,13 @@ def test_the_metric_is_what_the_table_says(method: str, x: Tensor, g: Tensor) ->
             torch.testing.assert_close(side * unit, wanted, **NEAR)
     assert found.mean is None
     assert found.loss_scale == (None if scale is None else pytest.approx(scale, rel=1e-5))
-    assert METHODS[method].comparable == (scale is not None)
+    assert METHODS[method].comparable == (scale is not None and method != "kronecker")
     assert found.note == ""
 
 
 def test_what_a_method_needs_follows_from_its_metric() -> None:
     gradients = {name for name, method in METHODS.items() if method.needs_gradients}
-    assert gradients == {"fwsvd", "row_fisher", "kfac", "weighted_kfac"}
+    assert gradients == {"fwsvd", "row_fisher", "kfac", "weighted_kfac", "kronecker"}
     assert METHODS["svd"].kinds == ()
     assert METHODS["kfac"].kinds == ("input_moment", "output_moment")
 

@@ -20,6 +20,7 @@ def test_every_recipe_is_found() -> None:
         "mnli_losparse_distil",
         "mrpc_drone",
         "mrpc_dsee_heads",
+        "mrpc_kroneckerbert",
         "mrpc_losparse",
         "mrpc_svd_then_distil",
         "quickstart",
@@ -32,12 +33,14 @@ def test_every_recipe_is_found() -> None:
         "sst2_safe_embedding",
         "stsb_row_fisher",
         "wikitext2_gpt2_kfac",
+        "wikitext2_gpt2_kngpt2",
     ]
 
 
 def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
     """Overrides that put a tiny model and a few local rows in place of the recipe's own."""
-    data = recipe["data"]["init_args"]
+    data, given = recipe["data"]["init_args"], recipe["model"]["init_args"]
+    inner = "student." if "student" in given else ""
     if recipe["data"]["class_path"].endswith("DocstringData"):
         rows = ["--data.train_size=96", "--data.val_size=12", "--data.test_size=12"]
         return [f"--model.path={model}", *rows, "--data.max_length=32"]
@@ -45,9 +48,7 @@ def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
         for name in ("train", "valid", "test"):
             (folder / f"{name}.txt").write_text("a very good film\na very dull film\n" * 200)
         train = f"--data.train={folder / 'train.txt'}"
-        return [f"--model.path={model}", train, "--data.length=32"]
-    given = recipe["model"]["init_args"]
-    inner = "student." if "student" in given else ""
+        return [f"--model.{inner}path={model}", train, "--data.length=32"]
     classes = (given["student"]["init_args"] if inner else given)["num_labels"]
     for name, count in (("train", 96), ("dev", 12), ("test", 12)):
         with (folder / f"{name}.tsv").open("w", newline="") as file:

@@ -22,8 +22,8 @@ from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Point
+from lrcompress.shapes import check_layers
 from lrcompress.statistics.batches import MASK
-from lrcompress.surgery import check_kinds
 
 
 class Factorize(Course):
@@ -42,14 +42,17 @@ class Factorize(Course):
         at: When to factor: a fraction of all steps (``0.4``), ``"epoch:N"`` (after N epochs) or
             ``"step:N"``. A list, rising, for several points.
         method: What errors are measured in: ``svd``, ``fwsvd``, ``asvd``, ``drone``,
-            ``row_fisher``, ``kfac`` or ``weighted_kfac``.
+            ``row_fisher``, ``kfac`` or ``weighted_kfac``; or ``kronecker``: sums of Kronecker
+            products, in the metric of ``kfac``, of dense layers and at one point.
         targets: Patterns of layer names such as ``*.attention.*``. By default all linear layers
             of numbered blocks: attention and feed-forward layers, not poolers and heads.
         exclude: Patterns of layers to leave out.
         allocation: ``uniform``: every layer keeps the same share; ``global``: ranks go where the
             predicted loss is; the default of the last three methods, the only ones that know it.
-        ranks: Ranks of their own for layers matching a pattern.
+        ranks: Ranks of their own for layers matching a pattern; of ``kronecker``, terms.
         keeps: Shares of their own for layers matching a pattern.
+        shapes: With ``kronecker``, the rows and columns of the first factors for layers matching
+            a pattern, as ``{"*.query": [384, 768]}``; by default the divisors that lose least.
         keep_range: Least and greatest share that any one layer may keep.
         align: Ranks are multiples of it, as far as no budget is lost by that.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
@@ -103,6 +106,7 @@ class Factorize(Course):
         allocation: str | None = None,
         ranks: dict[str, int] | None = None,
         keeps: dict[str, float] | None = None,
+        shapes: dict[str, list[int]] | None = None,
         keep_range: tuple[float, float] = (0.0, 1.0),
         align: int = 8,
         window: float | str = "epoch:1",
@@ -149,6 +153,7 @@ class Factorize(Course):
                 allocation=allocation,
                 ranks=ranks or {},
                 keeps=keeps or {},
+                shapes=shapes or {},
                 keep_range=keep_range,
                 align=align,
                 refit_bias=refit_bias,
@@ -159,6 +164,11 @@ class Factorize(Course):
             )
             for share in keeps_at
         ]
+        if len(points) > 1 and METHODS[method].form != "low_rank":
+            raise SettingError(
+                f"method={method!r} factors dense layers, which they are at the first point "
+                f"only; give one point, got at={at!r}"
+            )
         kinds = dict.fromkeys((*METHODS[method].kinds, *(also_observe or ())))
         sampling = Sampling(
             kinds=tuple(kinds),
@@ -247,7 +257,9 @@ class Factorize(Course):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_kinds(pl_module, self.settings[0].select(pl_module).names)
+        if self._stage < len(self.points):
+            settings = self.settings[self._stage]
+            check_layers(pl_module, settings.select(pl_module).names, settings)
         super().on_fit_start(trainer, pl_module)
 
     @override
@@ -279,6 +291,8 @@ class Factorize(Course):
             f"point {point} is step {step:,} of {self._total:,.0f}"
             for point, step in zip(self.points, self._at_steps, strict=False)
         ]
+        if settings.method == "kronecker":
+            notes.append("shapes are those that the weights alone would get; measured at the point")
         if settings.keep_measured:
             notes.append("layers that are not faster with factors stay; measured at the point")
         whole = sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ from lrcompress.checkpoint import read_lightning
 from lrcompress.engine import Settings
 from lrcompress.errors import RecipeError
 from lrcompress.forecast import forecast
-from lrcompress.objective import METHODS
+from lrcompress.objective import LOW_RANK, METHODS
 from lrcompress.report.plots import forecast_figure
 from lrcompress.report.tables import forecast_table
 
@@ -84,7 +84,7 @@ def _print_curve(
     if not isinstance(settings, Settings):  # a table has one method, and no others beside it
         return
     statistics = look(trainer, model, settings, sampling, curve, datamodule=datamodule)
-    found = forecast(model, statistics, settings, tuple(METHODS))
+    found = forecast(model, statistics, settings, LOW_RANK)
     rich.print(forecast_table(found, f"from {statistics.tokens:,} tokens of {curve} batches"))
     if plot is not None:
         forecast_figure(found).savefig(plot)

@@ -100,4 +100,4 @@ def solve(weight: Tensor, method: str, rank: int, metric: Metric) -> Factors:
     block = weight.shape[1] // rank
     rows = None if metric.rows is None else metric.rows.repeat_interleave(rank)
     found = truncate_table(weight.reshape(-1, block), rows).factors(1)
-    return Factors(found.left.view(-1, rank), found.right, found.error)
+    return Factors(found.left.view(-1, rank), found.right, found.error, found.lost)

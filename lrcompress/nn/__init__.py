@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from lrcompress.nn.kronecker import KroneckerLinear
 from lrcompress.nn.kronecker_embedding import KroneckerEmbedding
 from lrcompress.nn.low_rank import Factored, LowRankLinear
 from lrcompress.nn.low_rank_embedding import FactoredTable, LowRankEmbedding
@@ -17,6 +18,7 @@ KINDS: Mapping[str, type[Replacement]] = {
     for kind in (
         LowRankLinear,
         LowRankSparseLinear,
+        KroneckerLinear,
         UpdatedLinear,
         NarrowLinear,
         LowRankEmbedding,
@@ -30,6 +32,7 @@ __all__ = [
     "Factored",
     "FactoredTable",
     "KroneckerEmbedding",
+    "KroneckerLinear",
     "LowRankEmbedding",
     "LowRankLinear",
     "LowRankSparseLinear",

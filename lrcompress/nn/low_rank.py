@@ -13,16 +13,14 @@ from lrcompress.statistics import views
 
 
 class Factored(Replacement):
-    """What layers with a left factor share: its bias is theirs, and it leads back to a plain one.
+    """What linear layers with factors share: they take a layer's bias over, and lead back to one.
 
     Attributes:
         in_features: width of the input.
         out_features: width of the output.
-        rank: columns of the left factor.
-        left: the left factor, whose bias is the layer's.
+        rank: how many terms the sum of products has.
+        bias: ``(out,)`` or None.
     """
-
-    left: nn.Linear
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -34,10 +32,9 @@ class Factored(Replacement):
     def weight(self) -> Tensor:
         """The product ``(out, in)``, for code that reads a linear layer's weight."""
 
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias ``(out,)``, kept on the left factor."""
-        return self.left.bias
+    @abstractmethod
+    def _set_bias(self, bias: nn.Parameter | None) -> None:
+        """Make ``bias`` the layer's own, the same parameter."""
 
     def to_dense(self) -> nn.Module:
         """Return a plain layer with the same product, bias, dtype and device.
@@ -45,7 +42,7 @@ class Factored(Replacement):
         It is a ``Conv1D`` where this layer took the place of one, so that dense checkpoints
         fit, else an ``nn.Linear``.
         """
-        factor, transposed = self.left.weight, self.plain is not nn.Linear
+        factor, transposed = self.factors[-1], self.plain is not nn.Linear
         with torch.device(factor.device):
             dense = (
                 self.plain(self.out_features, self.in_features)
@@ -55,21 +52,39 @@ class Factored(Replacement):
         weight = self.weight.detach()
         stored = weight.mT.contiguous() if transposed else weight
         dense.weight = nn.Parameter(stored, requires_grad=factor.requires_grad)
-        dense.bias = self.left.bias
+        dense.bias = self.bias
         return dense.train(self.training)
 
     def _take_over(self, layer: nn.Module, old: views.LinearView) -> Self:
-        self.left.bias = old.bias  # type: ignore[assignment]
+        self._set_bias(old.bias)
         if isinstance(layer, Factored):
             self.plain = layer.plain
         elif old.transposed:
             self.plain = type(layer)
-        for child in self.children():
-            child.weight.requires_grad_(old.parameters[-1].requires_grad)
+        for factor in self.factors:
+            factor.requires_grad_(old.parameters[-1].requires_grad)
         return self.train(layer.training)
 
 
-class LowRankLinear(Factored):
+class LeftFactored(Factored):
+    """What layers with a left factor share: its bias is theirs.
+
+    Attributes:
+        left: the left factor, ``rank`` wide.
+    """
+
+    left: nn.Linear
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias ``(out,)``, kept on the left factor."""
+        return self.left.bias
+
+    def _set_bias(self, bias: nn.Parameter | None) -> None:
+        self.left.bias = bias  # type: ignore[assignment]
+
+
+class LowRankLinear(LeftFactored):
     """``y = left (right x) + bias``, a linear map of rank at most ``rank``.
 
     Takes and returns what the layer it replaces did. Costs ``rank·(in + out)`` multiply-adds a

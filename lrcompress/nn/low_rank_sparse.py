@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompress.errors import SettingError, ShapeError
-from lrcompress.nn.low_rank import Factored, LowRankLinear
+from lrcompress.nn.low_rank import LeftFactored, LowRankLinear
 from lrcompress.nn.replacement import Sizes
 from lrcompress.parallel import own_rows
 from lrcompress.statistics import views
@@ -20,7 +20,7 @@ _COPY = 8  # copying a weight costs about as much as applying it to so many toke
 _ALIGN = 16  # widths of products that are multiples of it are faster
 
 
-class LowRankSparseLinear(Factored):
+class LowRankSparseLinear(LeftFactored):
     """``y = left (right x) + scatter(rows x) + bias``: low rank, and more for some outputs.
 
     Row ``i`` of the sparse part adds to output ``index[i]``; the others have the low-rank part

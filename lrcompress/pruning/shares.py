@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lrcompress.budget import check_keep
 from lrcompress.errors import SettingError
 from lrcompress.importance import ROW_SCORES
-from lrcompress.objective import COMPARABLE
+from lrcompress.objective import COMPARABLE, LOW_RANK
 
 AUTO = "auto"
 GRANULARITIES = ("rows", "entries")
@@ -69,6 +69,11 @@ class Shares:
         Raises:
             SettingError: if they shall by predicted losses, which ``method`` does not know.
         """
+        if method not in LOW_RANK:
+            raise SettingError(
+                f"LoSparse starts from a low-rank split, which method {method!r} does not give; "
+                f"use one of {', '.join(LOW_RANK)}"
+            )
         if self.low_rank_share == AUTO and self.start_rank is None and method not in COMPARABLE:
             raise SettingError(
                 "low_rank_share='auto' compares predicted losses of ranks and rows, which method "

@@ -18,7 +18,7 @@ from lrcompress.pruning.shares import AUTO, Quota, Shares
 from lrcompress.report.record import LayerRecord
 from lrcompress.sharded import Dealt, Found, Solved, install_, solve
 from lrcompress.solvers.residual import row_energies
-from lrcompress.solvers.truncation import Factors
+from lrcompress.solvers.truncation import Factors, Truncation
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
@@ -88,7 +88,9 @@ def split_(
     held = tuple(optimizers)
 
     def put(name: str, found: Found | None) -> None:
-        _put(model, name, found[0] if found else None, ranks[name], shares, held)
+        factors = found[0] if found else None
+        assert factors is None or isinstance(factors, Factors)
+        _put(model, name, factors, ranks[name], shares, held)
 
     install_(model, dealt, ranks, put, held)
     device = {name: view(model.get_submodule(name)).parameters[0].device for name in names}
@@ -153,6 +155,7 @@ def _divided(dealt: Dealt, sizes: Sizes, budget: int) -> dict[str, int]:
         losses = {}
         for name, one in own.items():
             most, metric = max(1, math.prod(sizes[name]) // sum(sizes[name])), one.metric
+            assert isinstance(one.truncation, Truncation)
             rows = row_energies(one.weight, metric.output, metric.input, one.truncation, most)
             losses[name] = (0.5 * (metric.loss_scale or 0.0) * rows).cpu()
         return losses

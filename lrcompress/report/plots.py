@@ -289,7 +289,7 @@ _SHADES = "One line a layer, the stronger the deeper."
 
 
 def _share(layer: LayerRecord, rank: int) -> float:
-    return rank * (layer.out_features + layer.in_features) / layer.before
+    return rank * layer.unit / layer.before
 
 
 def _faded(

@@ -33,6 +33,8 @@ class LayerRecord:
             was not measured.
         curve: ranks and the relative errors they would have, some of them, rising.
         parameters: of what stands there now, where it is no pair of factors; None where it is.
+        first: sizes of the first factor of a sum of Kronecker products, of which ``rank`` counts
+            the terms; None for other factors.
         importance: how many units were at least as important, and the score of the last of them,
             when pruning began: some of the units that pruning chooses from, in falling order.
         columns: of these rows, where inputs were removed; None where all are left.
@@ -52,6 +54,7 @@ class LayerRecord:
     importance: Curve = ()
     parameters: int | None = None
     columns: int | None = None
+    first: tuple[int, int] | None = None
 
     @property
     def before(self) -> int:
@@ -59,11 +62,19 @@ class LayerRecord:
         return self.out_features * self.in_features
 
     @property
+    def unit(self) -> int:
+        """Parameters of one rank, or of one term."""
+        if self.first is None:
+            return self.out_features + self.in_features
+        size = self.first[0] * self.first[1]
+        return size + self.before // size
+
+    @property
     def after(self) -> int:
         """Parameters of what stands there now; of rows with single entries, those not zero."""
         if self.entries is None or self.rank is None:
             return self.stored
-        return self.rank * (self.out_features + self.in_features) + self.entries
+        return self.rank * self.unit + self.entries
 
     @property
     def stored(self) -> int:
@@ -73,7 +84,7 @@ class LayerRecord:
         if self.parameters is not None:
             return self.parameters
         rows = (self.rows or 0) * (self.in_features if self.columns is None else self.columns)
-        return self.rank * (self.out_features + self.in_features) + rows
+        return self.rank * self.unit + rows
 
 
 @dataclass
@@ -244,7 +255,7 @@ def _point(data: Mapping[str, Any]) -> PointRecord:
     layers = [
         LayerRecord(
             **{**one, "curve": _curve(one.get("curve", ()))}
-            | {"importance": _curve(one.get("importance", ()))}
+            | {"importance": _curve(one.get("importance", ())), "first": _pair(one.get("first"))}
         )
         for one in data["layers"]
     ]
@@ -256,6 +267,13 @@ def _point(data: Mapping[str, Any]) -> PointRecord:
 
 def _curve(pairs: Iterable[Sequence[float]]) -> Curve:
     return tuple((int(x), float(y)) for x, y in pairs)
+
+
+def _pair(sizes: Sequence[int] | None) -> tuple[int, int] | None:
+    if sizes is None:
+        return None
+    one, two = sizes
+    return int(one), int(two)
 
 
 def noted(curve: Curve, step: int, value: float, gap: float) -> Curve:

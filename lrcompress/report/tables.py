@@ -26,7 +26,9 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     table.add_column("layer", no_wrap=True)
     sparse = any(x.rows is not None for members in kinds.values() for x in members)
     found = ("rows", "kept") if sparse else ("kept", "error", "loss +")
-    for heading in ("n", "left dense", "out×in", "rank", *found):
+    products = any(x.first is not None for members in kinds.values() for x in members)
+    terms = ("first", "terms") if products else ("rank",)
+    for heading in ("n", "left dense", "out×in", *terms, *found):
         table.add_column(heading, justify="right", no_wrap=heading != "left dense")
     for kind, members in kinds.items():
         error = sum_or_none(x.error for x in members)
@@ -39,6 +41,7 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
             str(len(members)),
             str(sum(x.rank is None for x in members) or ""),
             f"{members[0].out_features}×{members[0].in_features}",
+            *([_firsts(members)] if products else []),
             _span(x.rank for x in members),
             *([_span(x.rows for x in members)] if sparse else []),
             share(sum(x.after for x in members) / sum(x.before for x in members)),
@@ -151,6 +154,11 @@ def columns_table(
     for label, cells in rows:
         table.add_row(label, *cells)
     return table
+
+
+def _firsts(layers: Iterable[LayerRecord]) -> str:
+    shapes = sorted({x.first for x in layers if x.first is not None})
+    return ", ".join(f"{rows}×{columns}" for rows, columns in shapes)
 
 
 def _span(sizes: Iterable[int | None]) -> str:

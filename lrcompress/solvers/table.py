@@ -46,7 +46,8 @@ class TableTruncation:
         for rows, part in _parts(self._table):
             left[rows] = (part @ self._basis[:, :rank]).to(left)
         left, right = balanced(left, self._back[:rank].to(left))
-        return Factors(left.contiguous(), right.contiguous(), relative_error(self.energies, rank))
+        error, lost = relative_error(self.energies, rank), float(self.energies[rank:].sum())
+        return Factors(left.contiguous(), right.contiguous(), error, lost)
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.linalg import balanced, root
+from lrcompress.linalg import balanced, root, whitening
 
 # Keeps the inverse of an output metric bounded: the least of its eigenvalues, of the largest.
-_FLOOR = 1e-10
+FLOOR = 1e-10
 
 
 _Solution = tuple[Tensor, Callable[[int], tuple[Tensor, Tensor]]]
@@ -24,11 +24,22 @@ class Factors:
         left: ``(out, rank)``, dtype and device of the weight.
         right: ``(rank, in)``.
         error: ``‖P (W − left right) Q‖ / ‖P W Q‖``, from the discarded energies.
+        lost: ``‖P (W − left right) Q‖²``.
     """
 
     left: Tensor
     right: Tensor
     error: float
+    lost: float
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The factors in the order in which they are applied."""
+        return self.right, self.left
+
+    def product(self) -> Tensor:
+        """Return what stands for the weight, ``(out, in)`` float64."""
+        return self.left.double() @ self.right.double()
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Truncation:
             left.to(self._weight.dtype).contiguous(),
             right.to(self._weight.dtype).contiguous(),
             self.error(rank),
+            float(self.energies[rank:].sum()),
         )
 
     def basis(self, rank: int) -> Tensor:
@@ -126,7 +138,7 @@ def truncate(
         >>> [round(truncate(weight).error(rank), 4) for rank in (1, 2, 3)]  # sqrt(5/14), sqrt(1/14)
         [0.5976, 0.2673, 0.0]
     """
-    _check(weight, output, input)
+    check(weight, output, input)
     w = weight.double()
     g, c = (None if side is None or not side.any() else side.to(w) for side in (output, input))
     solve = _on_output_side if weight.shape[0] <= weight.shape[1] else _on_input_side
@@ -143,22 +155,10 @@ def _times(matrix: Tensor, metric: Tensor | None) -> Tensor:
 
 def _on_output_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
     """Solve by ``U``: one factor ``P`` of the output metric, and the input metric as it is."""
-    pw, inverse = _output_factor(w, g)
-    energies, u = _descending(_times(pw, c) @ pw.mT)
+    apply, inverse = whitening(g, FLOOR)
+    pw = apply(w)
+    energies, u = descending(_times(pw, c) @ pw.mT)
     return energies, lambda rank: (inverse(u[:, :rank]), u[:, :rank].mT @ pw)
-
-
-def _output_factor(w: Tensor, g: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return ``P W`` and what applies ``P⁻¹``, for some ``P`` with ``PᵀP = G``."""
-    if g is None:
-        return w, lambda u: u
-    if g.ndim == 1:
-        p = g.clamp(min=float(g.max()) * _FLOOR).sqrt()[:, None]
-        return p * w, lambda u: u / p
-    r, triangular = root(g, _FLOOR)  # P = Rᵀ: with R in its place G would be as good as ignored
-    if triangular:
-        return r.mT @ w, lambda u: torch.linalg.solve_triangular(r.mT, u, upper=True)
-    return r.mT @ w, lambda u: r @ (u / r.square().sum(0)[:, None])  # orthogonal columns
 
 
 def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
@@ -170,7 +170,7 @@ def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
     else:
         wq = w @ root(c)[0]
     gwq = wq if g is None else (g[:, None] * wq if g.ndim == 1 else g @ wq)
-    energies, v = _descending(wq.mT @ gwq)
+    energies, v = descending(wq.mT @ gwq)
     seen = int((energies > energies[0] * 1e-14).sum())
     scaled = v[:, :seen] * energies[:seen].rsqrt()
 
@@ -187,12 +187,19 @@ def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
     return energies, leading
 
 
-def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a positive semidefinite matrix, falling, and their vectors."""
     energies, basis = torch.linalg.eigh(matrix)
     return energies.clamp(min=0).flip(0), basis.flip(1)  # rounding can push a zero below zero
 
 
-def _check(weight: Tensor, output: Tensor | None, input: Tensor | None) -> None:
+def check(weight: Tensor, output: Tensor | None, input: Tensor | None) -> None:
+    """Check that a weight and its metrics fit together and are finite.
+
+    Raises:
+        ShapeError: if they do not fit.
+        NotFiniteError: if one of them holds a NaN or an infinity.
+    """
     if weight.ndim != 2:
         raise ShapeError(f"weight must be (out, in), got shape {tuple(weight.shape)}")
     for name, metric, size in (

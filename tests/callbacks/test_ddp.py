@@ -30,6 +30,9 @@ RUNS: dict[str, str] = {
         "lrcompress.LoSparse(keep=0.4, mask_every=2, init='kfac', at='epoch:1', "
         "every_n_steps=1, verbose=False)"
     ),
+    "kronecker": (
+        "lrcompress.Factorize(keep=0.5, at=0.5, method='kronecker', every_n_steps=2, verbose=False)"
+    ),
 }
 DISTILLED = {f"distilled {name}": RUNS[name] for name in ("one point", "losparse")}
 # Every process takes its rows of the same global batches.
@@ -222,7 +225,7 @@ def alone(name: str, make: str, tagger: Make, loader: Make, trainer: Make, folde
 def test_processes_end_alike_and_as_one_would(
     tagger: Make, loader: Make, trainer: Make, launch: Make, tmp_path: Path
 ) -> None:
-    busy = {"one point": [9], "two points": [6, 12], "losparse": [6, 13]}
+    busy = {"one point": [9], "two points": [6, 12], "losparse": [6, 13], "kronecker": [9]}
     busy |= {name: busy[name.removeprefix("distilled ")] for name in DISTILLED}
     runs = RUNS | DISTILLED
     ends = {}

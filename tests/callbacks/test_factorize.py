@@ -28,8 +28,9 @@ from lrcompress.errors import (
     ObservationError,
     PlatformError,
     SettingError,
+    ShapeError,
 )
-from lrcompress.nn import LowRankLinear
+from lrcompress.nn import Factored, KroneckerLinear, LowRankLinear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
@@ -71,7 +72,7 @@ def test_a_fine_tune_comes_out_smaller(
     trainer(callback).fit(model, loader(), loader())
 
     point = callback.report.points[0]
-    ranks = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    ranks = {n: m.rank for n, m in model.named_modules() if isinstance(m, Factored)}
     assert ranks == {layer.name: layer.rank for layer in point.layers if layer.rank}
     assert len(ranks) >= 3
     assert point.model_after == sum(p.numel() for p in model.parameters()) < before
@@ -87,8 +88,9 @@ def test_a_fine_tune_comes_out_smaller(
         {"method": "kfac", "at": ["epoch:1", 0.7], "keep": [0.6, 0.3]},
         {"method": "drone", "at": "step:7", "restart_scale": 0.3, "restart_steps": 4},
         {"method": "row_fisher", "fisher": "model", "logits": "head", "window": "step:5"},
+        {"method": "kronecker", "keep": 0.6, "shapes": {"*up": [16, 16]}, "window": "step:5"},
     ],
-    ids=["one point", "two points", "restart", "drawn labels"],
+    ids=["one point", "two points", "restart", "drawn labels", "kronecker"],
 )
 def test_a_run_resumed_at_any_step_ends_bit_identical(
     options: dict[str, Any], tagger: Make, loader: Make, trainer: Make, tmp_path: Path
@@ -105,6 +107,38 @@ def test_a_run_resumed_at_any_step_ends_bit_identical(
         trainer(factorize(**options)).fit(model, loader(), loader(), ckpt_path=path)
         assert same(model, whole), path.name
         assert hooks(model) == 0
+
+
+def test_kronecker_factors_are_given_or_found_and_only_of_dense_layers(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    """Every other block by its odd number; the shapes given; no second point; refusals first."""
+    odd = {"targets": ["blocks.*[13579].*"], "method": "kronecker", "keep": 0.6}
+    model, callback = tagger(), factorize(**odd, shapes={"*up": [16, 16]})
+    trainer(callback).fit(model, loader(), loader())
+    kinds = {n: m for n, m in model.named_modules() if isinstance(m, KroneckerLinear)}
+    assert kinds.keys() == {"blocks.1.up", "blocks.1.down"}
+    assert kinds["blocks.1.up"].sizes["first_out"] == kinds["blocks.1.up"].sizes["first_in"] == 16
+    (point,) = callback.report.points
+    assert point.keep <= 0.6
+    for record in point.layers:
+        layer = kinds[record.name]
+        assert record.first == tuple(layer.first.shape[1:])
+        assert record.after == sum(p.numel() for p in layer.factors)
+        assert record.predicted_loss is not None
+    again = lrcompress.Report.from_dict(json.loads(json.dumps(callback.report.to_dict())))
+    assert again.points[0].layers == point.layers
+
+    with pytest.raises(LayerError, match=r"'blocks.1.up' is a sum of Kronecker products already"):
+        trainer(factorize(keep=0.5)).fit(model, loader())
+    low = tagger()
+    low.blocks[1]["up"] = LowRankLinear.in_place_of(low.blocks[1]["up"], 2)
+    with pytest.raises(LayerError, match=r"'blocks.1.up' is a LowRankLinear already.*merge_dense"):
+        trainer(factorize(**odd)).fit(low, loader())
+    with pytest.raises(ShapeError, match=r"layer 'blocks.1.up': .*\[5, 7\].*does is \[4, 8\]"):
+        trainer(factorize(**odd, shapes={"*up": [5, 7]})).fit(tagger(), loader())
+    with pytest.raises(SettingError, match=r"method='kronecker' factors dense layers.*one point"):
+        factorize(method="kronecker", keep=[0.5, 0.3], at=[0.3, 0.6])
 
 
 def test_a_point_that_is_past_keeps_its_settings_and_says_so(

@@ -18,6 +18,10 @@ RUNS: dict[str, str] = {
         "lrcompress.LoSparse(keep=0.4, mask_every=2, init='kfac', low_rank_share='auto', "
         "at='epoch:1', every_n_steps=1, verbose=False)"
     ),
+    "kronecker": (
+        "lrcompress.Factorize(keep=0.6, at=0.5, method='kronecker', every_n_steps=2, "
+        "shapes={'*up': [16, 16]}, verbose=False)"
+    ),
     "distilled": (  # and two backward passes in each observed step
         "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, fisher='model', "
         "logits='model.head', verbose=False)"

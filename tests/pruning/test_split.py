@@ -15,7 +15,7 @@ from lrcompress.budget import divide
 from lrcompress.engine import Settings
 from lrcompress.errors import LayerError, SettingError
 from lrcompress.nn import LowRankSparseLinear
-from lrcompress.objective import METHODS, metric_of
+from lrcompress.objective import LOW_RANK, METHODS, metric_of
 from lrcompress.pruning import Shares, outlook, split_
 from lrcompress.solvers.truncation import truncate
 from lrcompress.statistics.moments import Statistics
@@ -30,7 +30,7 @@ EACH_SHARE: list[dict[str, Any]] = [
     {"low_rank_share": "auto", "initial_rank": 1.0},
     {"granularity": "entries"},
 ]
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", LOW_RANK)
 each_share = pytest.mark.parametrize("given", EACH_SHARE, ids=str)
 Make = Callable[..., Any]
 
@@ -364,7 +364,7 @@ def test_the_least_keep_that_is_named_can_be_met(make: Make) -> None:
         assert all(isinstance(layer, LowRankSparseLinear) for layer in layers)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(COMPARABLE)))
+@pytest.mark.parametrize("method", sorted(set(LOW_RANK) - set(COMPARABLE)))
 def test_auto_ranks_need_a_method_that_predicts_the_loss(untouched: Any, method: str) -> None:
     message = (
         "^low_rank_share='auto' compares predicted losses of ranks and rows, which "

@@ -1,0 +1,423 @@
+"""A weight as a sum of Kronecker products, nearest in a two-sided metric.
+
+``W ≈ Σ_s A_s ⊗ B_s``: block ``(i, j)`` of ``W``, of the size of ``B``, is ``Σ_s A_s[i, j] B_s``.
+With the blocks of ``W`` as the rows of a matrix ``R(W)``, a Kronecker product is a matrix of rank
+one, so without a metric the nearest sums are the truncations of ``R(W)``. A metric keeps this form
+where it is a Kronecker product itself, ``G = G₁ ⊗ G₂`` and ``C = C₁ ⊗ C₂``.
+
+Source: C. Van Loan, N. Pitsianis, "Approximation with Kronecker products" (1993).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrcompress.errors import SettingError, ShapeError
+from lrcompress.linalg import balanced, whitening
+from lrcompress.solvers.truncation import FLOOR, check, descending, relative_error
+
+Sizes = tuple[int, int]
+_Map = Callable[[Tensor], Tensor]
+
+# A metric this close to a Kronecker product, relative to its norm, is one: statistics are float32.
+_SEPARABLE = 1e-6
+_SWEEPS = 4  # at most, of both factors in turn
+_WORK = 1.5  # multiply-adds that a shape may take for every parameter of its budget
+_STEPS = 2  # of conjugate gradients, at most, for one factor: more is slower, and no better
+_ENOUGH = 1e-2  # a sweep that lowers the squared error by no larger share is the last
+_SHORTLIST = 4  # shapes that are compared in the metric
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """A weight as ``Σ_s first[s] ⊗ second[s]``.
+
+    Attributes:
+        first: ``(terms, m1, n1)``, dtype and device of the weight.
+        second: ``(terms, out / m1, in / n1)``.
+        error: ``‖P (W − M) Q‖ / ‖P W Q‖``, with ``M`` the sum.
+        lost: ``‖P (W − M) Q‖²``.
+        sweeps: alternations in the metric after the start; 0 where the start is the optimum.
+    """
+
+    first: Tensor
+    second: Tensor
+    error: float
+    lost: float
+    sweeps: int = 0
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The factors."""
+        return self.first, self.second
+
+    def product(self) -> Tensor:
+        """Return what stands for the weight, ``(out, in)`` float64."""
+        (_, m1, n1), (terms, m2, n2) = self.first.shape, self.second.shape
+        rows = self.first.view(terms, -1).mT.double() @ self.second.view(terms, -1).double()
+        return assembled(rows, (m1, n1), (m1 * m2, n1 * n2))
+
+
+@dataclass(frozen=True)
+class KroneckerSums:
+    """Every sum of Kronecker products of one shape for one weight.
+
+    Attributes:
+        shape: ``(m1, n1)``, the sizes of the first factors.
+        energies: ``(most terms,)`` float64, descending: what each further term saves in the
+            nearest separable metric, which is the metric itself where ``exact``.
+        exact: whether the metric is separable.
+    """
+
+    shape: Sizes
+    energies: Tensor
+    exact: bool
+    _weight: Tensor
+    _whitened: Tensor  # R(P W Q), (m1·n1, m2·n2), in the separable metric
+    _basis: Tensor  # its singular vectors on the smaller side
+    _sides: tuple["_Side", "_Side"]  # of the output and of the input metric
+
+    @property
+    def unit(self) -> int:
+        """Parameters of one term."""
+        return sum(self._whitened.shape)
+
+    @torch.no_grad()
+    def factors(self, terms: int) -> KroneckerFactors:
+        """Return the best factors of that many terms, balanced, in the weight's own dtype.
+
+        Raises:
+            SettingError: if ``terms`` is below 1 or more than the weight can have.
+        """
+        most = len(self.energies)
+        if not 1 <= terms <= most:
+            raise SettingError(
+                f"terms must be from 1 to {most} for a weight of shape "
+                f"{tuple(self._weight.shape)} and first factors {self.shape}, got {terms}"
+            )
+        x, y = self._start(terms)
+        error, lost = relative_error(self.energies, terms), float(self.energies[terms:].sum())
+        sweeps = 0
+        if not self.exact and terms < most:
+            x, y, error, lost, sweeps = _alternated(self._whitened, x, y, self._product)
+        (m1, n1), (m, n) = self.shape, self._weight.shape
+        output, input = self._sides
+        first = _back(x.view(m1, n1, terms), output.first, input.first)
+        second = _back(y.mT.reshape(m // m1, n // n1, terms), output.second, input.second)
+        left, right = balanced(first.reshape(-1, terms), second.reshape(-1, terms).mT)
+        first, second = left.mT.view(terms, m1, n1), right.view(terms, m // m1, n // n1)
+        own = self._weight.dtype
+        return KroneckerFactors(
+            first.to(own).contiguous(), second.to(own).contiguous(), error, lost, sweeps
+        )
+
+    def _start(self, terms: int) -> tuple[Tensor, Tensor]:
+        """Return the optimum in the separable metric, the singular vectors on one side."""
+        basis, matrix = self._basis[:, :terms], self._whitened
+        if len(basis) == len(matrix) <= matrix.shape[1]:
+            return basis, basis.mT @ matrix
+        return matrix @ basis, basis.mT
+
+    def _product(self, change: Tensor) -> Tensor:
+        """Return ``R(G D C)`` of ``R(D)``, in the basis in which the separable metric is one."""
+        matrix = assembled(change, self.shape, (len(self._weight), self._weight.shape[1]))
+        output, input = (side.rest for side in self._sides)
+        if output is not None:
+            matrix = output[:, None] * matrix if output.ndim == 1 else output @ matrix
+        if input is not None:
+            matrix = matrix * input if input.ndim == 1 else matrix @ input
+        return rearranged(matrix, self.shape)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side's metric by the Kronecker product nearest to it, and what that leaves.
+
+    Attributes:
+        first: what applies ``P₁`` and what applies ``P₁⁻¹``.
+        second: the same of ``P₂``.
+        rest: the metric in the basis of ``P₁ ⊗ P₂``; None where it is the identity.
+    """
+
+    first: tuple[_Map, _Map]
+    second: tuple[_Map, _Map]
+    rest: Tensor | None
+
+
+def rearranged(weight: Tensor, first: Sizes) -> Tensor:
+    """Return ``R(W)``, ``(m1·n1, m2·n2)``: a row for every block of ``weight``.
+
+    Example:
+        >>> rearranged(torch.arange(8).view(2, 4), (1, 2)).tolist()
+        [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+    (m1, n1), (m, n) = first, weight.shape
+    blocks = weight.reshape(m1, m // m1, n1, n // n1)
+    return blocks.transpose(1, 2).reshape(m1 * n1, -1)
+
+
+def assembled(rows: Tensor, first: Sizes, shape: Sizes) -> Tensor:
+    """Return the matrix of that shape whose blocks are ``rows``, what undoes :func:`rearranged`."""
+    (m1, n1), (m, n) = first, shape
+    return rows.reshape(m1, n1, m // m1, n // n1).transpose(1, 2).reshape(m, n)
+
+
+def kronecker_sums(
+    weight: Tensor, first: Sizes, output: Tensor | None = None, input: Tensor | None = None
+) -> KroneckerSums:
+    """Return the sums of Kronecker products nearest to ``weight`` in a two-sided metric.
+
+    Minimises ``‖P (W − Σ_s A_s ⊗ B_s) Q‖²`` with ``PᵀP = output`` and ``QQᵀ = input``. Each
+    metric is split into the Kronecker product of its partial traces, ``C₁ = tr₂ C`` and
+    ``C₂ = tr₁ C / tr C``; where it is one, this gives its factors and the solution is exact, by a
+    singular value decomposition in the basis of ``P₁ ⊗ P₂`` and ``Q₁ ⊗ Q₂``. Where it is not, that
+    is the start, and :meth:`KroneckerSums.factors` improves one factor after the other in the
+    metric, each by conjugate gradients on its quadratic: the error only falls. It ends where two
+    such turns lower the squared error by less than a hundredth, or after four times two.
+
+    Args:
+        weight: ``(out, in)``, any floating dtype; the solve runs in float64.
+        first: ``(m1, n1)``, the sizes of the first factors, divisors of ``out`` and ``in``. The
+            second have the sizes ``(out / m1, in / n1)``.
+        output: ``G``: ``(out, out)`` symmetric, ``(out,)`` its diagonal, or None for the identity,
+            as which an all-zero metric counts.
+        input: ``C``: ``(in, in)``, ``(in,)`` or None, likewise. Eigenvalues of the separable
+            metrics that are next to zero are raised to 1e-10 of the largest.
+
+    Raises:
+        ShapeError: if the arguments do not fit together, or ``first`` does not divide.
+        NotFiniteError: if one of them holds a NaN or an infinity.
+
+    Cost:
+        With ``s = min(m1·n1, m2·n2)`` an eigendecomposition of ``s³`` and ``2·out·in·s``
+        operations; then, for every step of conjugate gradients, ``2·out·in·(out + in)`` with
+        full metrics that are not separable, of which there are at most 18.
+    """
+    check(weight, output, input)
+    m, n = weight.shape
+    check_divides(first, (m, n))
+    (m1, n1), w = first, weight.detach().double()
+    g, c = (None if side is None or not side.any() else side.to(w) for side in (output, input))
+    sides = _side(g, m1), _side(c, n1)
+    matrix = rearranged(_whitened(w, first, *sides), first)
+    energies, basis = descending(_gram(matrix))
+    exact = all(side.rest is None for side in sides)
+    return KroneckerSums(first, energies, exact, weight.detach(), matrix, basis, sides)
+
+
+def check_divides(first: Sizes, shape: Sizes, where: str = "") -> None:
+    """Check that a first factor of sizes ``first`` can be one of a weight of that shape.
+
+    Raises:
+        ShapeError: if it cannot; the message names the nearest sizes that can.
+    """
+    pair = tuple(first) if isinstance(first, tuple | list) else ()
+    if len(pair) != 2 or not all(type(x) is int and x > 0 for x in pair):
+        raise ShapeError(f"{where}the first factor needs two whole sizes from 1, got {first!r}")
+    if any(size % part for part, size in zip(pair, shape, strict=True)):
+        nearest = [
+            min(divisors(size), key=lambda d, part=part: (abs(d - part), d))  # type: ignore[misc]
+            for part, size in zip(pair, shape, strict=True)
+        ]
+        raise ShapeError(
+            f"{where}the first factor of a weight of shape {tuple(shape)} cannot be {list(pair)}, "
+            f"which does not divide it; the nearest that does is {nearest}"
+        )
+
+
+def divisors(size: int) -> list[int]:
+    """Return all divisors, rising.
+
+    Example:
+        >>> divisors(12)
+        [1, 2, 3, 4, 6, 12]
+    """
+    return [d for d in range(1, size + 1) if size % d == 0]
+
+
+@torch.no_grad()
+def nearest_shape(
+    weight: Tensor,
+    budget: int,
+    output: Tensor | None = None,
+    input: Tensor | None = None,
+    terms: int | None = None,
+) -> Sizes | None:
+    """Return the sizes of the first factors that lose least within a number of parameters.
+
+    All divisors are compared, without a metric, whose terms make at most 1.5 multiply-adds for
+    every parameter of the budget, and no more than the weight itself; the best four of them then
+    in the separable metric nearest to the one given. Shapes of which a term is a matrix of rank
+    one are left out: that is what low-rank factors are for, and they would lose least.
+
+    Args:
+        weight: ``(out, in)``.
+        budget: parameters that all terms together may have.
+        output: as of :func:`kronecker_sums`.
+        input: as of :func:`kronecker_sums`.
+        terms: how many there have to be; by default as many as fit.
+
+    Returns:
+        ``(m1, n1)``, the one with the fewest multiply-adds where errors are equal to four digits;
+        None if nothing fits.
+
+    Cost:
+        Some 50 sets of eigenvalues, of the smaller side of ``R(W)``, in float32, and four more in
+        float64.
+    """
+    m, n = weight.shape
+    found: dict[Sizes, tuple[int, int]] = {}  # to terms and multiply-adds
+    for m1 in divisors(m):
+        for n1 in divisors(n):
+            one, two = (m1, n1), (m // m1, n // n1)
+            count = terms or budget // (m1 * n1 + two[0] * two[1])
+            fits = 1 <= count <= budget // (m1 * n1 + two[0] * two[1])
+            work = count * min(multiply_adds(one, two))
+            if (
+                fits
+                and work <= min(m * n, _WORK * budget)
+                and {1} not in ({m1, two[1]}, {n1, two[0]}, {m1, n1}, {*two})
+            ):
+                found[one] = count, work
+    if not found:
+        return None
+    plain = weight.detach().float()
+    lost = {one: _tail(rearranged(plain, one), found[one][0]) for one in found}
+    best = sorted(found, key=lambda one: (round(lost[one], 4), found[one][1]))[:_SHORTLIST]
+    if len(best) > 1 and not (output is None and input is None):
+        lost = {
+            one: relative_error(kronecker_sums(weight, one, output, input).energies, found[one][0])
+            for one in best
+        }
+    return min(best, key=lambda one: (round(lost[one], 4), found[one][1]))
+
+
+def multiply_adds(first: Sizes, second: Sizes) -> tuple[int, int]:
+    """Return what one term takes a token, with the first and with the second factor first.
+
+    Example:
+        >>> multiply_adds((2, 4), (3, 5))
+        (70, 84)
+    """
+    (m1, n1), (m2, n2) = first, second
+    return m1 * n1 * n2 + m1 * m2 * n2, m2 * n2 * n1 + m1 * n1 * m2
+
+
+def _tail(matrix: Tensor, terms: int) -> float:
+    energies = torch.linalg.eigvalsh(_gram(matrix)).clamp(min=0).flip(0)
+    return relative_error(energies, terms)
+
+
+def _side(metric: Tensor | None, first: int) -> _Side:
+    if metric is None:
+        same = whitening(None, FLOOR)
+        return _Side(same, same, None)
+    sizes = first, len(metric) // first
+    if metric.ndim == 1:
+        grid = metric.view(sizes)
+        one, two = grid.sum(1), grid.sum(0) / metric.sum()
+        far = (grid - torch.outer(one, two)).norm()
+    else:
+        blocks = metric.view(*sizes, *sizes)
+        one = blocks.diagonal(dim1=1, dim2=3).sum(-1)
+        two = blocks.diagonal(dim1=0, dim2=2).sum(-1) / metric.diagonal().sum()
+        far = (metric - torch.kron(one, two)).norm()
+    maps = whitening(one, FLOOR), whitening(two, FLOOR)
+    if far <= _SEPARABLE * metric.norm():
+        return _Side(*maps, None)
+    if metric.ndim == 1:
+        scale = [
+            back(torch.ones(k, 1).to(metric)) for (_, back), k in zip(maps, sizes, strict=True)
+        ]
+        return _Side(*maps, metric * torch.outer(*(x.view(-1).square() for x in scale)).view(-1))
+    backs = [back(torch.eye(k).to(metric)) for (_, back), k in zip(maps, sizes, strict=True)]
+    for _ in range(2):  # the columns, then the rows
+        for axis, back in enumerate(backs):
+            blocks = _along(blocks, axis, back.mT.matmul)
+        blocks = blocks.permute(2, 3, 0, 1)
+    return _Side(*maps, blocks.reshape(metric.shape))
+
+
+def _whitened(w: Tensor, first: Sizes, output: _Side, input: _Side) -> Tensor:
+    """Return ``P W Q`` in the separable metric."""
+    blocks = w.view(first[0], w.shape[0] // first[0], first[1], w.shape[1] // first[1])
+    for axis, (there, _) in enumerate((output.first, output.second, input.first, input.second)):
+        blocks = _along(blocks, axis, there)
+    return blocks.reshape(w.shape)
+
+
+def _along(blocks: Tensor, axis: int, apply: _Map) -> Tensor:
+    """Apply a map of ``(n, columns)`` along one axis of a tensor."""
+    moved = blocks.movedim(axis, 0)
+    return apply(moved.reshape(len(moved), -1)).view(moved.shape).movedim(0, axis)
+
+
+def _back(factor: Tensor, output: tuple[_Map, _Map], input: tuple[_Map, _Map]) -> Tensor:
+    """Return ``P⁻¹ F Q⁻¹`` of whitened factors ``(rows, columns, terms)``."""
+    return _along(_along(factor, 0, output[1]), 1, input[1])
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """Return the products of rows or of columns, whichever are fewer."""
+    return matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
+
+
+def _alternated(
+    matrix: Tensor, x: Tensor, y: Tensor, product: _Map
+) -> tuple[Tensor, Tensor, float, float, int]:
+    """Lower ``⟨R − XY, 𝓜(R − XY)⟩`` by one factor after the other.
+
+    Args:
+        matrix: ``R``, ``(rows, columns)``.
+        x: ``(rows, terms)`` to start from.
+        y: ``(terms, columns)``.
+        product: ``𝓜``, linear, symmetric and positive semidefinite.
+
+    Returns:
+        ``X``, ``Y``, the relative error, the absolute squared one and the number of sweeps.
+    """
+    whole = (matrix * product(matrix)).sum()
+    rest = matrix - x @ y
+    pull = product(rest)  # 𝓜(R − XY), half the gradient
+    lost = (rest * pull).sum()
+    sweeps = 0
+    while sweeps < _SWEEPS and lost > 0:
+        sweeps += 1
+        # orthonormal on the side that stays, so that the other's quadratic is near the identity
+        q, r = torch.linalg.qr(y.mT)
+        x, y, pull, one = _improved(x @ r.mT, q.mT, pull, product)
+        q, r = torch.linalg.qr(x)
+        y, x, pull, two = _improved((r @ y).mT, q.mT, pull.mT, lambda z: product(z.mT).mT)
+        x, y, pull = x.mT, y.mT, pull.mT
+        lost = lost - one - two
+        if one + two <= _ENOUGH * lost:
+            break
+    lost = lost.clamp(min=0)
+    return x, y, float((lost / whole).sqrt()) if whole > 0 else 0.0, float(lost), sweeps
+
+
+def _improved(
+    x: Tensor, y: Tensor, pull: Tensor, product: _Map
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``X`` improved by conjugate gradients, ``Y``, the new pull, and what was saved."""
+    saved = pull.new_zeros(())
+    residual = pull @ y.mT
+    step, size = residual, residual.square().sum()
+    first = size
+    for _ in range(_STEPS):
+        if not size > 0:
+            break
+        moved = product(step @ y)
+        along = moved @ y.mT
+        length = size / (step * along).sum()
+        if not length.isfinite():
+            break
+        x, pull, residual = x + length * step, pull - length * moved, residual - length * along
+        saved = saved + length * size
+        before, size = size, residual.square().sum()
+        if size <= _ENOUGH * first:
+            break
+        step = residual + size / before * step
+    return x, y, pull, saved
