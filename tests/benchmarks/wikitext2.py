@@ -33,6 +33,7 @@ METHODS = [
     "asvd",
     "fwsvd",
     "svd",
+    "kronecker",
 ]
 KEEPS = (0.5, 0.3, 0.2)
 LOGITS = '[{"class_path": "lrcompress.distill.Logits", "init_args": {"weight": 0.5}}]'
