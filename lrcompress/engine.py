@@ -21,7 +21,7 @@ from lrcompress.settings import Settings as Settings
 from lrcompress.sharded import Found, install_, solve
 from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.solvers.truncation import Factors
-from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
+from lrcompress.statistics.batches import MASK, batch_decoder_mask, batch_examples, batch_mask
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import KINDS, Statistics
 from lrcompress.statistics.views import view
@@ -341,7 +341,8 @@ def _watch(
     count: int,
 ) -> None:
     found, missing = batch_mask(batch, mask, "compress")
-    with recorder.step(found, missing=missing):
+    decoder = None if mask is None else batch_decoder_mask(batch)
+    with recorder.step(found, decoder_mask=decoder, missing=missing):
         value = loss(model, batch)
         finite = bool(value.isfinite())
         recorder.commit(float(count), finite=finite)

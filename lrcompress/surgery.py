@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear, Replacement
-from lrcompress.statistics.views import is_linear, view
+from lrcompress.statistics.views import is_linear, stacked, view
 
 # Optimizer state that is linear in past gradients, and state that is quadratic in them.
 _LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
@@ -31,7 +31,8 @@ class Selection:
 
     Attributes:
         names: of the layers to factor, in module order.
-        left_alone: name to the reason, for layers that a pattern reached but that stay.
+        left_alone: name to the reason, for layers that a pattern reached but that stay; experts
+            among them, whose matrices are no layers.
     """
 
     names: tuple[str, ...]
@@ -68,6 +69,7 @@ def select(
         # the factors of a factored layer are linear layers too, but not for themselves
         if name and is_linear(module) and not is_linear(everything[name.rpartition(".")[0]])
     }
+    stacks = stacked(model)
     if targets is None:
         wanted = [name for name in linear if any(part.isdigit() for part in name.split("."))]
         if not wanted:
@@ -76,7 +78,7 @@ def select(
                 f"with targets=, for example: {nearest('', linear) or 'none there'}"
             )
     else:
-        _check_named(targets, everything)
+        _check_named(targets, everything, linear, stacks)
         wanted = _matching("targets", targets, linear)
     excluded = set(_matching("exclude", exclude, linear))
     reasons = _obstacles(model, linear, shared)
@@ -89,13 +91,24 @@ def select(
         some = next(iter(blocked.items()), None)
         why = f"; {some[0]!r} was left alone: {some[1]}" if some else ""
         raise NoMatchError(f"no layer is left to factor of {len(wanted)} that were chosen{why}")
-    return Selection(names, blocked)
+    every = ["*.[0-9]*.*"] if targets is None else targets
+    beside = {n: why for n, why in stacks.items() if any(fnmatchcase(n, one) for one in every)}
+    once = {n: why for n, why in beside.items() if n.rpartition(".")[0] not in beside}
+    return Selection(names, blocked | once)
 
 
-def _check_named(targets: Sequence[str], everything: dict[str, nn.Module]) -> None:
-    for name in targets:
-        if name in everything:
-            view(everything[name], f"layer {name!r}")
+def _check_named(
+    targets: Sequence[str],
+    everything: dict[str, nn.Module],
+    linear: dict[str, nn.Module],
+    stacks: Mapping[str, str],
+) -> None:
+    for pattern in targets:
+        stays = [name for name in stacks if fnmatchcase(name, pattern)]
+        if stays and not any(fnmatchcase(name, pattern) for name in linear):
+            raise LayerError(f"layer {stays[0]!r} cannot be factored: {stacks[stays[0]]}")
+        if pattern in everything:
+            view(everything[pattern], f"layer {pattern!r}")
 
 
 def _matching(argument: str, patterns: Sequence[str], linear: dict[str, nn.Module]) -> list[str]:
@@ -143,7 +156,7 @@ def _unsuited(model: nn.Module, name: str, weight: Tensor) -> str | None:
     if not weight.is_floating_point() or not (parted or type(weight) is nn.Parameter):
         return f"its weight is quantised ({weight.dtype}, {type(weight).__name__})"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it"
+        return "nn.MultiheadAttention reads its weight without calling it, as its in_proj_weight"
     return None
 
 

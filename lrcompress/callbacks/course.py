@@ -428,7 +428,7 @@ class Course(pl.Callback, ABC):
         self._close()
 
     def _close(self) -> None:
-        self._observation.close_step()
+        self._observation.drop_step()
         self._hooks.close()
         self._restart = None
 

@@ -12,7 +12,7 @@ from lrcompress.embedding import TableSettings
 from lrcompress.engine import Settings
 from lrcompress.errors import ObservationError, SettingError, nearest
 from lrcompress.parallel import ALONE, Team
-from lrcompress.statistics.batches import batch_examples, batch_mask
+from lrcompress.statistics.batches import batch_decoder_mask, batch_examples, batch_mask
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsTap, drawn_loss
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
@@ -143,7 +143,9 @@ class Observation:
         assert self._recorder is not None
         mask, missing = batch_mask(batch, self.sampling.mask, self.sampling.owner)
         self._examples = batch_examples(batch)
-        self._step.enter_context(self._recorder.step(mask, missing=missing))
+        decoder = None if self.sampling.mask is None else batch_decoder_mask(batch)
+        watching = self._recorder.step(mask, decoder_mask=decoder, missing=missing)
+        self._step.enter_context(watching)
         if self._tap is not None:
             self._step.enter_context(self._tap.listening())
 
@@ -166,6 +168,12 @@ class Observation:
 
     def close_step(self) -> None:
         """Take off all hooks."""
+        self._step.close()
+
+    def drop_step(self) -> None:
+        """Take off all hooks of a step that was broken off; no more of it is added."""
+        if self._recorder is not None:
+            self._recorder.drop()
         self._step.close()
 
     def merge_(self) -> None:

@@ -128,7 +128,9 @@ class Sums:
         self.values["weighted_sum"] += (norm.mT @ scaled).squeeze(0).to(device)
         self.values["weight"] += norm.square().sum().to(device)
 
-    def add_fisher_(self, x: Tensor, g: Tensor, scale: float = 1.0) -> None:
+    def add_fisher_(
+        self, x: Tensor, g: Tensor, scale: float = 1.0, *, examples: int | None = None
+    ) -> None:
         """Add one step's per-example squared weight gradients, summed over either axis.
 
         With ``J_b = Σ_t g_bt x_btᵀ`` the gradient of example ``b``'s loss, adds
@@ -140,6 +142,7 @@ class Sums:
             g: ``(examples, length, out)``, zero at padding; times ``scale`` the gradients of the
                 summed loss.
             scale: see ``g``.
+            examples: how many to count; by default the leading size.
 
         Cost:
             ``2·examples·length²·(in + out)`` operations per sum while ``length`` is below
@@ -154,7 +157,8 @@ class Sums:
             if name in self.values:
                 self.values[name] += _per_example_squares(*pair).to(self.tokens.device)
         if "output_moment" not in self.values:
-            self._count(finite, g.shape[0] * g.shape[1], g.shape[0])
+            counted = g.shape[0] if examples is None else examples
+            self._count(finite, g.shape[0] * g.shape[1], counted)
 
     def add_rows_(self, rows: Tensor) -> None:
         """Add the numbers ``(tokens, 1)`` of the rows that were read from a table."""
