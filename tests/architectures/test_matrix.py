@@ -72,3 +72,4 @@ def test_torchs_fast_path_gives_what_factored_layers_give() -> None:
     assert len(called) == len(factored) > 0
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, slow, rtol=1e-4, atol=1e-5)
+    assert len(called) == len(factored), "torch has read the weights without calling the layers"
