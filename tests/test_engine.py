@@ -370,6 +370,32 @@ def nothing(model: Net) -> None:
     pass
 
 
+@pytest.mark.parametrize("method", ["kfac", "weighted_kfac"])
+def test_a_loss_over_tokens_is_predicted_in_its_own_unit(method: str) -> None:
+    """Sentences of tokens lose what the same tokens lose as examples of their own."""
+    torch.manual_seed(0)
+    table, labels = torch.randn(6, 9, 10), torch.randint(4, (6, 9))
+    labels[0, 5:] = -100
+    real = labels != -100
+    sentences = {"x": table, "labels": labels, "attention_mask": real.long()}
+    alone = {"x": table[real], "labels": labels[real]}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(
+            model(batch["x"]).flatten(0, -2), batch["labels"].flatten()
+        )
+
+    predicted = []
+    for batch in (sentences, alone):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4))
+        settings = {"method": method, "targets": ["*"], "ranks": {"*": 3}, "mask": "attention_mask"}
+        if batch is alone:
+            settings["mask"] = None
+        predicted.append(compress(model, [batch], loss, **settings).predicted_loss)
+    assert predicted[0] == pytest.approx(predicted[1], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("prepare", "arguments", "error", "message"),
     [

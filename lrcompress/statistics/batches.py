@@ -57,6 +57,22 @@ def batch_examples(batch: Any) -> int:
     return next((tensor.shape[0] for tensor in found if tensor.ndim), 1)
 
 
+def batch_terms(batch: Any) -> int:
+    """Return what number of terms a loss of this batch is the mean of: its tokens, or examples.
+
+    Where its ``labels`` are whole numbers ``(examples, length)``, those that are not -100 count,
+    else the examples.
+
+    Example:
+        >>> batch_terms({"labels": torch.tensor([[7, 8], [9, -100]])})
+        3
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and labels.ndim == 2 and labels.dtype == torch.int64:
+        return max(1, int((labels != IGNORED).sum()))
+    return batch_examples(batch)
+
+
 def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch

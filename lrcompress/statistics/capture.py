@@ -55,6 +55,7 @@ class _Pass:
     committed: bool = False
     armed: bool = True
     scale: float = 1.0
+    terms: int | None = None  # of the loss
 
 
 class Recorder:
@@ -164,12 +165,21 @@ class Recorder:
                 self.commit()
             self._add_gradients(*self._pass.parts)
 
-    def commit(self, scale: float = 1.0, *, finite: bool = True, armed: bool = True) -> None:
+    def commit(
+        self,
+        scale: float = 1.0,
+        *,
+        terms: int | None = None,
+        finite: bool = True,
+        armed: bool = True,
+    ) -> None:
         """Add what the forward pass read; backward passes from here on add their gradients.
 
         Args:
             scale: what turns a gradient as it will arrive into the gradient of the summed
-                loss: examples per batch for a mean loss, divided by any loss scaling.
+                loss: terms per batch for a mean loss, divided by any loss scaling.
+            terms: of the loss, examples or predicted tokens, each of which counts as an example;
+                by default the leading size of the outputs.
             finite: whether the loss is; if not, the step is counted as skipped, not added.
             armed: False to let backward passes go by until :meth:`arm`.
         """
@@ -185,6 +195,7 @@ class Recorder:
                 self._add_inputs(name, [x for _, x in current.pending[name]])
         current.pending, current.read, current.encoded = {}, {}, None
         current.committed, current.scale, current.armed = True, scale, armed and finite
+        current.terms = terms
 
     def arm(self, armed: bool = True) -> None:
         """Let gradients count, or go by, from here on."""
@@ -357,10 +368,11 @@ class Recorder:
                 kept = {k: v for k, v in self._shapes[name].items() if k not in _OF_INPUTS}
                 sums = Sums.zeros(kept, self._device(g))
                 self.statistics.outputs[name] = sums
-            scale = self._pass.scale
+            scale, terms = self._pass.scale, self._pass.terms
+            terms = len(g) if terms is None else terms
             if "output_moment" in sums.values:
                 tokens = self._joined(name, (g for _, g in parts))
-                sums.add_gradients_(tokens, g.shape[0], scale)
+                sums.add_gradients_(tokens, terms, scale)
                 if "weighted_moment" in sums.values:
                     read = self._joined(name, (x for x, _ in parts if x is not None))
                     sums.add_weighted_(read, tokens, scale)
@@ -369,10 +381,9 @@ class Recorder:
                 tokens = self._joined(name, (g for _, g in parts))
                 sums.add_row_gradients_(rows, tokens, g.shape[0], scale)
             if _FISHER & sums.values.keys():
-                examples = g.shape[0]
                 for x, of_examples in self._by_example(name, parts):
-                    sums.add_fisher_(x, of_examples, scale, examples=examples)
-                    examples = 0
+                    sums.add_fisher_(x, of_examples, scale, examples=terms)
+                    terms = 0
 
     def _by_example(
         self, name: str, parts: list[tuple[Tensor | None, Tensor]]
