@@ -66,8 +66,8 @@ class Sums:
             only, of very many outputs the diagonal only), ``input_sum`` ``Σ x``, ``input_abs``
             ``Σ |x|``, ``input_fisher`` and ``output_fisher``: ``Σ (∂L/∂W)²`` over examples,
             summed over the other axis; ``weighted_moment`` ``Σ ‖g‖² x xᵀ`` with ``weighted_sum``
-            ``Σ ‖g‖² x`` and ``weight`` ``Σ ‖g‖²``. Of a table ``token_count``, how often each row was read,
-            and ``token_fisher`` ``Σ ‖g‖²`` over the tokens that read it.
+            ``Σ ‖g‖² x`` and ``weight`` ``Σ ‖g‖²``. Of a table ``token_count``, how often each
+            row was read, and ``token_fisher`` ``Σ ‖g‖²`` over the tokens that read it.
         tokens: ``()`` int64, tokens behind the sums.
         examples: ``()`` int64, examples behind the sums.
         skipped: ``()`` int64, steps left out because they were not finite.
