@@ -29,7 +29,8 @@ _FISHER = frozenset({"input_fisher", "output_fisher"})
 _WITH_INPUTS = _FISHER | {"weighted_moment", "token_fisher"}
 _OF_INPUTS = frozenset((*INPUT_KINDS, "input_sum", "token_count"))
 _Identity = tuple[object, ...]
-_Read = tuple[_Identity, Tensor]
+_Read = tuple[_Identity, Tensor, Mask | None]
+_Part = tuple[Tensor | None, Tensor, Mask | None]  # input, gradient and whose padding both have
 _ENCODED = "encoder_hidden_states"  # what transformers calls that argument of every decoder
 
 
@@ -48,7 +49,7 @@ class _Pass:
     pending: dict[str, list[_Read]] = field(default_factory=dict)  # inputs not yet added
     calls: dict[str, int] = field(default_factory=dict)
     forward: set[str] = field(default_factory=set)  # called before any backward pass
-    parts: dict[str, list[tuple[Tensor | None, Tensor]]] = field(default_factory=dict)
+    parts: dict[str, list[_Part]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     tokens: int = 0  # of the layer that read most
     counted: int = 0  # of these, in the statistics already
@@ -192,7 +193,7 @@ class Recorder:
             self.statistics.steps += 1
             self._count_tokens()
             for name in firsts:
-                self._add_inputs(name, [x for _, x in current.pending[name]])
+                self._add_inputs(name, [(x, mask) for _, x, mask in current.pending[name]])
         current.pending, current.read, current.encoded = {}, {}, None
         current.committed, current.scale, current.armed = True, scale, armed and finite
         current.terms = terms
@@ -228,7 +229,7 @@ class Recorder:
     ) -> None:
         current = self._pass
         x = args[0] if args else next(iter(kwargs.values()))
-        self._place(name, x)
+        mask = self._mask(name, x)
         if current is None or not (torch.is_grad_enabled() or self.forward_only):
             return  # a teacher's or a metric's own pass
         if not x.is_floating_point():  # rows of a table, by number
@@ -241,20 +242,27 @@ class Recorder:
             current.forward.add(name)
         if not (_in_backward() and name in current.forward):  # not a checkpoint's second run
             self._count_call(name)
-            self._take_inputs(name, x.detach())
+            self._take_inputs(name, x.detach(), mask)
         if self._shapes[name].keys() - _OF_INPUTS and output.requires_grad:
             if not _in_backward():
                 current.outputs.append(output)
             kept = x.detach() if _WITH_INPUTS & self._shapes[name].keys() else None
-            hook = partial(self._took_gradient, current, name, kept)
+            hook = partial(self._took_gradient, current, name, kept, mask)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _place(self, name: str, x: Tensor) -> None:
-        """Keep whose padding a layer's input has: reentrant checkpointing asks for it later."""
-        encoded = None if self._pass is None else self._pass.encoded
-        if encoded is not None and (x.data_ptr(), x.shape) != (encoded.data_ptr(), encoded.shape):
-            assert self._pass is not None
-            self._pass.decoding.add(name)
+    def _mask(self, name: str, x: Tensor) -> Mask | None:
+        """Return what tells the padding of a layer's input and output; None takes them whole."""
+        current = self._pass
+        if current is None:
+            return None
+        encoded = current.encoded
+        if encoded is not None and not _in_backward():
+            own = (x.data_ptr(), x.shape) != (encoded.data_ptr(), encoded.shape)
+            (current.decoding.add if own else current.decoding.discard)(name)
+        # in a backward pass reentrant checkpointing asks, and no decoder is entered
+        mask = current.decoder_mask if name in current.decoding else current.mask
+        leading = x.shape[:-1] if x.is_floating_point() else x.shape
+        return mask if mask is not None and leading == mask.grid else None
 
     def _count_call(self, name: str) -> None:
         assert self._pass is not None
@@ -271,12 +279,11 @@ class Recorder:
             f"layer {name!r} was called twice in one step: {self.owner} expects one call; {way_out}"
         )
 
-    def _take_inputs(self, name: str, x: Tensor) -> None:
+    def _take_inputs(self, name: str, x: Tensor, mask: Mask | None) -> None:
         current = self._pass
         assert current is not None
         if x.ndim > 2 and current.mask is None and current.missing:
             raise ObservationError(current.missing)
-        mask = self._mask(name, x)
         current.tokens = max(current.tokens, (x[..., 0] if mask is None else mask.real).numel())
         if current.committed and current.armed:
             self._count_tokens()
@@ -284,11 +291,12 @@ class Recorder:
             return
         # tables of other sizes may read the same rows
         table = name if "token_count" in self._shapes[name] else None
-        read = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, table), x
+        read = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, table), x, mask
         if not _in_backward():
             current.pending.setdefault(name, []).append(read)
         elif self._is_first(name, [read]) and current.armed:
-            self._add_inputs(name, [x])  # reentrant checkpointing: the step is committed already
+            # reentrant checkpointing: the step is committed already
+            self._add_inputs(name, [(x, mask)])
 
     def _is_first(self, name: str, reads: list[_Read]) -> bool:
         """Return whether no layer before it has read just these tensors: it adds for all.
@@ -297,7 +305,7 @@ class Recorder:
             ObservationError: if it has shared otherwise in an earlier step.
         """
         assert self._pass is not None
-        every = tuple(identity for identity, _ in reads)
+        every = tuple(identity for identity, _, _ in reads)
         first, _ = self._pass.read.setdefault(every, (name, reads))
         known = self.statistics.source.setdefault(name, first)
         if known != first:
@@ -312,8 +320,8 @@ class Recorder:
         self.statistics.tokens += self._pass.tokens - self._pass.counted
         self._pass.counted = self._pass.tokens
 
-    def _add_inputs(self, name: str, xs: list[Tensor]) -> None:
-        tokens = self._joined(name, xs)
+    def _add_inputs(self, name: str, reads: list[tuple[Tensor, Mask | None]]) -> None:
+        tokens = _joined(reads)
         sums = self.statistics.inputs.get(name)
         if sums is None:
             kept = {k: v for k, v in self._shapes[name].items() if k in _OF_INPUTS}
@@ -324,28 +332,14 @@ class Recorder:
         else:
             sums.add_inputs_(tokens)
 
-    def _tokens(self, name: str, x: Tensor) -> Tensor:
-        flat, mask = x.reshape(-1, x.shape[-1]), self._mask(name, x)
-        return flat if mask is None else flat[mask.real]
-
-    def _joined(self, name: str, parts: Iterable[Tensor]) -> Tensor:
-        """Give the tokens of one tensor after another; of a single one without a further copy."""
-        tokens = [self._tokens(name, part) for part in parts]
-        return torch.cat(tokens) if len(tokens) > 1 else tokens[0]
-
-    def _mask(self, name: str, x: Tensor) -> Mask | None:
-        """Return what tells the padding of a layer's input or output; None takes it whole."""
-        current = self._pass
-        assert current is not None
-        mask = current.decoder_mask if name in current.decoding else current.mask
-        return mask if mask is not None and x.shape[:-1] == mask.grid else None
-
     def _entered(self, _decoder: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
         if self._pass is not None and not _in_backward():
             self._pass.encoded = kwargs.get(_ENCODED)
 
     @torch.no_grad()
-    def _took_gradient(self, current: _Pass, name: str, x: Tensor | None, g: Tensor) -> None:
+    def _took_gradient(
+        self, current: _Pass, name: str, x: Tensor | None, mask: Mask | None, g: Tensor
+    ) -> None:
         if current is not self._pass:
             return
         if not current.committed:
@@ -353,7 +347,7 @@ class Recorder:
         if not current.armed:
             return
         parts = current.parts.setdefault(name, [])
-        parts.append((x, g))
+        parts.append((x, g, mask))
         if len(parts) == current.calls[name]:
             self._add_gradients(name)
 
@@ -362,7 +356,7 @@ class Recorder:
         assert self._pass is not None
         for name in names:
             parts = self._pass.parts.pop(name)
-            g = max((g for _, g in parts), key=len)  # a use of position embeddings is one row
+            g = max((g for _, g, _ in parts), key=len)  # a use of position embeddings is one row
             sums = self.statistics.outputs.get(name)
             if sums is None:
                 kept = {k: v for k, v in self._shapes[name].items() if k not in _OF_INPUTS}
@@ -370,43 +364,19 @@ class Recorder:
                 self.statistics.outputs[name] = sums
             scale, terms = self._pass.scale, self._pass.terms
             terms = len(g) if terms is None else terms
+            gave = [(g, mask) for _, g, mask in parts]
+            read = [(x, mask) for x, _, mask in parts if x is not None]
             if "output_moment" in sums.values:
-                tokens = self._joined(name, (g for _, g in parts))
+                tokens = _joined(gave)
                 sums.add_gradients_(tokens, terms, scale)
                 if "weighted_moment" in sums.values:
-                    read = self._joined(name, (x for x, _ in parts if x is not None))
-                    sums.add_weighted_(read, tokens, scale)
+                    sums.add_weighted_(_joined(read), tokens, scale)
             if "token_fisher" in sums.values:
-                rows = self._joined(name, (x for x, _ in parts if x is not None))
-                tokens = self._joined(name, (g for _, g in parts))
-                sums.add_row_gradients_(rows, tokens, g.shape[0], scale)
+                sums.add_row_gradients_(_joined(read), _joined(gave), terms, scale)
             if _FISHER & sums.values.keys():
-                for x, of_examples in self._by_example(name, parts):
+                for x, of_examples in _by_example(parts):
                     sums.add_fisher_(x, of_examples, scale, examples=terms)
                     terms = 0
-
-    def _by_example(
-        self, name: str, parts: list[tuple[Tensor | None, Tensor]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs and gradients as ``(examples, length, features)``, padding zero.
-
-        Uses that are not by example, of position embeddings for instance, come apart, as if they
-        were examples of their own.
-        """
-        together: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for x, g in parts:
-            assert x is not None
-            mask = self._mask(name, g)
-            if mask is not None:
-                keep = torch.zeros(mask.grid.numel(), dtype=torch.bool, device=g.device)
-                keep[mask.real] = True
-                keep = keep.view(*g.shape[:-1], 1)
-                x, g = torch.where(keep, x, 0), torch.where(keep, g, 0)
-            x, g = (y.reshape(y.shape[0], -1, y.shape[-1]) for y in (x, g))
-            together.setdefault(g.shape[0], []).append((x, g))
-        for pairs in together.values():
-            xs, gs = zip(*pairs, strict=True)
-            yield torch.cat(xs, 1), torch.cat(gs, 1)
 
     def _device(self, like: Tensor) -> torch.device:
         return torch.device(self.offload) if self.offload else like.device
@@ -423,3 +393,31 @@ def _decoders(module: nn.Module) -> Iterator[nn.Module]:
         return
     for child in module.children():
         yield from _decoders(child)
+
+
+def _joined(parts: Iterable[tuple[Tensor, Mask | None]]) -> Tensor:
+    """Give the tokens of one tensor after another; of a single one without a further copy."""
+    flat = [(x.reshape(-1, x.shape[-1]), mask) for x, mask in parts]
+    tokens = [x if mask is None else x[mask.real] for x, mask in flat]
+    return torch.cat(tokens) if len(tokens) > 1 else tokens[0]
+
+
+def _by_example(parts: Iterable[_Part]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and gradients as ``(examples, length, features)``, padding zero.
+
+    Uses that are not by example, of position embeddings for instance, come apart, as if they
+    were examples of their own.
+    """
+    together: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for x, g, mask in parts:
+        assert x is not None
+        if mask is not None:
+            keep = torch.zeros(mask.grid.numel(), dtype=torch.bool, device=g.device)
+            keep[mask.real] = True
+            keep = keep.view(*g.shape[:-1], 1)
+            x, g = torch.where(keep, x, 0), torch.where(keep, g, 0)
+        x, g = (y.reshape(y.shape[0], -1, y.shape[-1]) for y in (x, g))
+        together.setdefault(g.shape[0], []).append((x, g))
+    for pairs in together.values():
+        xs, gs = zip(*pairs, strict=True)
+        yield torch.cat(xs, 1), torch.cat(gs, 1)

@@ -136,7 +136,29 @@ def _observe(model: nn.Module, shared: bool = False, mask: str | None = "given")
     return recorder.statistics
 
 
+def embedding(architecture: str, extra: dict[str, Any]) -> nn.Module:
+    quiet = {"verbose": False, "report_path": None}
+    when = {"at": "step:2", "every_n_steps": 1}
+    callback = lrcompress.FactorizeEmbedding(0.4, **when, **quiet, **extra)
+    model, changed = fitted(architecture, callback, 4)
+    check_moved(changed, model)
+    return model
+
+
+def dsee(architecture: str, extra: dict[str, Any]) -> nn.Module:
+    quiet = {"verbose": False, "report_path": None}
+    before = made(architecture)
+    callback = lrcompress.DSEE(0.5, rank=2, entries=4, prune_at="step:2", **quiet, **extra)
+    model, _ = fitted(architecture, callback, 4)
+    names = [n for n in select(before).names if n in dict(model.named_modules())]
+    entries = [model.get_submodule(name).weight for name in names]
+    zero = sum(int((x == 0).sum()) for x in entries)
+    assert 0.2 < zero / sum(x.numel() for x in entries) < 0.6
+    return model
+
+
 # A method more is a line more here, and a column more in the README.
+PLAIN = ("LoSparse", "FactorizeEmbedding", "DSEE")  # they never ask for more
 METHODS: Mapping[str, Callable[[str, dict[str, Any]], nn.Module]] = {
     "svd": factorized("svd"),
     "fwsvd": compressed("fwsvd"),
@@ -146,6 +168,8 @@ METHODS: Mapping[str, Callable[[str, dict[str, Any]], nn.Module]] = {
     "kfac": factorized("kfac"),
     "weighted_kfac": compressed("weighted_kfac"),
     "LoSparse": losparse,
+    "FactorizeEmbedding": embedding,
+    "DSEE": dsee,
 }
 
 
@@ -184,7 +208,7 @@ def cell(architecture: str, method: str) -> tuple[str, str]:
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         for way, extra in WAYS.items():
-            if method == "LoSparse" and "shared" in extra:  # it never asks for it
+            if extra and method in PLAIN:
                 continue
             try:
                 model = METHODS[method](architecture, extra)
@@ -213,8 +237,9 @@ def table(cells: Mapping[tuple[str, str], tuple[str, str]]) -> str:
     for architecture in MODELS:
         row = [cells[architecture, method] for method in METHODS]
         lines.append(f"| {architecture} | {' | '.join(way for way, _ in row)} |")
-        for reason in [why for _, why in row if why][:1]:
-            notes.setdefault(reason, []).append(architecture)
+        refused = [(why, m) for (_, why), m in zip(row, METHODS, strict=True) if why]
+        for reason, method in refused[:1]:
+            notes.setdefault(reason, []).append(f"{architecture} (`{method}`)")
         for reason, name in stays(architecture).items():
             notes.setdefault(reason, []).append(name)
     told = [f"* {', '.join(names)}: {why}." for why, names in notes.items()]

@@ -28,11 +28,11 @@ def mistral() -> nn.Module:
 
 
 def qwen2() -> nn.Module:
-    return tf.Qwen2ForCausalLM(tf.Qwen2Config(**GROUPED))
+    return tf.Qwen2ForCausalLM(tf.Qwen2Config(**GROUPED, max_window_layers=2))
 
 
 def qwen3() -> nn.Module:
-    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED))
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED, max_window_layers=2))
 
 
 def mixtral() -> nn.Module:
