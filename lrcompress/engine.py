@@ -18,24 +18,23 @@ from lrcompress.nn.kronecker import carry_kronecker
 from lrcompress.objective import METHODS, Metric, method_named
 from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
-from lrcompress.settings import Settings as Settings
+from lrcompress.selection import Selection, select
+from lrcompress.settings import Settings
 from lrcompress.shapes import Shapes, by_layer, check_layers, solver_for, unit_of
 from lrcompress.sharded import Found, Measured, install_, solve
 from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.solvers.kronecker import KroneckerFactors, Sizes
 from lrcompress.solvers.truncation import Factors
-from lrcompress.statistics.batches import MASK, batch_examples, batch_mask
+from lrcompress.statistics.batches import MASK, batch_decoder_mask, batch_mask, batch_terms
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import KINDS, Statistics
 from lrcompress.statistics.views import view
 from lrcompress.surgery import (
     Carry,
-    Selection,
     carry_dense,
     carry_factors,
     carry_later,
     replace_,
-    select,
     swap_parameters_,
 )
 
@@ -323,10 +322,13 @@ def compress(
     Args:
         model: changed in place.
         batches: whatever ``loss`` understands; the passes are over all of them.
-        loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, a scalar.
+        loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
+            predicted tokens, a scalar.
         mask: where a batch says which positions are real: a key, a function of the batch, or
             None if nothing is padded.
-        examples: how many a batch holds; by default the leading size of its first tensor.
+        examples: of how many terms a batch's loss is the mean; by default of its ``labels`` that
+            are not -100, where these are whole numbers ``(examples, length)``, else the leading
+            size of its first tensor.
         **settings: of :class:`Settings`: ``method``, ``keep``, ``targets``, …
 
     Returns:
@@ -355,7 +357,7 @@ def compress(
     if method.kinds:
         with _observable(model, names, method.needs_gradients):
             for batch in batches:
-                _watch(recorder, model, batch, loss, mask, (examples or batch_examples)(batch))
+                _watch(recorder, model, batch, loss, mask, (examples or batch_terms)(batch))
         if not recorder.statistics.steps:
             raise ObservationError(
                 f"nothing to learn from: {recorder.statistics.skipped} batches, "
@@ -373,10 +375,11 @@ def _watch(
     count: int,
 ) -> None:
     found, missing = batch_mask(batch, mask, "compress")
-    with recorder.step(found, missing=missing):
+    decoder = None if mask is None else batch_decoder_mask(batch)
+    with recorder.step(found, decoder_mask=decoder, missing=missing):
         value = loss(model, batch)
         finite = bool(value.isfinite())
-        recorder.commit(float(count), finite=finite)
+        recorder.commit(float(count), terms=count, finite=finite)
         if finite and recorder.outputs and value.requires_grad:
             torch.autograd.grad(value, recorder.outputs, allow_unused=True)
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from lrcompress.budget import allocate
-from lrcompress.engine import Settings, candidates
+from lrcompress.engine import candidates
 from lrcompress.errors import SettingError
 from lrcompress.objective import LOW_RANK
 from lrcompress.report.record import Forecast, sum_or_none
+from lrcompress.settings import Settings
 from lrcompress.sharded import solve
 from lrcompress.statistics.moments import Statistics
 

@@ -8,7 +8,7 @@ from torch import nn
 from lrcompress.budget import ALLOCATIONS, check_keep
 from lrcompress.errors import SettingError
 from lrcompress.objective import COMPARABLE, METHODS, method_named
-from lrcompress.surgery import Selection, select
+from lrcompress.selection import Selection, select
 
 
 @dataclass(frozen=True, kw_only=True)

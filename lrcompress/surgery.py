@@ -1,9 +1,7 @@
-"""Find layers by pattern, put others in their place, carry the optimizer's state over."""
+"""Put other layers in the place of layers, and carry the optimizer's state over."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch.optim import Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear, Replacement
-from lrcompress.statistics.views import is_linear, view
+from lrcompress.statistics.views import view
 
 # Optimizer state that is linear in past gradients, and state that is quadratic in them.
 _LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
@@ -25,128 +23,6 @@ _MADE_BY = {
     "updated": "is frozen with an update, which DSEE made and merges at the end",
     "narrow": "has lost heads, which DSEE removed",
 }
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The layers that patterns chose.
-
-    Attributes:
-        names: of the layers to factor, in module order.
-        left_alone: name to the reason, for layers that a pattern reached but that stay.
-    """
-
-    names: tuple[str, ...]
-    left_alone: dict[str, str] = field(default_factory=dict)
-
-
-def select(
-    model: nn.Module,
-    targets: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-    *,
-    shared: bool = False,
-) -> Selection:
-    """Return the linear layers to factor.
-
-    Args:
-        model: the module to search.
-        targets: shell patterns over layer names (``*.attention.*``). None chooses the linear
-            layers of repeated blocks, those with a number in their path: attention and
-            feed-forward layers, not poolers and heads.
-        exclude: patterns of layers to leave out.
-        shared: also take layers that are used in several places, and weights that another
-            module holds too; the latter are untied by factoring.
-
-    Raises:
-        NoMatchError: if a pattern matches no linear layer, or nothing is left to factor.
-        LayerError: if a layer named in full cannot be factored.
-    """
-    targets = [targets] if isinstance(targets, str) else targets
-    everything = dict(model.named_modules(remove_duplicate=True))
-    linear = {
-        name: module
-        for name, module in everything.items()
-        # the factors of a factored layer are linear layers too, but not for themselves
-        if name and is_linear(module) and not is_linear(everything[name.rpartition(".")[0]])
-    }
-    if targets is None:
-        wanted = [name for name in linear if any(part.isdigit() for part in name.split("."))]
-        if not wanted:
-            raise NoMatchError(
-                f"none of the {len(linear)} linear layers stands in a numbered block; choose some "
-                f"with targets=, for example: {nearest('', linear) or 'none there'}"
-            )
-    else:
-        _check_named(targets, everything)
-        wanted = _matching("targets", targets, linear)
-    excluded = set(_matching("exclude", exclude, linear))
-    reasons = _obstacles(model, linear, shared)
-    blocked = {n: reasons[n] for n in wanted if n in reasons and n not in excluded}
-    named = [name for name in targets or () if name in blocked]
-    if named:
-        raise LayerError(f"layer {named[0]!r} cannot be factored: {blocked[named[0]]}")
-    names = tuple(name for name in wanted if name not in blocked and name not in excluded)
-    if not names:
-        some = next(iter(blocked.items()), None)
-        why = f"; {some[0]!r} was left alone: {some[1]}" if some else ""
-        raise NoMatchError(f"no layer is left to factor of {len(wanted)} that were chosen{why}")
-    return Selection(names, blocked)
-
-
-def _check_named(targets: Sequence[str], everything: dict[str, nn.Module]) -> None:
-    for name in targets:
-        if name in everything:
-            view(everything[name], f"layer {name!r}")
-
-
-def _matching(argument: str, patterns: Sequence[str], linear: dict[str, nn.Module]) -> list[str]:
-    if isinstance(patterns, str):
-        patterns = [patterns]
-    found: set[str] = set()
-    for pattern in patterns:
-        hits = [name for name in linear if fnmatchcase(name, pattern)]
-        if not hits:
-            raise NoMatchError(
-                f"{argument}: pattern {pattern!r} matches none of the {len(linear)} linear layers; "
-                f"nearest names: {nearest(pattern, linear)}"
-            )
-        found.update(hits)
-    return [name for name in linear if name in found]
-
-
-def _obstacles(model: nn.Module, linear: dict[str, nn.Module], shared: bool) -> dict[str, str]:
-    places: dict[int, list[str]] = {}
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(name)
-    reasons = {}
-    for name, module in linear.items():
-        others = [place for place in places[id(module)] if place != name]
-        weight = view(module).parameters[0]
-        own = tuple(f"{place}." for place in places[id(module)])
-        tied = [other for other in holders.get(id(weight), []) if not f"{other}.".startswith(own)]
-        reason = _unsuited(model, name, weight)
-        if reason is None and others and not shared:
-            reason = f"it is also used as {others[0]!r}; pass shared=True to factor both"
-        if reason is None and tied and not shared:
-            reason = f"its weight is tied to {tied[0]!r}; pass shared=True to untie it"
-        if reason is not None:
-            reasons[name] = reason
-    return reasons
-
-
-def _unsuited(model: nn.Module, name: str, weight: Tensor) -> str | None:
-    if name.endswith(".base_layer") or "lora_" in name:
-        return "it is wrapped by an adapter; merge the adapter first"
-    parted = hasattr(weight, "full_tensor")  # an nn.Parameter too, though not by its type
-    if not weight.is_floating_point() or not (parted or type(weight) is nn.Parameter):
-        return f"its weight is quantised ({weight.dtype}, {type(weight).__name__})"
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it"
-    return None
 
 
 def check_kinds(model: nn.Module, names: Iterable[str], *, dense: bool = False) -> None:

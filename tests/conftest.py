@@ -14,7 +14,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -109,6 +115,34 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
             attention_probs_dropout_prob=0.0,
         )
         BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random BART (1 layer a side, width 16, no dropout) and the tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny_bart")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    sides = ("encoder", "decoder")
+    sizes = {f"{side}_{key}": n for side in sides for key, n in (("layers", 1), ("ffn_dim", 24))}
+    heads = {f"{side}_attention_heads": 2 for side in sides}
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    ends = {"bos_token_id": first, "decoder_start_token_id": first, "eos_token_id": last}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BartConfig(
+            vocab_size=len(tokenizer),
+            d_model=16,
+            max_position_embeddings=64,
+            dropout=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+            forced_eos_token_id=last,
+            **sizes,
+            **heads,
+            **ends,
+        )
+        BartForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
 

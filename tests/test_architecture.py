@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "checkpoint", "files", "linalg", "parallel", "schedules"},
     {"statistics", "objective", "importance"},
     {"solvers", "budget"},
-    {"nn", "plan", "ties", "size", "surgery"},
+    {"nn", "plan", "ties", "selection", "size", "surgery"},
     {
         "bench",
         "engine",

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from transformers.pytorch_utils import Conv1D
 
 import lrcompress.engine
-from lrcompress.engine import Settings, compress, factor_, observe, preview
+from lrcompress.engine import compress, factor_, observe, preview
 from lrcompress.errors import (
     LayerError,
     NoMatchError,
@@ -24,6 +24,7 @@ from lrcompress.nn import LowRankLinear
 from lrcompress.objective import LOW_RANK, METHODS, metric_of
 from lrcompress.plan import Plan
 from lrcompress.report import PointRecord
+from lrcompress.settings import Settings
 from lrcompress.solvers.truncation import truncate
 from lrcompress.statistics.moments import KINDS, Statistics
 
@@ -368,6 +369,32 @@ def skip_last_block(model: Net) -> None:
 
 def nothing(model: Net) -> None:
     pass
+
+
+@pytest.mark.parametrize("method", ["kfac", "weighted_kfac"])
+def test_a_loss_over_tokens_is_predicted_in_its_own_unit(method: str) -> None:
+    """Sentences of tokens lose what the same tokens lose as examples of their own."""
+    torch.manual_seed(0)
+    table, labels = torch.randn(6, 9, 10), torch.randint(4, (6, 9))
+    labels[0, 5:] = -100
+    real = labels != -100
+    sentences = {"x": table, "labels": labels, "attention_mask": real.long()}
+    alone = {"x": table[real], "labels": labels[real]}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(
+            model(batch["x"]).flatten(0, -2), batch["labels"].flatten()
+        )
+
+    predicted = []
+    for batch in (sentences, alone):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4))
+        settings = {"method": method, "targets": ["*"], "ranks": {"*": 3}, "mask": "attention_mask"}
+        if batch is alone:
+            settings["mask"] = None
+        predicted.append(compress(model, [batch], loss, **settings).predicted_loss)
+    assert predicted[0] == pytest.approx(predicted[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(

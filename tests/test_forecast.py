@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrcompress.engine import Settings, compress, observe
+from lrcompress.engine import compress, observe
 from lrcompress.forecast import forecast
 from lrcompress.objective import COMPARABLE, LOW_RANK, METHODS
+from lrcompress.settings import Settings
 from lrcompress.statistics.moments import Statistics
 
 KINDS = tuple(dict.fromkeys(kind for method in METHODS.values() for kind in method.kinds))

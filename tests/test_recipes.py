@@ -34,10 +34,11 @@ def test_every_recipe_is_found() -> None:
         "stsb_row_fisher",
         "wikitext2_gpt2_kfac",
         "wikitext2_gpt2_kngpt2",
+        "xsum_losparse",
     ]
 
 
-def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
+def stand_ins(recipe: dict[str, Any], model: Path, writer: Path, folder: Path) -> list[str]:
     """Overrides that put a tiny model and a few local rows in place of the recipe's own."""
     data, given = recipe["data"]["init_args"], recipe["model"]["init_args"]
     inner = "student." if "student" in given else ""
@@ -49,6 +50,14 @@ def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
             (folder / f"{name}.txt").write_text("a very good film\na very dull film\n" * 200)
         train = f"--data.train={folder / 'train.txt'}"
         return [f"--model.{inner}path={model}", train, "--data.length=32"]
+    if recipe["data"]["class_path"].endswith("SequenceData"):
+        for name, count in (("train", 96), ("dev", 4)):
+            rows = [f"a {word} film\tvery {word}" for word in ("good", "dull")] * (count // 2)
+            (folder / f"{name}.tsv").write_text("\n".join(["document\tsummary", *rows]) + "\n")
+        lengths = ["--data.max_length=32", "--data.max_target=8", "--model.max_written=4"]
+        few = ["--data.batch_size=8", "--trainer.callbacks.mask_every=2", "--trainer.max_epochs=2"]
+        train = f"--data.train={folder / 'train.tsv'}"
+        return [f"--model.path={writer}", train, *lengths, *few]
     classes = (given["student"]["init_args"] if inner else given)["num_labels"]
     for name, count in (("train", 96), ("dev", 12), ("test", 12)):
         with (folder / f"{name}.tsv").open("w", newline="") as file:
@@ -63,9 +72,9 @@ def stand_ins(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
 def test_a_recipe_runs_on_stand_ins(
-    path: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    path: Path, tiny_bert: Path, tiny_bart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = stand_ins(yaml.safe_load(path.read_text()), tiny_bert, tmp_path)
+    overrides = stand_ins(yaml.safe_load(path.read_text()), tiny_bert, tiny_bart, tmp_path)
     arguments = ["--config", str(path), *overrides, f"--trainer.default_root_dir={tmp_path}"]
     quick = [
         "--trainer.accelerator=cpu",

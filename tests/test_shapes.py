@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrcompress.engine import Settings, compress, preview
+from lrcompress.engine import compress, preview
 from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError
 from lrcompress.export import merge_dense
 from lrcompress.forecast import forecast
 from lrcompress.nn import KroneckerLinear
 from lrcompress.pruning.shares import Shares
+from lrcompress.selection import select
+from lrcompress.settings import Settings
 from lrcompress.shapes import check_layers, unit_of
 from lrcompress.statistics.moments import Statistics
-from lrcompress.surgery import select
 
 NAMES = ("0", "2")
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lrcompress.engine import Settings, factor_
+from lrcompress.engine import factor_
 from lrcompress.nn import LowRankLinear
 from lrcompress.parallel import ALONE, Team
+from lrcompress.settings import Settings
 from lrcompress.sharded import Dealt, Measured, solve
 from lrcompress.statistics.moments import Statistics
 from lrcompress.surgery import carry_later, swap_parameters_

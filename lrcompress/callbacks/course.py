@@ -21,13 +21,13 @@ from lrcompress.callbacks import platform, processes, telling
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.restart import Restart
 from lrcompress.embedding import TableSettings
-from lrcompress.engine import Settings
 from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
 from lrcompress.parallel import ALONE
 from lrcompress.plan import Plan
 from lrcompress.report import PointRecord, Report
 from lrcompress.report.tables import point_table
 from lrcompress.schedules import Point, Warmup
+from lrcompress.settings import Settings
 from lrcompress.statistics.views import view
 
 VERSION = 1
@@ -413,7 +413,7 @@ class Course(pl.Callback, ABC):
         self._close()
 
     def _close(self) -> None:
-        self._observation.close_step()
+        self._observation.drop_step()
         self._hooks.close()
         self._restart = None
 

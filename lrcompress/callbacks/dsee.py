@@ -15,12 +15,12 @@ from lrcompress.callbacks import platform
 from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.telling import AUTO
-from lrcompress.engine import Settings
 from lrcompress.errors import CheckpointError, LayerError, PlatformError, SettingError
 from lrcompress.pruning import counts, heads, updates
 from lrcompress.pruning.magnitude import check_scope
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
+from lrcompress.settings import Settings
 
 _STRUCTURES = ("entries", "heads")
 _PRUNE_AT = 1 / 3  # of the way from `at` to the end

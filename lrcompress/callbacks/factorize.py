@@ -17,11 +17,12 @@ from lrcompress.callbacks.layerwise import Dense
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.restart import check_restart
 from lrcompress.callbacks.telling import AUTO
-from lrcompress.engine import Settings, factor_, preview
+from lrcompress.engine import factor_, preview
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Point
+from lrcompress.settings import Settings
 from lrcompress.shapes import check_layers
 from lrcompress.statistics.batches import MASK
 

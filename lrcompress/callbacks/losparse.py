@@ -15,7 +15,6 @@ from lrcompress.callbacks import platform, processes
 from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.telling import AUTO
-from lrcompress.engine import Settings
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.importance import Importance
 from lrcompress.objective import METHODS
@@ -23,6 +22,7 @@ from lrcompress.pruning import Pruner, Shares, check_dense, outlook, split_
 from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
+from lrcompress.settings import Settings
 from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.statistics.batches import MASK
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lrcompress.embedding import TableSettings
-from lrcompress.engine import Settings
 from lrcompress.errors import ObservationError, SettingError, nearest
 from lrcompress.parallel import ALONE, Team
-from lrcompress.statistics.batches import batch_examples, batch_mask
+from lrcompress.settings import Settings
+from lrcompress.statistics.batches import batch_decoder_mask, batch_mask, batch_terms
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsTap, drawn_loss
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
@@ -89,7 +89,7 @@ class Observation:
         self._device: torch.device | str = "cpu"
         self._folded = (0, 0)  # steps and tokens of all processes, which the first holds
         self._step = ExitStack()
-        self._examples = 1
+        self._terms = 1
 
     @property
     def watching(self) -> bool:
@@ -142,8 +142,10 @@ class Observation:
         """Observe the step that begins with this batch, until :meth:`close_step`."""
         assert self._recorder is not None
         mask, missing = batch_mask(batch, self.sampling.mask, self.sampling.owner)
-        self._examples = batch_examples(batch)
-        self._step.enter_context(self._recorder.step(mask, missing=missing))
+        self._terms = batch_terms(batch)
+        decoder = None if self.sampling.mask is None else batch_decoder_mask(batch)
+        watching = self._recorder.step(mask, decoder_mask=decoder, missing=missing)
+        self._step.enter_context(watching)
         if self._tap is not None:
             self._step.enter_context(self._tap.listening())
 
@@ -155,17 +157,26 @@ class Observation:
             factor: what the mean loss is multiplied by before its backward pass.
         """
         assert self._recorder is not None
-        self._recorder.commit(self._examples / factor, finite=finite)
+        logits = self._tap.take() if self._tap is not None and finite else None
+        # labels are drawn wherever there are logits, also where nothing is to be predicted
+        terms = self._terms if logits is None or logits.ndim < 3 else logits[..., 0].numel()
+        self._recorder.commit(terms / factor, terms=terms, finite=finite)
         if self._tap is None:
             return
-        if finite:  # in the loss scale's range, so that half-precision gradients do not vanish
-            drawn = drawn_loss(self._tap.take(), self._generator) * factor
+        if logits is not None:  # in the loss scale's range: half-precision gradients may vanish
+            drawn = drawn_loss(logits, self._generator) * factor
             outputs = self._recorder.outputs
             torch.autograd.grad(drawn, outputs, retain_graph=True, allow_unused=True)
         self._recorder.arm(False)
 
     def close_step(self) -> None:
         """Take off all hooks."""
+        self._step.close()
+
+    def drop_step(self) -> None:
+        """Take off all hooks of a step that was broken off; no more of it is added."""
+        if self._recorder is not None:
+            self._recorder.drop()
         self._step.close()
 
     def merge_(self) -> None:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lrcompress.callbacks import platform
 from lrcompress.callbacks.observation import Observation, Sampling
-from lrcompress.engine import Settings
+from lrcompress.settings import Settings
 from lrcompress.statistics.moments import Statistics
 
 # By name: of both Lightnings, and of the command line's own. What only shows or saves.

@@ -10,12 +10,12 @@ from lrcompress.callbacks.boundary import load_
 from lrcompress.callbacks.course import Course
 from lrcompress.callbacks.rehearsal import look, rehearse
 from lrcompress.checkpoint import read_lightning
-from lrcompress.engine import Settings
 from lrcompress.errors import RecipeError
 from lrcompress.forecast import forecast
 from lrcompress.objective import LOW_RANK, METHODS
 from lrcompress.report.plots import forecast_figure
 from lrcompress.report.tables import forecast_table
+from lrcompress.settings import Settings
 
 
 def print_plan(

@@ -119,7 +119,8 @@ def _check_config(path: Path, config: Mapping[str, Any], num_tensors: int, nbyte
         CheckpointError: if it does.
     """
     for key, value in _entries(config):
-        if _REFUSED.fullmatch(key) and value is not None:
+        harmless = value is None or (key.startswith("_") and isinstance(value, bool))
+        if _REFUSED.fullmatch(key) and not harmless:
             raise CheckpointError(
                 f"{path}: {key!r} is refused, it can make transformers run code or read other "
                 "files; take it out, or load with from_pretrained if you trust the folder"

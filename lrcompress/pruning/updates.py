@@ -11,9 +11,10 @@ from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError
 from lrcompress.nn import Replacement, UpdatedLinear
 from lrcompress.parallel import ALONE, Team
 from lrcompress.pruning.magnitude import largest
+from lrcompress.selection import select
 from lrcompress.solvers.godec import godec
 from lrcompress.statistics.views import is_linear, view
-from lrcompress.surgery import replace_, select
+from lrcompress.surgery import replace_
 
 # What the query and value projections of attention are called, alone or with others in one.
 _QUERY_VALUE = frozenset(

@@ -1,13 +1,42 @@
 """What a batch says of itself: which positions are real, and how many examples it holds."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lrcompress.errors import ObservationError
+from lrcompress.errors import ObservationError, ShapeError
 
 MASK = "attention_mask"
+IGNORED = -100  # the label of what is not predicted
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The real tokens of a padded batch.
+
+    Attributes:
+        grid: ``(examples, length)``.
+        real: their flat indices in it.
+    """
+
+    grid: torch.Size
+    real: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor | None) -> "Mask | None":
+        """Return the tokens where a mask is not zero, or None for none.
+
+        Raises:
+            ShapeError: if it is not two-dimensional.
+        """
+        if mask is None:
+            return None
+        if mask.ndim != 2:
+            raise ShapeError(f"mask must be (examples, length), got shape {tuple(mask.shape)}")
+        return cls(mask.shape, mask.reshape(-1).nonzero().squeeze(1))
 
 
 def batch_examples(batch: Any) -> int:
@@ -26,6 +55,22 @@ def batch_examples(batch: Any) -> int:
     if not found:
         raise ObservationError(f"no tensor in a batch of type {type(batch).__name__}")
     return next((tensor.shape[0] for tensor in found if tensor.ndim), 1)
+
+
+def batch_terms(batch: Any) -> int:
+    """Return what number of terms a loss of this batch is the mean of: its tokens, or examples.
+
+    Where its ``labels`` are whole numbers ``(examples, length)``, those that are not -100 count,
+    else the examples.
+
+    Example:
+        >>> batch_terms({"labels": torch.tensor([[7, 8], [9, -100]])})
+        3
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and labels.ndim == 2 and labels.dtype == torch.int64:
+        return max(1, int((labels != IGNORED).sum()))
+    return batch_examples(batch)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
@@ -53,3 +98,21 @@ def batch_mask(
         f"{owner} leaves padding out by the batch's {mask!r}, which this batch does not have "
         f"({has}); name another with mask=, or pass mask=None if nothing is padded"
     )
+
+
+def batch_decoder_mask(batch: Any) -> Tensor | None:
+    """Return which positions of a decoder's own input are real, where a batch says so.
+
+    That is its ``decoder_attention_mask``, or where its ``labels`` are not -100: a decoder reads
+    at each position what it is to predict at the one before.
+
+    Example:
+        >>> batch_decoder_mask({"labels": torch.tensor([[7, 8], [9, -100]])}).tolist()
+        [[True, True], [True, False]]
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if isinstance(mask, Tensor):
+        return mask
+    return labels != IGNORED if isinstance(labels, Tensor) and labels.ndim == 2 else None

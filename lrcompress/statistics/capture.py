@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrcompress.errors import ObservationError, ShapeError
+from lrcompress.errors import ObservationError
+from lrcompress.statistics.batches import Mask
 from lrcompress.statistics.moments import (
     INPUT_KINDS,
     TABLE_KINDS,
@@ -26,27 +28,35 @@ from lrcompress.statistics.views import is_table, view
 _FISHER = frozenset({"input_fisher", "output_fisher"})
 _WITH_INPUTS = _FISHER | {"weighted_moment", "token_fisher"}
 _OF_INPUTS = frozenset((*INPUT_KINDS, "input_sum", "token_count"))
+_Identity = tuple[object, ...]
+_Read = tuple[_Identity, Tensor, Mask | None]
+_Part = tuple[Tensor | None, Tensor, Mask | None]  # input, gradient and whose padding both have
+_ENCODED = "encoder_hidden_states"  # what transformers calls that argument of every decoder
 
 
 @dataclass
 class _Pass:
     """One forward and backward pass of one observed step."""
 
-    mask: Tensor | None  # flat indices of the real tokens of a (examples, length) batch
-    grid: torch.Size | None  # (examples, length)
+    mask: Mask | None
+    decoder_mask: Mask | None
     missing: str | None  # why there is no mask, where one was expected
-    # A tensor's identity -> its first reader. The tensor is held, or its memory could be another's.
-    read: dict[tuple[object, ...], tuple[str, Tensor]] = field(default_factory=dict)
-    pending: dict[str, list[Tensor]] = field(default_factory=dict)  # inputs not yet added
+    encoded: Tensor | None = None  # what a decoder was given of its encoder, once it runs
+    decoding: set[str] = field(default_factory=set)  # layers that read what a decoder made
+    # The tensors that a layer reads in turn -> the first layer that does. They are held, or their
+    # memory could be another's.
+    read: dict[_Identity, tuple[str, list[_Read]]] = field(default_factory=dict)
+    pending: dict[str, list[_Read]] = field(default_factory=dict)  # inputs not yet added
     calls: dict[str, int] = field(default_factory=dict)
     forward: set[str] = field(default_factory=set)  # called before any backward pass
-    parts: dict[str, list[tuple[Tensor | None, Tensor]]] = field(default_factory=dict)
+    parts: dict[str, list[_Part]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     tokens: int = 0  # of the layer that read most
     counted: int = 0  # of these, in the statistics already
     committed: bool = False
     armed: bool = True
     scale: float = 1.0
+    terms: int | None = None  # of the loss
 
 
 class Recorder:
@@ -98,6 +108,7 @@ class Recorder:
             table = is_table(module)
             own = [kind for kind in self.kinds if (kind in TABLE_KINDS) == table]
             self._shapes[layer] = shapes(own, in_features, out_features)
+        self._decoders = list(_decoders(model))
         self._pass: _Pass | None = None
 
     @property
@@ -116,7 +127,13 @@ class Recorder:
         return self._pass is not None
 
     @contextmanager
-    def step(self, mask: Tensor | None = None, *, missing: str | None = None) -> Iterator[None]:
+    def step(
+        self,
+        mask: Tensor | None = None,
+        *,
+        decoder_mask: Tensor | None = None,
+        missing: str | None = None,
+    ) -> Iterator[None]:
         """Watch what runs inside the block, and only that.
 
         Inputs are held until :meth:`commit`, so that a step whose loss is not finite leaves no
@@ -125,15 +142,15 @@ class Recorder:
         Args:
             mask: ``(examples, length)``, nonzero where there is a token; inputs of that leading
                 shape lose their padding, others are taken whole. None if nothing is padded.
+            decoder_mask: the same of what a decoder reads of its own, which knows ``mask`` not.
+                A decoder is what is called with ``encoder_hidden_states=``; what it reads of
+                these has the padding of ``mask``.
             missing: without a mask, the error to raise when a layer reads sequences.
 
         Raises:
-            ShapeError: if ``mask`` is not two-dimensional.
+            ShapeError: if a mask is not two-dimensional.
         """
-        if mask is not None and mask.ndim != 2:
-            raise ShapeError(f"mask must be (examples, length), got shape {tuple(mask.shape)}")
-        flat = mask.reshape(-1).nonzero().squeeze(1) if mask is not None else None
-        self._pass = _Pass(flat, mask.shape if mask is not None else None, missing)
+        self._pass = _Pass(Mask.of(mask), Mask.of(decoder_mask), missing)
         with ExitStack() as stack:
             stack.callback(self._forget)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -141,17 +158,29 @@ class Recorder:
                 hook = partial(self._saw, name)
                 handle = layer.register_forward_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
+            for decoder in self._decoders:
+                handle = decoder.register_forward_pre_hook(self._entered, with_kwargs=True)
+                stack.callback(handle.remove)
             yield
             if self._pass.pending and not self._pass.committed:
                 self.commit()
             self._add_gradients(*self._pass.parts)
 
-    def commit(self, scale: float = 1.0, *, finite: bool = True, armed: bool = True) -> None:
+    def commit(
+        self,
+        scale: float = 1.0,
+        *,
+        terms: int | None = None,
+        finite: bool = True,
+        armed: bool = True,
+    ) -> None:
         """Add what the forward pass read; backward passes from here on add their gradients.
 
         Args:
             scale: what turns a gradient as it will arrive into the gradient of the summed
-                loss: examples per batch for a mean loss, divided by any loss scaling.
+                loss: terms per batch for a mean loss, divided by any loss scaling.
+            terms: of the loss, examples or predicted tokens, each of which counts as an example;
+                by default the leading size of the outputs.
             finite: whether the loss is; if not, the step is counted as skipped, not added.
             armed: False to let backward passes go by until :meth:`arm`.
         """
@@ -160,18 +189,24 @@ class Recorder:
         if not finite:
             self.statistics.skipped += 1
         else:
-            self._check_shared(current)
+            firsts = [name for name, xs in current.pending.items() if self._is_first(name, xs)]
             self.statistics.steps += 1
             self._count_tokens()
-            for name, xs in current.pending.items():
-                self._add_inputs(name, xs)
-        current.pending, current.read = {}, {}
+            for name in firsts:
+                self._add_inputs(name, [(x, mask) for _, x, mask in current.pending[name]])
+        current.pending, current.read, current.encoded = {}, {}, None
         current.committed, current.scale, current.armed = True, scale, armed and finite
+        current.terms = terms
 
     def arm(self, armed: bool = True) -> None:
         """Let gradients count, or go by, from here on."""
         assert self._pass is not None, "arm outside of step"
         self._pass.armed = armed
+
+    def drop(self) -> None:
+        """Add nothing more of this step, which was broken off."""
+        if self._pass is not None:
+            self._pass.pending, self._pass.parts = {}, {}
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -193,9 +228,10 @@ class Recorder:
         output: Tensor,
     ) -> None:
         current = self._pass
+        x = args[0] if args else next(iter(kwargs.values()))
+        mask = self._mask(name, x)
         if current is None or not (torch.is_grad_enabled() or self.forward_only):
             return  # a teacher's or a metric's own pass
-        x = args[0] if args else next(iter(kwargs.values()))
         if not x.is_floating_point():  # rows of a table, by number
             x = x.unsqueeze(-1)
         if not _in_backward():
@@ -206,13 +242,27 @@ class Recorder:
             current.forward.add(name)
         if not (_in_backward() and name in current.forward):  # not a checkpoint's second run
             self._count_call(name)
-            self._take_inputs(name, x.detach())
+            self._take_inputs(name, x.detach(), mask)
         if self._shapes[name].keys() - _OF_INPUTS and output.requires_grad:
             if not _in_backward():
                 current.outputs.append(output)
             kept = x.detach() if _WITH_INPUTS & self._shapes[name].keys() else None
-            hook = partial(self._took_gradient, current, name, kept)
+            hook = partial(self._took_gradient, current, name, kept, mask)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _mask(self, name: str, x: Tensor) -> Mask | None:
+        """Return what tells the padding of a layer's input and output; None takes them whole."""
+        current = self._pass
+        if current is None:
+            return None
+        encoded = current.encoded
+        if encoded is not None and not _in_backward():
+            own = (x.data_ptr(), x.shape) != (encoded.data_ptr(), encoded.shape)
+            (current.decoding.add if own else current.decoding.discard)(name)
+        # in a backward pass reentrant checkpointing asks, and no decoder is entered
+        mask = current.decoder_mask if name in current.decoding else current.mask
+        leading = x.shape[:-1] if x.is_floating_point() else x.shape
+        return mask if mask is not None and leading == mask.grid else None
 
     def _count_call(self, name: str) -> None:
         assert self._pass is not None
@@ -229,50 +279,49 @@ class Recorder:
             f"layer {name!r} was called twice in one step: {self.owner} expects one call; {way_out}"
         )
 
-    def _take_inputs(self, name: str, x: Tensor) -> None:
+    def _take_inputs(self, name: str, x: Tensor, mask: Mask | None) -> None:
         current = self._pass
         assert current is not None
         if x.ndim > 2 and current.mask is None and current.missing:
             raise ObservationError(current.missing)
-        mask = current.mask if self._is_masked(x) else None
-        current.tokens = max(current.tokens, (x[..., 0] if mask is None else mask).numel())
+        current.tokens = max(current.tokens, (x[..., 0] if mask is None else mask.real).numel())
         if current.committed and current.armed:
             self._count_tokens()
         if not self._shapes[name].keys() & _OF_INPUTS:
             return
         # tables of other sizes may read the same rows
         table = name if "token_count" in self._shapes[name] else None
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, table)
-        first, _ = current.read.setdefault(key, (name, x))
+        read = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, table), x, mask
+        if not _in_backward():
+            current.pending.setdefault(name, []).append(read)
+        elif self._is_first(name, [read]) and current.armed:
+            # reentrant checkpointing: the step is committed already
+            self._add_inputs(name, [(x, mask)])
+
+    def _is_first(self, name: str, reads: list[_Read]) -> bool:
+        """Return whether no layer before it has read just these tensors: it adds for all.
+
+        Raises:
+            ObservationError: if it has shared otherwise in an earlier step.
+        """
+        assert self._pass is not None
+        every = tuple(identity for identity, _, _ in reads)
+        first, _ = self._pass.read.setdefault(every, (name, reads))
         known = self.statistics.source.setdefault(name, first)
         if known != first:
-            raise self._shared_otherwise(name, known, first)
-        if first != name:
-            return
-        if not _in_backward():
-            current.pending.setdefault(name, []).append(x)
-        elif current.armed:  # reentrant checkpointing: the step is committed already
-            self._add_inputs(name, [x])
+            raise ObservationError(
+                f"layer {name!r} reads the tensor of {known!r} in one step or call and that of "
+                f"{first!r} in another; leave it out with exclude="
+            )
+        return first == name
 
     def _count_tokens(self) -> None:
         assert self._pass is not None
         self.statistics.tokens += self._pass.tokens - self._pass.counted
         self._pass.counted = self._pass.tokens
 
-    def _check_shared(self, current: _Pass) -> None:
-        for name, first in self.statistics.source.items():
-            calls = (current.calls.get(name, 0), current.calls.get(first, 0))
-            if calls[0] and calls[0] != calls[1]:  # a use of the first that this one has no part in
-                raise self._shared_otherwise(name, first, name)
-
-    def _shared_otherwise(self, name: str, one: str, other: str) -> ObservationError:
-        return ObservationError(
-            f"layer {name!r} reads the tensor of {one!r} in one step or call and that of "
-            f"{other!r} in another; leave it out with exclude="
-        )
-
-    def _add_inputs(self, name: str, xs: list[Tensor]) -> None:
-        tokens = self._joined(xs)
+    def _add_inputs(self, name: str, reads: list[tuple[Tensor, Mask | None]]) -> None:
+        tokens = _joined(reads)
         sums = self.statistics.inputs.get(name)
         if sums is None:
             kept = {k: v for k, v in self._shapes[name].items() if k in _OF_INPUTS}
@@ -283,22 +332,14 @@ class Recorder:
         else:
             sums.add_inputs_(tokens)
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        assert self._pass is not None
-        flat = x.reshape(-1, x.shape[-1])
-        return flat[self._pass.mask] if self._is_masked(x) else flat
-
-    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
-        """Give the tokens of one tensor after another; of a single one without a further copy."""
-        tokens = [self._tokens(part) for part in parts]
-        return torch.cat(tokens) if len(tokens) > 1 else tokens[0]
-
-    def _is_masked(self, x: Tensor) -> bool:
-        assert self._pass is not None
-        return self._pass.mask is not None and x.shape[:-1] == self._pass.grid
+    def _entered(self, _decoder: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+        if self._pass is not None and not _in_backward():
+            self._pass.encoded = kwargs.get(_ENCODED)
 
     @torch.no_grad()
-    def _took_gradient(self, current: _Pass, name: str, x: Tensor | None, g: Tensor) -> None:
+    def _took_gradient(
+        self, current: _Pass, name: str, x: Tensor | None, mask: Mask | None, g: Tensor
+    ) -> None:
         if current is not self._pass:
             return
         if not current.committed:
@@ -306,7 +347,7 @@ class Recorder:
         if not current.armed:
             return
         parts = current.parts.setdefault(name, [])
-        parts.append((x, g))
+        parts.append((x, g, mask))
         if len(parts) == current.calls[name]:
             self._add_gradients(name)
 
@@ -315,39 +356,27 @@ class Recorder:
         assert self._pass is not None
         for name in names:
             parts = self._pass.parts.pop(name)
-            _, g = parts[0]
+            g = max((g for _, g, _ in parts), key=len)  # a use of position embeddings is one row
             sums = self.statistics.outputs.get(name)
             if sums is None:
                 kept = {k: v for k, v in self._shapes[name].items() if k not in _OF_INPUTS}
                 sums = Sums.zeros(kept, self._device(g))
                 self.statistics.outputs[name] = sums
-            scale = self._pass.scale
+            scale, terms = self._pass.scale, self._pass.terms
+            terms = len(g) if terms is None else terms
+            gave = [(g, mask) for _, g, mask in parts]
+            read = [(x, mask) for x, _, mask in parts if x is not None]
             if "output_moment" in sums.values:
-                tokens = self._joined(g for _, g in parts)
-                sums.add_gradients_(tokens, g.shape[0], scale)
+                tokens = _joined(gave)
+                sums.add_gradients_(tokens, terms, scale)
                 if "weighted_moment" in sums.values:
-                    read = self._joined(x for x, _ in parts if x is not None)
-                    sums.add_weighted_(read, tokens, scale)
+                    sums.add_weighted_(_joined(read), tokens, scale)
             if "token_fisher" in sums.values:
-                rows = self._joined(x for x, _ in parts if x is not None)
-                sums.add_row_gradients_(rows, self._joined(g for _, g in parts), g.shape[0], scale)
+                sums.add_row_gradients_(_joined(read), _joined(gave), terms, scale)
             if _FISHER & sums.values.keys():
-                sums.add_fisher_(*self._by_example(parts), scale)
-
-    def _by_example(self, parts: list[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Give inputs and gradients as ``(examples, length, features)``, padding zero."""
-        assert self._pass is not None
-        xs, gs = [], []
-        for x, g in parts:
-            assert x is not None
-            if self._is_masked(g):
-                keep = torch.zeros(g.shape[:-1].numel(), dtype=torch.bool, device=g.device)
-                keep[self._pass.mask] = True
-                keep = keep.view(*g.shape[:-1], 1)
-                x, g = torch.where(keep, x, 0), torch.where(keep, g, 0)
-            xs.append(x.reshape(x.shape[0], -1, x.shape[-1]))
-            gs.append(g.reshape(g.shape[0], -1, g.shape[-1]))
-        return torch.cat(xs, 1), torch.cat(gs, 1)
+                for x, of_examples in _by_example(parts):
+                    sums.add_fisher_(x, of_examples, scale, examples=terms)
+                    terms = 0
 
     def _device(self, like: Tensor) -> torch.device:
         return torch.device(self.offload) if self.offload else like.device
@@ -355,3 +384,40 @@ class Recorder:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _decoders(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules that may be given what an encoder has made."""
+    if _ENCODED in signature(module.forward).parameters:
+        yield module
+        return
+    for child in module.children():
+        yield from _decoders(child)
+
+
+def _joined(parts: Iterable[tuple[Tensor, Mask | None]]) -> Tensor:
+    """Give the tokens of one tensor after another; of a single one without a further copy."""
+    flat = [(x.reshape(-1, x.shape[-1]), mask) for x, mask in parts]
+    tokens = [x if mask is None else x[mask.real] for x, mask in flat]
+    return torch.cat(tokens) if len(tokens) > 1 else tokens[0]
+
+
+def _by_example(parts: Iterable[_Part]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and gradients as ``(examples, length, features)``, padding zero.
+
+    Uses that are not by example, of position embeddings for instance, come apart, as if they
+    were examples of their own.
+    """
+    together: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for x, g, mask in parts:
+        assert x is not None
+        if mask is not None:
+            keep = torch.zeros(mask.grid.numel(), dtype=torch.bool, device=g.device)
+            keep[mask.real] = True
+            keep = keep.view(*g.shape[:-1], 1)
+            x, g = torch.where(keep, x, 0), torch.where(keep, g, 0)
+        x, g = (y.reshape(y.shape[0], -1, y.shape[-1]) for y in (x, g))
+        together.setdefault(g.shape[0], []).append((x, g))
+    for pairs in together.values():
+        xs, gs = zip(*pairs, strict=True)
+        yield torch.cat(xs, 1), torch.cat(gs, 1)

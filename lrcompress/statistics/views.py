@@ -93,6 +93,22 @@ def is_linear(layer: nn.Module) -> bool:
     return _qualified(type(layer)) in _VIEWS
 
 
+def stacked(model: nn.Module) -> dict[str, str]:
+    """Return what of a model are matrices without a layer, with the reason why they stay.
+
+    The experts of a mixture may be one parameter, a matrix each. Its name and its module's are
+    keys.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn."):  # convolutions
+            continue
+        stacks = [key for key, p in module.named_parameters(recurse=False) if p.ndim == 3]
+        why = f"it holds experts' matrices in 3-D parameters ({', '.join(stacks)}), not in layers"
+        found |= {path: why for path in (name, *(f"{name}.{key}" for key in stacks)) if stacks}
+    return found
+
+
 def view(layer: nn.Module, name: str = "layer", *, table: bool = False) -> LinearView:
     """Return the normal form of ``layer``, which may be a table where that is said.
 

@@ -10,13 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
 from lrcompress.errors import SettingError, nearest
+from lrcompress.statistics.batches import IGNORED
 from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.fine_tuning import FineTuning, Schedule
 from lrcompress.tasks.language_data import LanguageData
 from lrcompress.tasks.locations import model_folder
 
 Objective = Literal["causal", "masked"]
-IGNORED = -100  # the label of what is not predicted
 
 
 class LanguageModelling(FineTuning):
@@ -86,7 +86,7 @@ class LanguageModelling(FineTuning):
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
         loss: Tensor = self(batch).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=self._predicted(batch))
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002

@@ -16,9 +16,10 @@ from torch import nn
 
 import lrcompress
 from lrcompress.callbacks.layerwise import Dense
-from lrcompress.engine import Settings, factor_
+from lrcompress.engine import factor_
 from lrcompress.errors import SettingError
 from lrcompress.report import Report
+from lrcompress.settings import Settings
 from lrcompress.statistics.moments import Statistics
 
 Make = Callable[..., Any]

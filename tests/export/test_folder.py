@@ -111,6 +111,12 @@ def test_a_config_that_makes_transformers_run_or_read_others_is_refused(
         read_folder(folder)
 
 
+def test_a_plain_yes_or_no_in_a_config_is_harmless(folder: Path) -> None:
+    (folder / "lrcompress.json").unlink()
+    change(folder / "config.json", _remove_final_layer_norm=True)  # as OPT has it
+    assert read_folder(folder).config["_remove_final_layer_norm"] is True
+
+
 def test_an_adapter_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json would make transformers load"):

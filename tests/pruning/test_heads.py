@@ -28,7 +28,7 @@ from lrcompress.pruning.heads import (
     silence_,
 )
 from lrcompress.pruning.updates import attach_, merge_updates_
-from lrcompress.surgery import select
+from lrcompress.selection import select
 
 BERT: dict[str, Any] = {
     "hidden_size": 32,

@@ -8,7 +8,12 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from lrcompress.errors import ObservationError
-from lrcompress.statistics.batches import batch_examples, batch_mask
+from lrcompress.statistics.batches import (
+    batch_decoder_mask,
+    batch_examples,
+    batch_mask,
+    batch_terms,
+)
 
 FOUR = torch.zeros(4, 7)
 
@@ -72,3 +77,23 @@ def test_a_missing_mask_says_what_there_is_and_how_to_go_on(batch: Any, has: str
     assert missing is not None
     assert missing.startswith("Owner leaves padding out by the batch's 'attention_mask'")
     assert f"({has}); name another with mask=, or pass mask=None if nothing is padded" in missing
+
+
+def test_what_a_decoder_reads_is_told_by_its_mask_or_its_labels() -> None:
+    labels, mask = torch.tensor([[3, -100], [4, 5]]), torch.tensor([[1, 1], [1, 0]])
+    found = batch_decoder_mask({"labels": labels, "decoder_attention_mask": mask})
+    assert found is mask
+    by_labels = batch_decoder_mask(BatchEncoding({"labels": labels}))
+    assert by_labels is not None
+    assert by_labels.tolist() == [[True, False], [True, True]]
+    for batch in ({"labels": torch.zeros(4)}, {"labels": ["a"]}, {"x": FOUR}, FOUR):
+        assert batch_decoder_mask(batch) is None
+
+
+def test_a_loss_is_the_mean_of_its_predicted_tokens_or_of_its_examples() -> None:
+    tokens = torch.tensor([[3, -100, 4], [4, 5, -100]])
+    assert batch_terms({"input_ids": tokens, "labels": tokens}) == 4
+    assert batch_terms(BatchEncoding({"labels": torch.full((2, 3), -100)})) == 1
+    for labels in (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)):
+        assert batch_terms({"labels": labels}) == 2, "several labels an example, or one"
+    assert batch_terms((FOUR,)) == 4

@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from lrcompress.errors import LayerError, ObservationError, ShapeError
+from lrcompress.statistics.batches import batch_decoder_mask
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import INPUT_KINDS, KINDS, OUTPUT_KINDS, Statistics
 
@@ -229,6 +235,61 @@ def test_a_padded_batch_of_a_transformer_gives_what_its_texts_give_one_by_one() 
     assert {together.statistics.source[block + n] for n in ("query", "key", "value")} == {
         block + "query"
     }
+
+
+def tiny_bart() -> BartForConditionalGeneration:
+    sides = ("encoder", "decoder")
+    sizes = {f"{side}_{key}": n for side in sides for key, n in (("layers", 1), ("ffn_dim", 24))}
+    heads = {f"{side}_attention_heads": 2 for side in sides}
+    config = BartConfig(
+        vocab_size=30, d_model=16, max_position_embeddings=16, **sizes, **heads, pad_token_id=0
+    )
+    return BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("written", [5, 7])
+def test_what_a_decoder_reads_loses_its_own_padding_and_that_of_its_encoder(written: int) -> None:
+    model = tiny_bart()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    _, mask, _ = a_batch(4, 7)
+    _, kept, _ = a_batch(4, written)
+    ids = torch.randint(4, 30, mask.shape) * mask
+    labels = torch.randint(4, 30, kept.shape).masked_fill(kept == 0, -100)
+
+    def watch(recorder: Recorder, rows: slice, read: int, wrote: int) -> None:
+        source, goal = mask[rows, :read], labels[rows, :wrote]
+        decoder_mask = batch_decoder_mask({"labels": goal})
+        with recorder.step(source, decoder_mask=decoder_mask):
+            output = model(input_ids=ids[rows, :read], attention_mask=source, labels=goal)
+            loss = F.cross_entropy(output.logits.mT, goal, reduction="sum") / len(goal)
+            recorder.commit(len(goal))
+            loss.backward()
+
+    together, apart = Recorder(model, names, KINDS), Recorder(model, names, KINDS)
+    watch(together, slice(4), 7, written)
+    for i, lengths in enumerate(zip(mask.sum(1).tolist(), kept.sum(1).tolist(), strict=True)):
+        watch(apart, slice(i, i + 1), *lengths)
+    assert_same(flat(together.statistics, names), flat(apart.statistics, names), atol=1e-5)
+    counted = {n: int(together.statistics.of(n, ()).tokens) for n in names}
+    of_encoder, of_decoder = int(mask.sum()), int(kept.sum())
+    assert counted["model.encoder.layers.0.fc1"] == of_encoder
+    assert counted["model.decoder.layers.0.encoder_attn.k_proj"] == of_encoder
+    assert counted["model.decoder.layers.0.encoder_attn.q_proj"] == of_decoder
+    assert counted["model.decoder.layers.0.fc1"] == counted["lm_head"] == of_decoder
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_step_that_is_broken_off_adds_nothing() -> None:
+    model = Net()
+    recorder = Recorder(model, LAYERS, KINDS)
+    step = recorder.step()
+    step.__enter__()
+    model(a_batch()[0])
+    recorder.drop()
+    step.__exit__(None, None, None)
+    recorder.drop()  # and outside of a step there is nothing to drop
+    assert not recorder.watching
+    assert (recorder.statistics.steps, recorder.statistics.inputs) == (0, {})
 
 
 @pytest.mark.parametrize("length", [2, 9])
@@ -697,13 +758,23 @@ def test_shared_layers_that_read_one_tensor_in_every_use_share_its_moment() -> N
         assert_same(flat(statistics, [name]), flat(one, [name]))
 
 
-def test_shared_layers_that_read_one_tensor_in_some_uses_only_are_refused() -> None:
-    class Uneven(Twice):
-        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-            return super().forward(x, mask) + self.beside(x).mean(1)[:, :3]
+class Uneven(Twice):
+    """As DeBERTa: one layer reads positions too, which are the same for all examples."""
 
-    with pytest.raises(ObservationError, match=r"'beside' reads the tensor of 'layer' in one"):
-        observed(Uneven(), [a_batch()], names=["layer", "beside"], shared=True)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        positions = self.layer(torch.linspace(-1, 1, 3 * WIDTH).view(1, 3, WIDTH))
+        return super().forward(x, mask) + (positions.sum(1) + self.beside(x).mean(1))[:, :3]
+
+
+def test_shared_layers_that_read_one_tensor_in_some_uses_only_have_their_own_moments() -> None:
+    model, batch, names = Uneven(), a_batch(), ["layer", "beside"]
+    statistics = observed(model, [batch, batch], names=names, shared=True)
+    assert statistics.source == {name: name for name in names}
+    for name in names:
+        alone = observed(model, [batch, batch], names=[name], shared=True)
+        assert_same(flat(statistics, [name]), flat(alone, [name]))
+    assert statistics.of("layer", KINDS).examples == 2 * len(batch[0])
+    assert statistics.of("layer", KINDS).tokens == 2 * (2 * batch[1].sum() + 3)
 
 
 def test_a_layer_that_is_never_called_is_missed_when_it_is_asked_for() -> None:

@@ -1,0 +1,144 @@
+"""Training of any ``transformers`` model that reads one text and writes another."""
+
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torchmetrics.text import ROUGEScore
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
+from lrcompress.errors import SettingError
+from lrcompress.statistics.batches import IGNORED
+from lrcompress.tasks.batches import Batch
+from lrcompress.tasks.fine_tuning import FineTuning, Schedule
+from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks.sequence_data import SequenceData
+
+ROUGE = ("rouge1", "rouge2", "rougeL")  # rougeLsum would download a model that splits sentences
+
+
+class SequenceToSequence(FineTuning):
+    """Trains a ``transformers`` encoder and decoder to write a text for another.
+
+    The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs ``train_loss``,
+    and of validation and test ``val_loss``, the mean over all predicted tokens, and ``val_rouge1``,
+    ``val_rouge2`` and ``val_rougeL``, F-measures of what it writes, without stemming, over all
+    texts and all ranks.
+
+    Args:
+        path: hub name, local folder, or ``package:name/folder``. A folder of
+            ``lrcompress.save_pretrained`` goes on factored.
+        lr: peak learning rate of AdamW.
+        weight_decay: of matrices; biases, norms and other vectors have none.
+        fused: let AdamW update in one kernel. Lightning refuses to clip gradients for it under
+            mixed precision.
+        warmup: share of all steps over which the learning rate rises to ``lr``, 0 to 1.
+        schedule: what follows the warm-up: ``linear`` or ``cosine`` decay to zero, or
+            ``constant``.
+        max_written: the most tokens it writes in validation and test.
+        beams: of the search for what to write; 1 takes the likeliest token each time.
+        pretrained: whether to load the weights; otherwise only ``config.json`` is read and
+            the weights are random.
+
+    Raises:
+        SettingError: if an argument is outside what it may be.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        lr: float = 5e-5,
+        weight_decay: float = 0.0,
+        fused: bool = False,
+        warmup: float = 0.06,
+        schedule: Schedule = "linear",
+        max_written: int = 64,
+        beams: int = 1,
+        pretrained: bool = True,
+    ) -> None:
+        super().__init__(lr, weight_decay, fused, warmup, schedule)
+        for name, value in (("max_written", max_written), ("beams", beams)):
+            if value < 1:
+                raise SettingError(f"{name} must be at least 1, got {value}")
+        self.save_hyperparameters()
+        self.max_written, self.beams = max_written, beams
+        folder = model_folder(path)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.scores = nn.ModuleDict(
+            {stage: ROUGEScore(rouge_keys=ROUGE) for stage in ("val", "test")}
+        )
+        self.model = _load(folder, pretrained)
+
+    def forward(self, batch: Batch) -> Any:
+        return self.model(**batch)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if not isinstance(data, SequenceData) or most is None:
+            return
+        for name in ("max_length", "max_target"):
+            if getattr(data, name) > most:
+                raise SettingError(
+                    f"the data has {name}={getattr(data, name)}, the model has {most} positions; "
+                    f"set {name} to at most {most}"
+                )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
+        loss: Tensor = self(batch).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        labels = batch["labels"]
+        loss, size = self(batch).loss, int((labels != IGNORED).sum())
+        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
+        pad = self.tokenizer.pad_token_id
+        wanted = labels.masked_fill(labels == IGNORED, 0 if pad is None else pad)
+        self._rouge(stage).update(self._texts(self.write(batch)), self._texts(wanted))
+
+    def write(self, batch: Batch) -> Tensor:
+        """Return the tokens ``(texts, length)`` that the model writes for a batch."""
+        read = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        found: Tensor = self.model.generate(  # type: ignore[operator]
+            **read, max_new_tokens=self.max_written, num_beams=self.beams, do_sample=False
+        )
+        return found
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _rouge(self, stage: str) -> ROUGEScore:
+        return cast("ROUGEScore", self.scores[stage])
+
+    def _log_scores(self, stage: str) -> None:
+        rouge = self._rouge(stage)
+        if rouge.update_called:
+            found = rouge.compute()
+            values = {f"{stage}_{key}": found[f"{key}_fmeasure"].to(self.device) for key in ROUGE}
+            self.log_dict(values, prog_bar=True)
+            rouge.reset()
+
+
+def _load(folder: str, pretrained: bool) -> Any:
+    """Return the model, in training mode; ``from_pretrained`` alone leaves it in eval mode."""
+    if pretrained:
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    return model.train()

@@ -1,0 +1,75 @@
+"""The README's table of architectures and methods is what runs give."""
+
+import pytest
+import torch
+
+import lrcompress
+from lrcompress.errors import LayerError, ObservationError
+from lrcompress.nn import LowRankLinear
+from lrcompress.plan import Plan
+from lrcompress.selection import select
+
+from .matrix import METHODS, cell, in_readme, table
+from .models import MODELS, batch_for, made
+
+FOUND: dict[tuple[str, str], tuple[str, str]] = {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_each_method_trains_compresses_saves_and_reloads(architecture: str, method: str) -> None:
+    FOUND[architecture, method] = cell(architecture, method)
+    row = next(line for line in in_readme().splitlines() if line.startswith(f"| {architecture} |"))
+    told = row.strip("| ").split(" | ")[1:][list(METHODS).index(method)]
+    assert FOUND[architecture, method][0] == told, FOUND[architecture, method][1]
+
+
+def test_the_table_in_the_readme_is_what_was_found() -> None:
+    every = {(one, method) for one in MODELS for method in METHODS}
+    if every > FOUND.keys():
+        pytest.skip("only some of the cells were run")
+    assert in_readme() == table(FOUND), "python -m tests.architectures.matrix"
+
+
+@pytest.mark.parametrize("part", ["", ".down_proj"])
+@pytest.mark.parametrize("architecture", ["Mixtral", "Qwen3-MoE"])
+def test_experts_are_left_alone_and_refused_by_name(architecture: str, part: str) -> None:
+    model = made(architecture)
+    left = select(model).left_alone
+    assert [*left] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    refused = (
+        r"mlp.experts\S*' cannot be .* in 3-D parameters \(gate_up_proj, down_proj\), not in l"
+    )
+    for pattern in (f"model.layers.1.mlp.experts{part}", f"*.experts{part}"):
+        with pytest.raises(LayerError, match=refused):
+            select(model, [pattern])
+    experts = "model.layers.0.mlp.experts"
+    assert select(model, ["model.layers.0.*"]).left_alone.keys() == {experts}
+    parts = {f"{experts}.{key}" for key in ("gate_up_proj", "down_proj")}
+    assert select(model, ["model.layers.0.*_proj"]).left_alone.keys() == parts
+
+
+def test_albert_is_factored_once_for_all_its_uses() -> None:
+    model = made("ALBERT")
+    batch = batch_for(model)
+    with pytest.raises(ObservationError, match=r"query' was called twice in one .*shared=True"):
+        lrcompress.compress(model, [batch], lambda m, b: m(**b).loss, keep=0.5)
+    lrcompress.compress(model, [batch], lambda m, b: m(**b).loss, keep=0.5, shared=True, align=1)
+    assert 4 <= len(Plan.of(model)) <= 6
+    assert model.config.num_hidden_layers == 2
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_torchs_fast_path_gives_what_factored_layers_give() -> None:
+    model = made("`nn.TransformerEncoder`").eval()
+    batch = batch_for(model)
+    lrcompress.compress(model, [batch], lambda m, b: m(**b).loss, keep=0.4, align=1)
+    factored = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    called: list[int] = []
+    for layer in factored:  # on the factor: hooks on the layers make torch take the slow path
+        layer.right.forward = lambda x, f=layer.right.forward: called.append(1) or f(x)
+    slow = model(**batch).logits
+    assert len(called) == len(factored) > 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, slow, rtol=1e-4, atol=1e-5)
+    assert len(called) == len(factored), "torch has read the weights without calling the layers"
