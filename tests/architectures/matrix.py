@@ -168,6 +168,7 @@ METHODS: Mapping[str, Callable[[str, dict[str, Any]], nn.Module]] = {
     "row_fisher": compressed("row_fisher"),
     "kfac": factorized("kfac"),
     "weighted_kfac": compressed("weighted_kfac"),
+    "kronecker": compressed("kronecker"),
     "LoSparse": losparse,
     "FactorizeEmbedding": embedding,
     "DSEE": dsee,
