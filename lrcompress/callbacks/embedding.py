@@ -172,7 +172,7 @@ class FactorizeEmbedding(Course):
             raise PlatformError(
                 "FactorizeEmbedding replaces tables that other layers may hold too, which sharding "
                 "cannot follow; use strategy='ddp', or factor in a fit on one device first and "
-                "shard the next one: lrcompress.StartFrom"
+                "begin the sharded one from the folder that lrcompress.save_pretrained writes"
             )
         super().setup(trainer, pl_module, stage)
 

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import transformers as tf
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -436,6 +437,12 @@ def test_what_cannot_be_factored_is_refused_before_the_first_step(
         trainer(embedding(**options)).fit(model, loader(texts()))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._load_state_dict_pre_hooks for m in model.modules())
+
+
+def test_sharding_is_refused_with_the_way_out(trainer: Make, loader: Make) -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    with pytest.raises(PlatformError, match=r"use strategy='ddp', or .*save_pretrained writes"):
+        trainer(embedding(), strategy=strategy).fit(made(bert), loader(texts()))
 
 
 def test_a_table_that_is_never_read_is_named(tagger: Make, loader: Make, trainer: Make) -> None:
