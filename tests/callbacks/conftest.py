@@ -1,11 +1,14 @@
 """A LightningModule and a loader that know nothing of lrcompress."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 STEPS = 6
@@ -50,6 +53,17 @@ class Tagger(L.LightningModule):
         )
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.fixture
+def sharding() -> Iterator[ModelParallelStrategy]:
+    """FSDP2 in this process alone, of which nothing is left behind."""
+    before = dict(os.environ)
+    yield ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 class Loader:

@@ -384,7 +384,7 @@ def test_a_run_with_heads_is_resumed_saved_and_loaded(
 
 
 def test_what_it_cannot_do_is_refused_in_setup(
-    tagger: Make, bert: Make, loader: Make, trainer: Make
+    tagger: Make, bert: Make, loader: Make, trainer: Make, sharding: ModelParallelStrategy
 ) -> None:
     def fit(callback: L.Callback, *others: L.Callback, **kwargs: Any) -> None:
         trainer(callback, *others, **kwargs).fit(tagger(), loader())
@@ -407,7 +407,7 @@ def test_what_it_cannot_do_is_refused_in_setup(
     with pytest.raises(SettingError, match=r"at step 3, prune_from 2, prune_at 2 of 18 steps"):
         fit(dsee(at="step:3", prune_at="step:2"))
     with pytest.raises(PlatformError, match=r"under FSDP2; use strategy='ddp'"):
-        fit(dsee(), strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1))
+        fit(dsee(), strategy=sharding)
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, num_labels=3)
     gpt = Heads(GPT2ForSequenceClassification(config))
     with pytest.raises(LayerError, match=r"found none, but GPT2Attention; use structure='entries'"):

@@ -439,10 +439,11 @@ def test_what_cannot_be_factored_is_refused_before_the_first_step(
     assert not any(m._forward_hooks or m._load_state_dict_pre_hooks for m in model.modules())
 
 
-def test_sharding_is_refused_with_the_way_out(trainer: Make, loader: Make) -> None:
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+def test_sharding_is_refused_with_the_way_out(
+    trainer: Make, loader: Make, sharding: ModelParallelStrategy
+) -> None:
     with pytest.raises(PlatformError, match=r"use strategy='ddp', or .*save_pretrained writes"):
-        trainer(embedding(), strategy=strategy).fit(made(bert), loader(texts()))
+        trainer(embedding(), strategy=sharding).fit(made(bert), loader(texts()))
 
 
 def test_a_table_that_is_never_read_is_named(tagger: Make, loader: Make, trainer: Make) -> None:
