@@ -30,6 +30,7 @@ def select(
     exclude: Sequence[str] = (),
     *,
     shared: bool = False,
+    argument: str = "targets",
 ) -> Selection:
     """Return the linear layers to factor.
 
@@ -41,6 +42,7 @@ def select(
         exclude: patterns of layers to leave out.
         shared: also take layers that are used in several places, and weights that another
             module holds too; the latter are untied by factoring.
+        argument: what the user calls ``targets``, for the message.
 
     Raises:
         NoMatchError: if a pattern matches no linear layer, or nothing is left to factor.
@@ -64,7 +66,7 @@ def select(
             )
     else:
         _check_named(targets, everything, linear, stacks)
-        wanted = _matching("targets", targets, linear)
+        wanted = _matching(argument, targets, linear)
     excluded = set(_matching("exclude", exclude, linear))
     reasons = _obstacles(model, linear, shared)
     blocked = {n: reasons[n] for n in wanted if n in reasons and n not in excluded}

@@ -20,6 +20,7 @@ from lrcompress.pruning import counts, heads, updates
 from lrcompress.pruning.magnitude import check_scope
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
+from lrcompress.selection import select
 from lrcompress.settings import Settings
 
 _STRUCTURES = ("entries", "heads")
@@ -184,8 +185,7 @@ class DSEE(Course):
         self._updates = updates.updated_names(module, self.updates)
         self._pruned, self._attentions = (), []
         if self.keep < 1:
-            chosen = Settings(method="svd", targets=self.pruned, exclude=self.exclude or ())
-            self._pruned = chosen.select(module).names
+            self._pruned = select(module, self.pruned, self.exclude or (), argument="pruned").names
         if self.keep < 1 and self.structure == "heads":
             self._attentions = heads.attentions(module, self._pruned)
             inside = {name for one in self._attentions for name in one.names}

@@ -46,7 +46,7 @@ def updated_names(model: nn.Module, patterns: Sequence[str] | None) -> tuple[str
     Raises:
         NoMatchError: if a pattern matches nothing, or no layer is called like one of them.
     """
-    names = select(model, patterns).names
+    names = select(model, patterns, argument="updates").names
     if patterns is not None:
         return names
     found = tuple(name for name in names if name.rpartition(".")[2] in _QUERY_VALUE)

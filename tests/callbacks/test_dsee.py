@@ -391,6 +391,9 @@ def test_what_it_cannot_do_is_refused_in_setup(
 
     with pytest.raises(NoMatchError, match=r"no linear layer is called query or value"):
         fit(dsee(updates=None))
+    for argument in ("updates", "pruned"):
+        with pytest.raises(NoMatchError, match=rf"^{argument}: pattern 'querry' matches none"):
+            fit(dsee(**{argument: ["querry"]}))
     with pytest.raises(NoMatchError, match=r"trained: pattern '\*norm\*' matches none of the 11"):
         fit(dsee(trained=["*norm*"]))
     with pytest.raises(SettingError, match=r"trained: 'blocks.0.down.weight' is the weight of a"):
