@@ -571,6 +571,7 @@ def test_a_compiled_model_gives_its_logits(
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo itself
 def test_compiled_blocks_give_their_outputs(reader: Make, loader: Make, trainer: Make) -> None:
+    torch.compiler.reset()  # what other tests compiled counts against the limit of recompilations
     runs = []
     for compiled in ("no", "blocks", "whole"):
         module = Distilled(reader(), teacher=reader(1), losses=[HiddenStates()])
