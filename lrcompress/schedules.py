@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lrcompress.errors import SettingError
@@ -226,3 +227,27 @@ class Cubic:
             return self.final
         left = 1 - (step - self.start) / (self.stop - self.start)
         return self.final + (1 - self.final) * left**3
+
+
+def parse_points(
+    at: float | str | list[float | str], keep: float | list[float] | None
+) -> tuple[list[Point], list[float | None]]:
+    """Return one or several points, and the keep of each.
+
+    Raises:
+        SettingError: if one is no point, or there is not a falling keep for each.
+
+    Example:
+        >>> parse_points(["epoch:1", "epoch:2"], [0.5, 0.2])[1]
+        [0.5, 0.2]
+    """
+    points = [Point.parse(one) for one in (at if isinstance(at, list) else [at])]
+    keeps: list[float | None] = [*keep] if isinstance(keep, list) else [keep]
+    if len(keeps) != len(points):
+        raise SettingError(
+            f"give one keep for every point, such as keep=[0.5, 0.2] for at=[0.3, 0.6]; "
+            f"got keep={keep!r} for at={at!r}"
+        )
+    if any(b >= a for a, b in pairwise(keeps) if a and b):
+        raise SettingError(f"keep must fall from point to point, got {keep!r}")
+    return points, keeps

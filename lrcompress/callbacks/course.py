@@ -88,9 +88,9 @@ class Course(pl.Callback, ABC):
     def settings_at(self, stage: int) -> Settings | TableSettings:
         """Return how layers are chosen and measured at a point."""
 
-    @abstractmethod
     def _observes(self, stage: int) -> bool:
         """Return whether a point needs statistics."""
+        return bool(self.sampling.kinds)
 
     @abstractmethod
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:

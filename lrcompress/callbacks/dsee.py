@@ -167,10 +167,6 @@ class DSEE(Course):
         return Settings(method="svd", targets=list(dict.fromkeys((*self._updates, *self._pruned))))
 
     @override
-    def _observes(self, stage: int) -> bool:
-        return False
-
-    @override
     def _phase(self) -> str:
         return "pruning" if 0 < self._stage < len(self.points) else super()._phase()
 

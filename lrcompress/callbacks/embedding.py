@@ -1,7 +1,6 @@
 """The callback that makes the embeddings of a fine-tune narrower."""
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +17,7 @@ from lrcompress.callbacks.telling import AUTO
 from lrcompress.embedding import Table, TableSettings, factor_tables_, record_of
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.report.tables import plan_table
-from lrcompress.schedules import Point
+from lrcompress.schedules import Point, parse_points
 from lrcompress.statistics.batches import MASK
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import TABLE_KINDS
@@ -110,15 +109,7 @@ class FactorizeEmbedding(Course):
         self.keep, self.rank, self.at, self.window = keep, rank, at, window
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
         check_restart(restart_steps, restart_scale)
-        points = [Point.parse(one) for one in (at if isinstance(at, list) else [at])]
-        keeps = keep if isinstance(keep, list) else [keep]
-        if len(keeps) != len(points):
-            raise SettingError(
-                f"give one keep for every point, such as keep=[0.5, 0.2] for at=[0.3, 0.6]; "
-                f"got keep={keep!r} for at={at!r}"
-            )
-        if any(b >= a for a, b in pairwise(keeps) if a and b):
-            raise SettingError(f"keep must fall from point to point, got {keep!r}")
+        points, keeps = parse_points(at, keep)
         if len(points) > 1 and method != "low_rank":
             raise SettingError(
                 f"method {method!r} makes tables that cannot be factored again; give one point, "
@@ -161,10 +152,6 @@ class FactorizeEmbedding(Course):
     @override
     def settings_at(self, stage: int) -> TableSettings:
         return self.settings[stage]
-
-    @override
-    def _observes(self, stage: int) -> bool:
-        return bool(self.sampling.kinds)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +20,7 @@ from lrcompress.engine import factor_, preview
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.report.tables import plan_table
-from lrcompress.schedules import Point
+from lrcompress.schedules import Point, parse_points
 from lrcompress.settings import Settings
 from lrcompress.shapes import check_layers
 from lrcompress.statistics.batches import MASK
@@ -49,7 +48,8 @@ class Factorize(Course):
             of numbered blocks: attention and feed-forward layers, not poolers and heads.
         exclude: Patterns of layers to leave out.
         allocation: ``uniform``: every layer keeps the same share; ``global``: ranks go where the
-            predicted loss is; the default of the last three methods, the only ones that know it.
+            predicted loss is; the default of ``row_fisher``, ``kfac`` and ``weighted_kfac``, the
+            only methods that know it of every rank.
         ranks: Ranks of their own for layers matching a pattern; of ``kronecker``, terms.
         keeps: Shares of their own for layers matching a pattern.
         shapes: With ``kronecker``, the rows and columns of the first factors for layers matching
@@ -134,17 +134,9 @@ class Factorize(Course):
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
         self.measure_layers = measure_layers
         check_restart(restart_steps, restart_scale)
-        points = [Point.parse(one) for one in (at if isinstance(at, list) else [at])]
-        keeps_at = keep if isinstance(keep, list) else [keep]
         if keep is None and not (ranks or keeps):
             raise SettingError("keep is missing: the share of parameters that remains, e.g. 0.3")
-        if len(keeps_at) != len(points):
-            raise SettingError(
-                f"give one keep for every point, such as keep=[0.5, 0.2] for at=[0.3, 0.6]; "
-                f"got keep={keep!r} for at={at!r}"
-            )
-        if any(b >= a for a, b in pairwise(keeps_at) if a and b):
-            raise SettingError(f"keep must fall from point to point, got {keep!r}")
+        points, keeps_at = parse_points(at, keep)
         self.settings = [
             Settings(
                 method=method,
@@ -242,10 +234,6 @@ class Factorize(Course):
     @override
     def settings_at(self, stage: int) -> Settings:
         return self.settings[stage]
-
-    @override
-    def _observes(self, stage: int) -> bool:
-        return bool(self.sampling.kinds)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

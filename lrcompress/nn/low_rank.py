@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lrcompress.nn.replacement import Replacement, Sizes
+from lrcompress.nn.replacement import Replacement, Sizes, plain_linear
 from lrcompress.statistics import views
 
 
@@ -42,17 +42,8 @@ class Factored(Replacement):
         It is a ``Conv1D`` where this layer took the place of one, so that dense checkpoints
         fit, else an ``nn.Linear``.
         """
-        factor, transposed = self.factors[-1], self.plain is not nn.Linear
-        with torch.device(factor.device):
-            dense = (
-                self.plain(self.out_features, self.in_features)
-                if transposed
-                else nn.Linear(self.in_features, self.out_features, bias=False)
-            )
-        weight = self.weight.detach()
-        stored = weight.mT.contiguous() if transposed else weight
-        dense.weight = nn.Parameter(stored, requires_grad=factor.requires_grad)
-        dense.bias = self.bias
+        trained, bias = self.factors[-1].requires_grad, self.bias
+        dense = plain_linear(self.plain, self.weight, bias, trained=trained)  # type: ignore[arg-type]
         return dense.train(self.training)
 
     def _take_over(self, layer: nn.Module, old: views.LinearView) -> Self:

@@ -1,5 +1,6 @@
 """An embedding as a narrow one and a matrix that widens its rows."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Self
@@ -77,9 +78,9 @@ class FactoredTable(Replacement):
         return views.is_table(layer)
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
         """The table ``(vocabulary, width)`` that it stands for, for code that reads it."""
-        raise NotImplementedError
 
     @property
     def sizes(self) -> dict[str, int]:

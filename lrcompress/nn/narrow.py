@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrcompress.nn.replacement import Replacement, Sizes
+from lrcompress.nn.replacement import Replacement, Sizes, plain_linear
 from lrcompress.statistics import views
 
 
@@ -154,21 +154,16 @@ class NarrowLinear(Replacement):
         It is a ``Conv1D`` where this layer took the place of one, else an ``nn.Linear``. Its bias
         is this layer's if that has all its outputs.
         """
-        transposed, sizes = self.plain is not nn.Linear, (len(self.rows), len(self.columns))
-        weight = self.weight.new_zeros(sizes)
+        weight = self.weight.new_zeros(len(self.rows), len(self.columns))
         if not weight.is_meta:
             weight[self.rows.nonzero(), self.columns.nonzero().mT] = self.weight
-        with torch.device("meta"):
-            dense = self.plain(*sizes) if transposed else nn.Linear(sizes[1], sizes[0], bias=False)
-        trained = self.weight.requires_grad
-        dense.weight = nn.Parameter(weight.mT.contiguous() if transposed else weight, trained)
-        dense.bias = self.bias  # type: ignore[assignment]
-        if self.bias is not None and len(self.bias) < sizes[0]:
-            bias = self.bias.new_zeros(sizes[0])
-            if not bias.is_meta:
-                bias[self.rows] = self.bias
-            dense.bias = nn.Parameter(bias, trained)
-        return dense.train(self.training)
+        trained, bias = self.weight.requires_grad, self.bias
+        if bias is not None and len(bias) < len(self.rows):
+            whole = bias.new_zeros(len(self.rows))
+            if not whole.is_meta:
+                whole[self.rows] = bias
+            bias = nn.Parameter(whole, trained)
+        return plain_linear(self.plain, weight, bias, trained=trained).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the narrow weight."""

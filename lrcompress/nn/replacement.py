@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from lrcompress.statistics import views
@@ -78,3 +79,25 @@ class Replacement(nn.Module, ABC):
         Raises:
             KeyError: if a size is missing.
         """
+
+
+def plain_linear(
+    kind: type[nn.Module], weight: Tensor, bias: nn.Parameter | None, *, trained: bool
+) -> nn.Module:
+    """Return an ``nn.Linear``, or a ``Conv1D``, which stores its weight the other way round.
+
+    Args:
+        kind: which of the two.
+        weight: ``(out, in)``.
+        bias: ``(out,)`` the layer's own, the same parameter, or None.
+        trained: whether the weight is.
+    """
+    out_features, in_features = weight.shape
+    with torch.device("meta"):  # no memory is filled, and no random number drawn
+        if kind is nn.Linear:
+            plain: nn.Module = nn.Linear(in_features, out_features, bias=False)
+        else:
+            plain, weight = kind(out_features, in_features), weight.mT.contiguous()
+    plain.weight = nn.Parameter(weight.detach(), requires_grad=trained)
+    plain.bias = bias  # type: ignore[assignment]
+    return plain

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompress.errors import ShapeError
-from lrcompress.nn.replacement import Replacement, Sizes
+from lrcompress.nn.replacement import Replacement, Sizes, plain_linear
 from lrcompress.statistics import views
 
 
@@ -236,17 +236,8 @@ class UpdatedLinear(Replacement):
 
         It is a ``Conv1D`` where this layer took the place of one, else an ``nn.Linear``.
         """
-        transposed, weight = self.plain is not nn.Linear, self.weight
-        with torch.device("meta"):
-            dense = (
-                self.plain(self.out_features, self.in_features)
-                if transposed
-                else nn.Linear(self.in_features, self.out_features, bias=False)
-            )
-        stored = weight.mT.contiguous() if transposed else weight.clone()
-        dense.weight = nn.Parameter(stored.to(self.frozen.dtype))
-        dense.bias = self.bias  # type: ignore[assignment]
-        return dense.train(self.training)
+        weight = self.weight.to(self.frozen.dtype, copy=True)  # it may be the frozen one itself
+        return plain_linear(self.plain, weight, self.bias, trained=True).train(self.training)
 
     def extra_repr(self) -> str:
         return ", ".join(

@@ -142,6 +142,6 @@ def _left(dense: LayerRecord, rows: int, columns: int, entries: int) -> LayerRec
         rank=0,
         error=None,
         rows=rows,
-        columns=None if columns == dense.in_features else columns,
+        parameters=rows * columns,
         entries=None if entries == rows * columns else entries,
     )

@@ -37,7 +37,6 @@ class LayerRecord:
             the terms; None for other factors.
         importance: how many units were at least as important, and the score of the last of them,
             when pruning began: some of the units that pruning chooses from, in falling order.
-        columns: of these rows, where inputs were removed; None where all are left.
     """
 
     name: str
@@ -53,7 +52,6 @@ class LayerRecord:
     curve: Curve = ()
     importance: Curve = ()
     parameters: int | None = None
-    columns: int | None = None
     first: tuple[int, int] | None = None
 
     @property
@@ -83,8 +81,7 @@ class LayerRecord:
             return self.before
         if self.parameters is not None:
             return self.parameters
-        rows = (self.rows or 0) * (self.in_features if self.columns is None else self.columns)
-        return self.rank * self.unit + rows
+        return self.rank * self.unit + (self.rows or 0) * self.in_features
 
 
 @dataclass

@@ -1,21 +1,23 @@
 """What the modules of recipes share: the optimizer, its schedule, and reloading."""
 
+from abc import abstractmethod
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
-from transformers import get_scheduler
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, get_scheduler
 
 from lrcompress.errors import SettingError, nearest
 from lrcompress.plan import restore_structure
+from lrcompress.tasks.batches import Batch
 
 Schedule = Literal["linear", "constant", "cosine"]
 
 
 class FineTuning(L.LightningModule):
-    """Trains ``self.model``, which a subclass makes, with AdamW.
+    """Trains ``self.model``, which a subclass makes, by its own loss, with AdamW.
 
     Args:
         lr: peak learning rate of AdamW.
@@ -46,6 +48,38 @@ class FineTuning(L.LightningModule):
         self.fused = fused
         self.warmup = warmup
         self.schedule = schedule
+
+    def forward(self, batch: Batch) -> Any:
+        return self.model(**batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
+        loss: Tensor = self(batch).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        self._evaluate(batch, "test")
+
+    @abstractmethod
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        """Log the figures of a batch; ``stage`` is ``val`` or ``test``."""
+
+    def _check_positions(self, data: object, *names: str) -> None:
+        """Refuse data whose texts are longer than the model has positions.
+
+        Raises:
+            SettingError: if the entry of one of these names is.
+        """
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        for name in names:
+            if most is not None and getattr(data, name) > most:
+                raise SettingError(
+                    f"the data has {name}={getattr(data, name)}, the model has {most} positions; "
+                    f"set {name} to at most {most}"
+                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore_structure(self, checkpoint)  # for load_from_checkpoint, which knows no callback
@@ -79,3 +113,13 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def load_model(kind: Any, folder: str, pretrained: bool) -> Any:
+    """Return a model of a class such as ``AutoModelForCausalLM``, in float32.
+
+    It is in training mode; ``from_pretrained`` alone leaves it in evaluation mode.
+    """
+    if pretrained:
+        return kind.from_pretrained(folder, dtype=torch.float32).train()
+    return kind.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).train()

@@ -1,18 +1,16 @@
 """Training of any ``transformers`` language model, causal or masked."""
 
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
-import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics.text import Perplexity
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
 from lrcompress.errors import SettingError, nearest
 from lrcompress.statistics.batches import IGNORED
 from lrcompress.tasks.batches import Batch
-from lrcompress.tasks.fine_tuning import FineTuning, Schedule
+from lrcompress.tasks.fine_tuning import FineTuning, Schedule, load_model
 from lrcompress.tasks.language_data import LanguageData
 from lrcompress.tasks.locations import model_folder
 
@@ -65,35 +63,19 @@ class LanguageModelling(FineTuning):
         self.perplexity = nn.ModuleDict(
             {stage: Perplexity(ignore_index=IGNORED) for stage in ("val", "test")}
         )
-        self.model = _load(model_folder(path), objective, pretrained)
-
-    def forward(self, batch: Batch) -> Any:
-        return self.model(**batch)
+        kind = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
+        self.model = load_model(kind, model_folder(path), pretrained)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, LanguageData) and bool(data.masked) != (self.objective == "masked"):
+        if not isinstance(data, LanguageData):
+            return
+        if bool(data.masked) != (self.objective == "masked"):
             raise SettingError(
                 f"objective={self.objective!r}, but the data has masked={data.masked}: causal "
                 "models take 0, masked ones a share such as 0.15"
             )
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        if isinstance(data, LanguageData) and most is not None and data.length > most:
-            raise SettingError(
-                f"the data has length={data.length}, the model has {most} positions; set length "
-                f"to at most {most}"
-            )
-
-    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
-        loss: Tensor = self(batch).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate(batch, "test")
+        self._check_positions(data, "length")
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         output = self(batch)
@@ -110,12 +92,3 @@ class LanguageModelling(FineTuning):
         """Return how many tokens of a batch are predicted; the loss is their mean."""
         labels = batch["labels"][:, 1:] if self.objective == "causal" else batch["labels"]
         return int((labels != IGNORED).sum())
-
-
-def _load(folder: str, objective: Objective, pretrained: bool) -> Any:
-    """Return the model, in training mode; ``from_pretrained`` alone leaves it in eval mode."""
-    kind = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
-    if pretrained:
-        return kind.from_pretrained(folder, dtype=torch.float32).train()
-    config = AutoConfig.from_pretrained(folder)
-    return kind.from_config(config, dtype=torch.float32).train()  # type: ignore[no-untyped-call]

@@ -1,18 +1,16 @@
 """Training of any ``transformers`` model that reads one text and writes another."""
 
-from typing import Any, cast
+from typing import cast
 
-import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torchmetrics.text import ROUGEScore
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
 from lrcompress.errors import SettingError
 from lrcompress.statistics.batches import IGNORED
 from lrcompress.tasks.batches import Batch
-from lrcompress.tasks.fine_tuning import FineTuning, Schedule
+from lrcompress.tasks.fine_tuning import FineTuning, Schedule, load_model
 from lrcompress.tasks.locations import model_folder
 from lrcompress.tasks.sequence_data import SequenceData
 
@@ -69,33 +67,12 @@ class SequenceToSequence(FineTuning):
         self.scores = nn.ModuleDict(
             {stage: ROUGEScore(rouge_keys=ROUGE) for stage in ("val", "test")}
         )
-        self.model = _load(folder, pretrained)
-
-    def forward(self, batch: Batch) -> Any:
-        return self.model(**batch)
+        self.model = load_model(AutoModelForSeq2SeqLM, folder, pretrained)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        if not isinstance(data, SequenceData) or most is None:
-            return
-        for name in ("max_length", "max_target"):
-            if getattr(data, name) > most:
-                raise SettingError(
-                    f"the data has {name}={getattr(data, name)}, the model has {most} positions; "
-                    f"set {name} to at most {most}"
-                )
-
-    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
-        loss: Tensor = self(batch).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate(batch, "test")
+        if isinstance(data, SequenceData):
+            self._check_positions(data, "max_length", "max_target")
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
@@ -132,13 +109,3 @@ class SequenceToSequence(FineTuning):
             values = {f"{stage}_{key}": found[f"{key}_fmeasure"].to(self.device) for key in ROUGE}
             self.log_dict(values, prog_bar=True)
             rouge.reset()
-
-
-def _load(folder: str, pretrained: bool) -> Any:
-    """Return the model, in training mode; ``from_pretrained`` alone leaves it in eval mode."""
-    if pretrained:
-        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
-    else:
-        config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    return model.train()

@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -67,24 +66,10 @@ class TextClassification(FineTuning):
         )
         self.model = _load(model_folder(path), num_labels, pretrained)
 
-    def forward(self, batch: Batch) -> Any:
-        return self.model(**batch)
-
     def setup(self, stage: str) -> None:  # noqa: ARG002
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ClassificationData):
             _check_labels(data.num_labels, self.num_labels)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
-        loss: Tensor = self(batch).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         labels, output = batch["labels"], self(batch)

@@ -177,7 +177,7 @@ def test_what_is_expected_of_equal_shares() -> None:
     layers = outlook(model, names, 0.5, found)
     assert sum(x.after for x in layers) == sum(x.before for x in layers) // 2
     assert layers[0].rows == 16
-    assert (layers[3].rows, layers[3].columns, layers[3].stored) == (32, 16, 512)
+    assert (layers[3].rows, layers[3].parameters, layers[3].stored) == (32, 512, 512)
 
 
 def test_says_which_attention_it_knows() -> None:
