@@ -59,6 +59,33 @@ class _Pass:
     terms: int | None = None  # of the loss
 
 
+class _Eager:
+    """Keeps compiled code from running for as long as anyone holds it.
+
+    Several recorders may watch one step, and they leave it in any order: whoever is last puts
+    back torch's stance, as the first found it.
+    """
+
+    def __init__(self) -> None:
+        self._holders = 0
+        self._stance = ExitStack()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        if self._holders == 0:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if self._holders == 0:
+                self._stance.close()
+
+
+_EAGER = _Eager()
+
+
 class Recorder:
     """Accumulates statistics of named layers over the steps it is told to watch.
 
@@ -153,7 +180,7 @@ class Recorder:
         self._pass = _Pass(Mask.of(mask), Mask.of(decoder_mask), missing)
         with ExitStack() as stack:
             stack.callback(self._forget)
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_EAGER.held())
             for name, layer in self.layers.items():
                 hook = partial(self._saw, name)
                 handle = layer.register_forward_hook(hook, with_kwargs=True)

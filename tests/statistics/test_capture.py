@@ -532,6 +532,24 @@ def test_a_compiled_model_is_observed_when_asked_and_runs_compiled_otherwise(bac
     assert no_hooks(model)
 
 
+def test_recorders_that_leave_a_step_in_the_order_they_came_leave_compiled_code_on() -> None:
+    model = Net()
+    first, second = (Recorder(model, LAYERS, KINDS) for _ in range(2))
+    mask = a_batch()[1]
+    with torch.compiler.set_stance("eager_on_recompile"):
+        one, two = first.step(mask), second.step(mask)
+        for entered in (one, two):
+            entered.__enter__()
+        one.__exit__(None, None, None)
+        assert _stance() == "force_eager", "the second still watches"
+        two.__exit__(None, None, None)
+        assert _stance() == "eager_on_recompile"
+
+
+def _stance() -> str:
+    return str(torch._dynamo.eval_frame._stance.stance)
+
+
 def no_hooks(model: nn.Module) -> bool:
     return not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
