@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from lrcompress.errors import SettingError
+from lrcompress.statistics.batches import IGNORED
 
 ROUNDS_SORTED_TOGETHER = 50
 Batch = dict[str, Tensor]
@@ -70,24 +71,25 @@ def _cut(rows: Rows, rounds: int, ranks: int) -> list[list[Rows]]:
 
 
 def collate(rows: list[dict[str, Any]], pad_id: int) -> Batch:
-    """Return the rows as one batch, padded on the right to the longest of them.
+    """Return the rows as one batch, lists padded on the right to the longest of them.
 
     Args:
-        rows: token lists by name (``input_ids``, ``attention_mask``, …) and a ``labels`` number.
-        pad_id: what fills ``input_ids``; everything else is filled with zeros.
+        rows: numbers and lists by name (``input_ids``, ``attention_mask``, ``labels``, …).
+        pad_id: what fills ``input_ids``; ``labels`` are filled with -100, others with zeros.
 
     Example:
         >>> rows = [{"input_ids": [5, 6], "labels": 1}, {"input_ids": [7], "labels": 0}]
         >>> collate(rows, pad_id=9)["input_ids"].tolist()
         [[5, 6], [7, 9]]
     """
-    names = [name for name in rows[0] if name != "labels"]
-    fill = {"input_ids": pad_id}
-    batch = {
-        name: pad_sequence([torch.tensor(row[name]) for row in rows], True, fill.get(name, 0))
-        for name in names
+    fill = {"input_ids": pad_id, "labels": IGNORED}
+    columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
+    return {
+        name: pad_sequence(values, True, fill.get(name, 0))
+        if values[0].ndim
+        else torch.stack(values)
+        for name, values in columns.items()
     }
-    return batch | {"labels": torch.tensor([row["labels"] for row in rows])}
 
 
 class BatchLoader:

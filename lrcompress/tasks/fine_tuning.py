@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from transformers import AutoConfig, get_scheduler
+from transformers import get_scheduler
 
 from lrcompress.errors import SettingError, nearest
 from lrcompress.plan import restore_structure
@@ -54,7 +54,7 @@ class FineTuning(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
         loss: Tensor = self(batch).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
@@ -113,13 +113,3 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-
-
-def load_model(kind: Any, folder: str, pretrained: bool) -> Any:
-    """Return a model of a class such as ``AutoModelForCausalLM``, in float32.
-
-    It is in training mode; ``from_pretrained`` alone leaves it in evaluation mode.
-    """
-    if pretrained:
-        return kind.from_pretrained(folder, dtype=torch.float32).train()
-    return kind.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).train()

@@ -10,9 +10,10 @@ import lrcompress.export  # noqa: F401  so that folders of save_pretrained load 
 from lrcompress.errors import SettingError, nearest
 from lrcompress.statistics.batches import IGNORED
 from lrcompress.tasks.batches import Batch
-from lrcompress.tasks.fine_tuning import FineTuning, Schedule, load_model
+from lrcompress.tasks.fine_tuning import FineTuning, Schedule
 from lrcompress.tasks.language_data import LanguageData
 from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks.pretrained import load_model
 
 Objective = Literal["causal", "masked"]
 

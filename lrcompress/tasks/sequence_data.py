@@ -2,14 +2,10 @@
 
 from typing import Any
 
-import torch
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lrcompress.errors import SettingError
-from lrcompress.statistics.batches import IGNORED
-from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.sources import Sources
 from lrcompress.tasks.split_data import SplitData
 from lrcompress.tasks.tables import TEXT, pick_columns, quiet
@@ -115,11 +111,6 @@ class SequenceData(SplitData):
             return table.map(
                 _encode, batched=True, fn_kwargs=given, remove_columns=table.column_names
             )
-
-    def collate(self, epoch: int, rows: list[dict[str, Any]]) -> Batch:
-        labels = [torch.tensor(row["labels"]) for row in rows]
-        batch = super().collate(epoch, [row | {"labels": 0} for row in rows])
-        return batch | {"labels": pad_sequence(labels, True, IGNORED)}
 
 
 def _encode(

@@ -10,8 +10,9 @@ import lrcompress.export  # noqa: F401  so that folders of save_pretrained load 
 from lrcompress.errors import SettingError
 from lrcompress.statistics.batches import IGNORED
 from lrcompress.tasks.batches import Batch
-from lrcompress.tasks.fine_tuning import FineTuning, Schedule, load_model
+from lrcompress.tasks.fine_tuning import FineTuning, Schedule
 from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks.pretrained import load_model
 from lrcompress.tasks.sequence_data import SequenceData
 
 ROUGE = ("rouge1", "rouge2", "rougeL")  # rougeLsum would download a model that splits sentences

@@ -1,11 +1,7 @@
 """Fine-tuning of any ``transformers`` model with a sequence classification head."""
 
-import logging
-from typing import Any
-
-import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
 from lrcompress.errors import SettingError
@@ -14,6 +10,7 @@ from lrcompress.tasks.classification_data import ClassificationData
 from lrcompress.tasks.fine_tuning import FineTuning, Schedule
 from lrcompress.tasks.locations import model_folder
 from lrcompress.tasks.metrics import build_metrics
+from lrcompress.tasks.pretrained import load_for_fine_tuning
 
 
 class TextClassification(FineTuning):
@@ -64,7 +61,9 @@ class TextClassification(FineTuning):
         self.scores = nn.ModuleDict(
             {stage: nn.ModuleDict(build_metrics(names, num_labels)) for stage in ("val", "test")}
         )
-        self.model = _load(model_folder(path), num_labels, pretrained)
+        self.model = load_for_fine_tuning(
+            AutoModelForSequenceClassification, model_folder(path), pretrained, num_labels
+        )
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -92,44 +91,3 @@ def _check_labels(found: int, num_labels: int) -> None:
             f"num_labels={num_labels}, but the data is for {found}, where 1 means regression; "
             "set num_labels in the model and regression in the data to agree"
         )
-
-
-def _load(folder: str, num_labels: int, pretrained: bool) -> Any:
-    """Return the model, in training mode; ``from_pretrained`` alone leaves it in eval mode."""
-    config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
-    if config.pad_token_id is None:  # decoders are read at the last token that is no padding
-        config.pad_token_id = config.eos_token_id
-    if not pretrained:
-        build = AutoModelForSequenceClassification.from_config
-        return build(config, dtype=torch.float32).train()  # type: ignore[no-untyped-call]
-    logger = logging.getLogger("transformers.modeling_utils")
-    report = _LoadReport()
-    logger.addFilter(report)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    finally:
-        logger.removeFilter(report)
-    body = f"{model.base_model_prefix}."
-    if any(key.startswith(body) and "pooler" not in key for key in info["missing_keys"]):
-        for record in report.held:
-            logger.handle(record)
-    return model.train()
-
-
-class _LoadReport(logging.Filter):
-    """Holds back the report on weights that were not in the checkpoint.
-
-    A new classifier is what fine-tuning starts from; it is news only if the body is new too.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: list[logging.LogRecord] = []
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        is_report = "LOAD REPORT" in record.getMessage()
-        if is_report:
-            self.held.append(record)
-        return not is_report

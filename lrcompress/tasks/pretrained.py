@@ -1,0 +1,58 @@
+"""The models of ``transformers`` that the tasks train, in float32 and in training mode."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+
+def load_model(kind: Any, folder: str, pretrained: bool) -> Any:
+    """Return a model of a class such as ``AutoModelForCausalLM``, in float32.
+
+    It is in training mode; ``from_pretrained`` alone leaves it in evaluation mode.
+    """
+    if pretrained:
+        return kind.from_pretrained(folder, dtype=torch.float32).train()
+    return kind.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).train()
+
+
+def load_for_fine_tuning(kind: Any, folder: str, pretrained: bool, num_labels: int) -> Any:
+    """Return a model of a class such as ``AutoModelForSequenceClassification``.
+
+    Its head may be new, which is what fine-tuning starts from; a body with new weights is
+    reported as ``transformers`` does.
+    """
+    config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
+    if config.pad_token_id is None:  # decoders classify by the last token that is no padding
+        config.pad_token_id = config.eos_token_id
+    if not pretrained:
+        return kind.from_config(config, dtype=torch.float32).train()
+    logger = logging.getLogger("transformers.modeling_utils")
+    report = _LoadReport()
+    logger.addFilter(report)
+    try:
+        model, info = kind.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    finally:
+        logger.removeFilter(report)
+    body = f"{model.base_model_prefix}."
+    if any(key.startswith(body) and "pooler" not in key for key in info["missing_keys"]):
+        for record in report.held:
+            logger.handle(record)
+    return model.train()
+
+
+class _LoadReport(logging.Filter):
+    """Holds back the report on weights that were not in the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[logging.LogRecord] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            self.held.append(record)
+        return not is_report
