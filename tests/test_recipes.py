@@ -1,6 +1,7 @@
 """Every recipe, loaded and run for a few steps on stand-ins for its model and its data."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ from lrcompress.cli import main
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FOUND = sorted(RECIPES.glob("*.yaml"))
+SAID = {"text": ["dull"], "answer_start": [7]}
+JSON_ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "QuestionData": (
+        {"question": "the film was", "context": "a very dull film", "answers": SAID},
+        ["--data.max_length=16", "--data.stride=4"],
+    ),
+    "TokenData": (
+        {"tokens": ["a", "dull", "film"], "ner_tags": [0, 1, 6]},
+        ["--data.max_length=32"],
+    ),
+}
 
 
 def test_every_recipe_is_found() -> None:
@@ -24,6 +36,7 @@ def test_every_recipe_is_found() -> None:
         "mrpc_losparse",
         "mrpc_svd_then_distil",
         "quickstart",
+        "squad_losparse",
         "sst2_dsee",
         "sst2_embedding",
         "sst2_kfac",
@@ -32,6 +45,7 @@ def test_every_recipe_is_found() -> None:
         "sst2_losparse_then_distil",
         "sst2_safe_embedding",
         "stsb_row_fisher",
+        "wikiann_kfac",
         "wikitext2_gpt2_kfac",
         "wikitext2_gpt2_kngpt2",
         "xsum_losparse",
@@ -42,15 +56,15 @@ def stand_ins(recipe: dict[str, Any], model: Path, writer: Path, folder: Path) -
     """Overrides that put a tiny model and a few local rows in place of the recipe's own."""
     data, given = recipe["data"]["init_args"], recipe["model"]["init_args"]
     inner = "student." if "student" in given else ""
-    if recipe["data"]["class_path"].endswith("DocstringData"):
-        rows = ["--data.train_size=96", "--data.val_size=12", "--data.test_size=12"]
-        return [f"--model.path={model}", *rows, "--data.max_length=32"]
-    if recipe["data"]["class_path"].endswith("LanguageData"):
+    kind = recipe["data"]["class_path"].rpartition(".")[2]
+    if kind in JSON_ROWS:
+        return of_rows(*JSON_ROWS[kind], model, folder)
+    if kind == "LanguageData":
         for name in ("train", "valid", "test"):
             (folder / f"{name}.txt").write_text("a very good film\na very dull film\n" * 200)
         train = f"--data.train={folder / 'train.txt'}"
         return [f"--model.{inner}path={model}", train, "--data.length=32"]
-    if recipe["data"]["class_path"].endswith("SequenceData"):
+    if kind == "SequenceData":
         for name, count in (("train", 96), ("dev", 4)):
             rows = [f"a {word} film\tvery {word}" for word in ("good", "dull")] * (count // 2)
             (folder / f"{name}.tsv").write_text("\n".join(["document\tsummary", *rows]) + "\n")
@@ -58,6 +72,14 @@ def stand_ins(recipe: dict[str, Any], model: Path, writer: Path, folder: Path) -
         few = ["--data.batch_size=8", "--trainer.callbacks.mask_every=2", "--trainer.max_epochs=2"]
         train = f"--data.train={folder / 'train.tsv'}"
         return [f"--model.path={writer}", train, *lengths, *few]
+    if kind == "DocstringData":
+        rows = ["--data.train_size=96", "--data.val_size=12", "--data.test_size=12"]
+        return [f"--model.path={model}", *rows, "--data.max_length=32"]
+    return labelled(data, given, model, folder)
+
+
+def labelled(data: Any, given: Any, model: Path, folder: Path) -> list[str]:
+    inner = "student." if "student" in given else ""
     classes = (given["student"]["init_args"] if inner else given)["num_labels"]
     for name, count in (("train", 96), ("dev", 12), ("test", 12)):
         with (folder / f"{name}.tsv").open("w", newline="") as file:
@@ -68,6 +90,12 @@ def stand_ins(recipe: dict[str, Any], model: Path, writer: Path, folder: Path) -
                 table.writerow([*texts, row % classes if classes > 1 else row / 4])
     train = f"--data.train={folder / 'train.tsv'}"
     return [f"--model.{inner}path={model}", train, "--data.max_length=32"]
+
+
+def of_rows(row: object, overrides: list[str], model: Path, folder: Path) -> list[str]:
+    for name, count in (("train", 96), ("dev", 4)):
+        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * count)
+    return [f"--model.path={model}", f"--data.train={folder / 'train.jsonl'}", *overrides]
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lrcompress.distill.losses import first_tensor
@@ -31,12 +32,16 @@ class Call:
 
     @property
     def logits(self) -> Tensor | None:
-        """The output if it is a tensor, or its ``.logits``."""
+        """The output if it is a tensor, or its ``.logits``; where answers start and end."""
         found = self.output if isinstance(self.output, Tensor) else _logits_of(self.output)
         return found if isinstance(found, Tensor) and found.ndim else None
 
 
 def _logits_of(output: object) -> object:
+    """Return ``.logits``, or of a model that finds answers ``(batch, 2, positions)``."""
+    ends = [getattr(output, name, None) for name in ("start_logits", "end_logits")]
+    if all(isinstance(end, Tensor) for end in ends):
+        return torch.stack(cast("list[Tensor]", ends), 1)
     return getattr(output, "logits", None)
 
 

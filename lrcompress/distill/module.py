@@ -70,7 +70,7 @@ class Distilled(_InPlace, pl.LightningModule):
         task: the weight of the student's own loss, a number or a schedule as for the losses.
         call: the submodule whose call in ``training_step`` is repeated on the teacher, empty for
             the module itself; by default the outermost one whose output is a tensor or has
-            ``.logits``.
+            ``.logits``, or ``.start_logits`` and ``.end_logits``, each a choice of positions.
         logits: the submodule that returns the logits, if it is another one.
         mask: key of the batch's padding mask; None if nothing is padded.
         teacher_dir: folder for the file of a teacher that is frozen on the way; by default

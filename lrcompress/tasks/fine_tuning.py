@@ -1,17 +1,20 @@
 """What the modules of recipes share: the optimizer, its schedule, and reloading."""
 
 from abc import abstractmethod
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import get_scheduler
 
 from lrcompress.errors import SettingError, nearest
 from lrcompress.plan import restore_structure
 from lrcompress.tasks.batches import Batch
+from lrcompress.tasks.split_data import SplitData
 
 Schedule = Literal["linear", "constant", "cosine"]
 
@@ -33,6 +36,8 @@ class FineTuning(L.LightningModule):
     """
 
     model: nn.Module
+    reads: ClassVar[type[SplitData]]
+    """The data whose batches a subclass takes, among those of this package."""
 
     def __init__(
         self, lr: float, weight_decay: float, fused: bool, warmup: float, schedule: Schedule
@@ -63,6 +68,24 @@ class FineTuning(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         self._evaluate(batch, "test")
 
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, self.reads):
+            self._check(data)
+        elif isinstance(data, SplitData):
+            raise SettingError(
+                f"{type(self).__name__} reads the batches of {self.reads.__name__}, got the data "
+                f"{type(data).__name__}"
+            )
+
+    @abstractmethod
+    def _check(self, data: Any) -> None:
+        """Refuse data of the right kind that the model cannot read.
+
+        Raises:
+            SettingError: if it cannot.
+        """
+
     @abstractmethod
     def _evaluate(self, batch: Batch, stage: str) -> None:
         """Log the figures of a batch; ``stage`` is ``val`` or ``test``."""
@@ -80,6 +103,15 @@ class FineTuning(L.LightningModule):
                     f"the data has {name}={getattr(data, name)}, the model has {most} positions; "
                     f"set {name} to at most {most}"
                 )
+
+    def _log_of_texts(self, stage: str, metric: Metric, names: Mapping[str, str]) -> None:
+        """Log what a metric found over the epoch, each value by a name, and begin anew."""
+        if metric.update_called:
+            found = metric.compute()
+            figures = {f"{stage}_{name}": found[key] for name, key in names.items()}
+            self.log_dict({k: v.to(self.device) for k, v in figures.items()}, prog_bar=True)
+            with torch.inference_mode(False):  # a metric's sums are for later epochs too
+                metric.reset()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore_structure(self, checkpoint)  # for load_from_checkpoint, which knows no callback

@@ -44,6 +44,8 @@ class LanguageModelling(FineTuning):
         SettingError: if an argument is outside what it may be.
     """
 
+    reads = LanguageData
+
     def __init__(
         self,
         path: str,
@@ -67,10 +69,7 @@ class LanguageModelling(FineTuning):
         kind = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
         self.model = load_model(kind, model_folder(path), pretrained)
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, LanguageData):
-            return
+    def _check(self, data: LanguageData) -> None:
         if bool(data.masked) != (self.objective == "masked"):
             raise SettingError(
                 f"objective={self.objective!r}, but the data has masked={data.masked}: causal "

@@ -7,18 +7,25 @@ import torchmetrics
 from torchmetrics.classification import BinaryF1Score
 
 from lrcompress.errors import SettingError, nearest
+from lrcompress.statistics.batches import IGNORED
 
 
 def _f1(classes: int) -> torchmetrics.Metric:
     if classes == 2:
-        return BinaryF1Score()  # of class 1, as GLUE counts it
-    return torchmetrics.F1Score("multiclass", num_classes=classes, average="macro")
+        return BinaryF1Score(ignore_index=IGNORED)  # of class 1, as GLUE counts it
+    return torchmetrics.F1Score(
+        "multiclass", num_classes=classes, average="macro", ignore_index=IGNORED
+    )
 
 
 CLASSIFICATION: dict[str, Callable[[int], torchmetrics.Metric]] = {
-    "accuracy": lambda n: torchmetrics.Accuracy("multiclass", num_classes=n, average="micro"),
+    "accuracy": lambda n: torchmetrics.Accuracy(
+        "multiclass", num_classes=n, average="micro", ignore_index=IGNORED
+    ),
     "f1": _f1,
-    "matthews": lambda n: torchmetrics.MatthewsCorrCoef("multiclass", num_classes=n),
+    "matthews": lambda n: torchmetrics.MatthewsCorrCoef(
+        "multiclass", num_classes=n, ignore_index=IGNORED
+    ),
 }
 REGRESSION: dict[str, Callable[[int], torchmetrics.Metric]] = {
     "spearman": lambda _: torchmetrics.SpearmanCorrCoef(),
@@ -27,7 +34,7 @@ REGRESSION: dict[str, Callable[[int], torchmetrics.Metric]] = {
 
 
 def build_metrics(names: Sequence[str], num_labels: int) -> dict[str, torchmetrics.Metric]:
-    """Return a fresh metric object for every name.
+    """Return a fresh metric object for every name; labels of -100 do not count.
 
     Args:
         names: of accuracy, f1 (of class 1 for two classes, else the macro average) and

@@ -15,7 +15,8 @@ from lrcompress.tasks.locations import model_folder
 from lrcompress.tasks.pretrained import load_model
 from lrcompress.tasks.sequence_data import SequenceData
 
-ROUGE = ("rouge1", "rouge2", "rougeL")  # rougeLsum would download a model that splits sentences
+# rougeLsum would download a model that splits sentences
+ROUGE = {key: f"{key}_fmeasure" for key in ("rouge1", "rouge2", "rougeL")}
 
 
 class SequenceToSequence(FineTuning):
@@ -45,6 +46,8 @@ class SequenceToSequence(FineTuning):
         SettingError: if an argument is outside what it may be.
     """
 
+    reads = SequenceData
+
     def __init__(
         self,
         path: str,
@@ -66,20 +69,18 @@ class SequenceToSequence(FineTuning):
         folder = model_folder(path)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         self.scores = nn.ModuleDict(
-            {stage: ROUGEScore(rouge_keys=ROUGE) for stage in ("val", "test")}
+            {stage: ROUGEScore(rouge_keys=tuple(ROUGE)) for stage in ("val", "test")}
         )
         self.model = load_model(AutoModelForSeq2SeqLM, folder, pretrained)
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, SequenceData):
-            self._check_positions(data, "max_length", "max_target")
+    def _check(self, data: SequenceData) -> None:
+        self._check_positions(data, "max_length", "max_target")
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores("val")
+        self._log_of_texts("val", self._rouge("val"), ROUGE)
 
     def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
+        self._log_of_texts("test", self._rouge("test"), ROUGE)
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         labels = batch["labels"]
@@ -102,11 +103,3 @@ class SequenceToSequence(FineTuning):
 
     def _rouge(self, stage: str) -> ROUGEScore:
         return cast("ROUGEScore", self.scores[stage])
-
-    def _log_scores(self, stage: str) -> None:
-        rouge = self._rouge(stage)
-        if rouge.update_called:
-            found = rouge.compute()
-            values = {f"{stage}_{key}": found[f"{key}_fmeasure"].to(self.device) for key in ROUGE}
-            self.log_dict(values, prog_bar=True)
-            rouge.reset()

@@ -1,7 +1,7 @@
 """Tokenised splits in batches, in an order that can be resumed at any step."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from datasets import Dataset
@@ -32,12 +32,14 @@ class SplitData(L.LightningDataModule, ABC):
         SettingError: if a number is outside what it may be.
     """
 
+    tokenizer_options: ClassVar[dict[str, Any]] = {}
+
     def __init__(
         self, tokenizer: str, batch_size: int, eval_batch_size: int, num_workers: int, seed: int
     ) -> None:
         super().__init__()
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_folder(tokenizer)
+            model_folder(tokenizer), **self.tokenizer_options
         )
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -97,6 +99,10 @@ class SplitData(L.LightningDataModule, ABC):
         pad = self.tokenizer.pad_token_id
         return collate(rows, self.tokenizer.eos_token_id if pad is None else pad)
 
+    def lengths(self, rows: Dataset) -> list[int]:
+        """Return how long each row is: those that are alike share a batch."""
+        return [len(ids) for ids in rows["input_ids"]]
+
     def train_dataloader(self) -> BatchLoader:
         overfit = self.trainer is not None and bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
         self._training = self._loader("train", self.batch_size, shuffled=not overfit)
@@ -114,7 +120,7 @@ class SplitData(L.LightningDataModule, ABC):
 
     def _loader(self, split: str, batch_size: int, shuffled: bool) -> BatchLoader:
         rows = self._splits[split]
-        lengths = [len(ids) for ids in rows["input_ids"]]
+        lengths = self.lengths(rows)
         shard = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         ranks, rank = (shard["num_replicas"], shard["rank"]) if shard else (1, 0)
 

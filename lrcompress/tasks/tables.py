@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import (
     Dataset,
+    List,
     Value,
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -17,6 +19,7 @@ from datasets import (
 from lrcompress.errors import NoMatchError, SettingError, nearest
 
 TEXT = (Value("string"), Value("large_string"))
+WORDS = tuple(List(value) for value in TEXT)
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 READERS = {
     ".json": Dataset.from_json,
@@ -93,7 +96,11 @@ def _read_delimited(path: Path, header: bool, quoting: bool) -> Dataset:
 
 
 def pick_columns(
-    table: Dataset, text: Sequence[int | str], label: int | str, where: str
+    table: Dataset,
+    text: Sequence[int | str],
+    label: int | str,
+    where: str,
+    kinds: Sequence[Any] = TEXT,
 ) -> Dataset:
     """Return a table of the columns ``text``, with a second one ``pair``, and ``label``.
 
@@ -102,18 +109,20 @@ def pick_columns(
         text: one or two columns of text, by name or by position from 0.
         label: the column of labels.
         where: the file or data set, for messages.
+        kinds: what the columns of text may hold.
 
     Raises:
         NoMatchError: if there is no such column.
-        SettingError: if a column is named twice, holds no text, or misses values.
+        SettingError: if a column is named twice, holds anything else, or misses values.
     """
     names = [_column(table, column, where) for column in (*text, label)]
     if len(set(names)) < len(names):
         raise SettingError(f"{where}: text and label must be different columns, got {names}")
     for name in names[:-1]:
-        if table.features[name] not in TEXT:
+        if table.features[name] not in kinds:
             raise SettingError(
-                f"{where}: column {name!r} holds {table.features[name]}, expected text"
+                f"{where}: column {name!r} holds {table.features[name]}, expected "
+                f"{'text' if kinds is TEXT else 'lists of words'}"
             )
     for name in names:
         empty = ("", None) if name == names[-1] else (None,)
