@@ -197,7 +197,11 @@ class Warmup:
 
     def __call__(self, step: int) -> float:
         """Return the factor at ``step``, counted from 0."""
-        return self.scale * min(1.0, (step + 1) / max(1, self.steps))
+        return self.scale * self.rise(step)
+
+    def rise(self, step: int) -> float:
+        """Return the factor's share of ``scale`` at ``step``."""
+        return min(1.0, (step + 1) / max(1, self.steps))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ class QuestionAnswering(FineTuning):
     """Fine-tunes a ``transformers`` model to find answers where they stand.
 
     The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs ``train_loss``,
-    and of validation and test ``val_loss``, the mean over windows, and ``val_exact_match`` and
+    and of validation and test ``val_loss``, the mean over windows (in which ``transformers`` counts
+    padding among the positions to choose from), and ``val_exact_match`` and
     ``val_f1`` as SQuAD's own script counts them, 0 to 100, over all questions and all ranks. Of a
     question's windows ``w`` and their tokens ``s ≤ e < s + longest`` of the text the answer is
 
