@@ -29,7 +29,8 @@ class FactorizeEmbedding(Course):
     Before each point it counts which tokens training reads; at the point a table becomes one of
     lower rank that is nearest to it where it is read most, its optimizer state is carried over,
     and training goes on. Beside :class:`~lrcompress.Factorize` in one fit, both layers and
-    embeddings become smaller. Runs are resumed as with it.
+    embeddings become smaller. Runs are resumed as with it. The vocabulary is fixed from then on:
+    ``resize_token_embeddings`` takes what :func:`~lrcompress.merge_dense` makes of the model.
 
     Args:
         keep: Parameters that remain / parameters before, of each table, below 1. A list, falling,
