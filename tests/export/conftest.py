@@ -94,14 +94,16 @@ ARCHITECTURES: dict[str, Callable[[], tf.PreTrainedModel]] = {
 
 
 def give_structure_(model: nn.Module, kind: str) -> Plan:
-    """Factor the numbered layers at random: all low rank, or low rank with rows, some pruned."""
+    """Factor the numbered layers at random, all of one kind; of sparse rows some are pruned."""
     layers = []
     for name in select(model).names:
         out_features, in_features = view(model.get_submodule(name)).shape
-        sizes = {"in": in_features, "out": out_features, "rank": 3}
-        if kind == "low_rank_sparse":
-            sizes["rows"] = out_features // 2
-        layers.append(LayerPlan(name, kind, sizes))
+        own = {
+            "low_rank": {"rank": 3},
+            "low_rank_sparse": {"rank": 3, "rows": out_features // 2},
+            "kronecker": {"terms": 2, "first_out": out_features // 2, "first_in": 4},
+        }[kind]
+        layers.append(LayerPlan(name, kind, {"in": in_features, "out": out_features} | own))
     plan = Plan(tuple(layers))
     plan.apply_(model)
     for i, module in enumerate(m for m in model.modules() if isinstance(m, LowRankSparseLinear)):

@@ -20,6 +20,7 @@ from .test_program import bert, example, other
         ("bert", "low_rank"),
         ("gpt2", "low_rank_sparse"),
         ("llama", "low_rank"),
+        ("bert", "kronecker"),
     ],
 )
 def test_onnxruntime_gives_what_the_model_gives(
