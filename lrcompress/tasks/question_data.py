@@ -12,6 +12,8 @@ from lrcompress.tasks.sources import Sources
 from lrcompress.tasks.split_data import SplitData
 from lrcompress.tasks.tables import pick_columns, quiet
 
+KEYS = ("text", "answer_start")  # of answers, each a list
+
 
 class QuestionData(SplitData):
     """Questions, the text that answers each, and where in it the answer stands.
@@ -166,10 +168,7 @@ def _rows_of_squad(table: Dataset) -> Dataset:
         {
             "question": asked["question"],
             "context": paragraph["context"],
-            "answers": {
-                key: [answer[key] for answer in asked["answers"]]
-                for key in ("text", "answer_start")
-            },
+            "answers": {key: [answer[key] for answer in asked["answers"]] for key in KEYS},
         }
         for articles in table["data"]
         for article in articles
@@ -180,7 +179,8 @@ def _rows_of_squad(table: Dataset) -> Dataset:
 
 
 def _check_answers(text: str, answers: Any, where: str) -> None:
-    if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
+    lists = [answers.get(key) for key in KEYS] if isinstance(answers, dict) else [None]
+    if not all(isinstance(x, list) for x in lists) or len(set(map(len, lists))) != 1:
         raise SettingError(
             f'{where}: expected answers as {{"text": [...], "answer_start": [...]}}, '
             f"got {answers!r}"

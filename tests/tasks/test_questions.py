@@ -242,6 +242,8 @@ def test_arguments_that_are_refused(
     ("change", "message"),
     [
         ({"answers": "good"}, r"row 0 \(from 0\): expected answers as .*, got 'good'"),
+        ({"answers": {"text": "good", "answer_start": [2]}}, r"row 0 .*: expected answers as "),
+        ({"answers": {"text": [], "answer_start": [2]}}, r"row 0 .*: expected answers as "),
         (
             {"answers": {"text": ["good"], "answer_start": [5]}, "context": "a very good film"},
             r"row 0 .*: the answer 'good' is not at character 5 of its text, where 'y go' stands",
