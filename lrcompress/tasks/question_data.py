@@ -179,7 +179,7 @@ def _rows_of_squad(table: Dataset) -> Dataset:
 
 
 def _check_answers(text: str, answers: Any, where: str) -> None:
-    lists = [answers.get(key) for key in KEYS] if isinstance(answers, dict) else [None]
+    lists: list[Any] = [answers.get(key) for key in KEYS] if isinstance(answers, dict) else [None]
     if not all(isinstance(x, list) for x in lists) or len(set(map(len, lists))) != 1:
         raise SettingError(
             f'{where}: expected answers as {{"text": [...], "answer_start": [...]}}, '
