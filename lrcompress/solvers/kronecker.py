@@ -27,7 +27,6 @@ _SWEEPS = 4  # at most, of both factors in turn
 _WORK = 1.5  # multiply-adds that a shape may take for every parameter of its budget
 _STEPS = 2  # of conjugate gradients, at most, for one factor: more is slower, and no better
 _ENOUGH = 1e-2  # a sweep that lowers the squared error by no larger share is the last
-_SHORTLIST = 4  # shapes that are compared in the metric
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ class KroneckerSums:
         error, lost = relative_error(self.energies, terms), float(self.energies[terms:].sum())
         sweeps = 0
         if not self.exact and terms < most:
-            x, y, error, lost, sweeps = _alternated(self._whitened, x, y, self._product)
+            x, y, error, lost, sweeps = _alternated(self._whitened, x, y, self._product())
+        x, y = x.double(), y.double()
         (m1, n1), (m, n) = self.shape, self._weight.shape
         output, input = self._sides
         first = _back(x.view(m1, n1, terms), output.first, input.first)
@@ -120,30 +120,60 @@ class KroneckerSums:
             return basis, basis.mT @ matrix
         return matrix @ basis, basis.mT
 
-    def _product(self, change: Tensor) -> Tensor:
-        """Return ``R(G D C)`` of ``R(D)``, in the basis in which the separable metric is one."""
-        matrix = assembled(change, self.shape, (len(self._weight), self._weight.shape[1]))
-        output, input = (side.rest for side in self._sides)
-        if output is not None:
-            matrix = output[:, None] * matrix if output.ndim == 1 else output @ matrix
-        if input is not None:
-            matrix = matrix * input if input.ndim == 1 else matrix @ input
-        return rearranged(matrix, self.shape)
+    def _product(self) -> _Map:
+        """Return what gives ``R(G D C)`` of ``R(D)``, where the separable metric is one."""
+        output, input = (side.rest(self._whitened.dtype) for side in self._sides)
+        shape = (len(self._weight), self._weight.shape[1])
+
+        def product(change: Tensor) -> Tensor:
+            matrix = assembled(change, self.shape, shape)
+            if output is not None:
+                matrix = output[:, None] * matrix if output.ndim == 1 else output @ matrix
+            if input is not None:
+                matrix = matrix * input if input.ndim == 1 else matrix @ input
+            return rearranged(matrix, self.shape)
+
+        return product
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One side's metric by the Kronecker product nearest to it, and what that leaves.
+    """One side's metric, and the Kronecker product of its partial traces.
 
     Attributes:
         first: what applies ``P₁`` and what applies ``P₁⁻¹``.
         second: the same of ``P₂``.
-        rest: the metric in the basis of ``P₁ ⊗ P₂``; None where it is the identity.
+        metric: None where it is that product.
+        sizes: of ``P₁`` and ``P₂``; not there without a metric.
     """
 
     first: tuple[_Map, _Map]
     second: tuple[_Map, _Map]
-    rest: Tensor | None
+    metric: Tensor | None = None
+    sizes: Sizes = (0, 0)
+
+    def rest(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the metric in the basis of ``P₁ ⊗ P₂``; None where it is the identity."""
+        if self.metric is None:
+            return None
+        backs = [
+            back(
+                torch.eye(k).to(self.metric)
+                if self.metric.ndim == 2
+                else torch.ones(k, 1).to(self.metric)
+            )
+            for (_, back), k in zip((self.first, self.second), self.sizes, strict=True)
+        ]
+        if self.metric.ndim == 1:
+            scale = torch.outer(*(x.view(-1).square() for x in backs))
+            return (self.metric * scale.view(-1)).to(dtype)
+        result = self.metric.to(dtype)
+        for _ in range(2):  # the columns, then the rows
+            blocks = result.view(*self.sizes, -1)
+            for axis, back in enumerate(backs):
+                blocks = _along(blocks, axis, back.to(dtype).mT.matmul)
+            result = blocks.reshape(result.shape).mT.contiguous()
+        return result
 
 
 def rearranged(weight: Tensor, first: Sizes) -> Tensor:
@@ -202,9 +232,11 @@ def kronecker_sums(
     g, c = (None if side is None or not side.any() else side.to(w) for side in (output, input))
     sides = _side(g, m1), _side(c, n1)
     matrix = rearranged(_whitened(w, first, *sides), first)
+    exact = all(side.metric is None for side in sides)
+    if not exact and weight.dtype != torch.float64:
+        matrix = matrix.float()  # of a start, and of what is known in float32
     energies, basis = descending(_gram(matrix))
-    exact = all(side.rest is None for side in sides)
-    return KroneckerSums(first, energies, exact, weight.detach(), matrix, basis, sides)
+    return KroneckerSums(first, energies.double(), exact, weight.detach(), matrix, basis, sides)
 
 
 def check_divides(first: Sizes, shape: Sizes, where: str = "") -> None:
@@ -247,10 +279,10 @@ def nearest_shape(
 ) -> Sizes | None:
     """Return the sizes of the first factors that lose least within a number of parameters.
 
-    All divisors are compared, without a metric, whose terms make at most 1.5 multiply-adds for
-    every parameter of the budget, and no more than the weight itself; the best four of them then
-    in the separable metric nearest to the one given. Shapes of which a term is a matrix of rank
-    one are left out: that is what low-rank factors are for, and they would lose least.
+    All divisors are compared in the diagonals of the metrics, as which one decomposition a shape
+    is enough, whose terms make at most 1.5 multiply-adds for every parameter of the budget, and
+    no more than the weight itself. Shapes of which a term is a matrix of rank one are left out:
+    that is what low-rank factors are for, and they would lose least.
 
     Args:
         weight: ``(out, in)``.
@@ -262,13 +294,14 @@ def nearest_shape(
     Returns:
         ``(m1, n1)``, the one with the fewest multiply-adds where errors are equal to four digits;
         None if nothing fits.
-
-    Cost:
-        Some 50 sets of eigenvalues, of the smaller side of ``R(W)``, in float32, and four more in
-        float64.
     """
     m, n = weight.shape
-    found: dict[Sizes, tuple[int, int]] = {}  # to terms and multiply-adds
+    scaled = weight.detach().float()
+    if output is not None and output.any():
+        scaled = scaled * _diagonal(output).to(scaled).clamp(min=0).sqrt()[:, None]
+    if input is not None and input.any():
+        scaled = scaled * _diagonal(input).to(scaled).clamp(min=0).sqrt()
+    found: dict[Sizes, tuple[float, int]] = {}
     for m1 in divisors(m):
         for n1 in divisors(n):
             one, two = (m1, n1), (m // m1, n // n1)
@@ -280,18 +313,12 @@ def nearest_shape(
                 and work <= min(m * n, _WORK * budget)
                 and {1} not in ({m1, two[1]}, {n1, two[0]}, {m1, n1}, {*two})
             ):
-                found[one] = count, work
-    if not found:
-        return None
-    plain = weight.detach().float()
-    lost = {one: _tail(rearranged(plain, one), found[one][0]) for one in found}
-    best = sorted(found, key=lambda one: (round(lost[one], 4), found[one][1]))[:_SHORTLIST]
-    if len(best) > 1 and not (output is None and input is None):
-        lost = {
-            one: relative_error(kronecker_sums(weight, one, output, input).energies, found[one][0])
-            for one in best
-        }
-    return min(best, key=lambda one: (round(lost[one], 4), found[one][1]))
+                found[one] = round(_tail(rearranged(scaled, one), count), 4), work
+    return min(found, key=found.__getitem__, default=None)
+
+
+def _diagonal(metric: Tensor) -> Tensor:
+    return metric if metric.ndim == 1 else metric.diagonal()
 
 
 def multiply_adds(first: Sizes, second: Sizes) -> tuple[int, int]:
@@ -313,31 +340,20 @@ def _tail(matrix: Tensor, terms: int) -> float:
 def _side(metric: Tensor | None, first: int) -> _Side:
     if metric is None:
         same = whitening(None, FLOOR)
-        return _Side(same, same, None)
+        return _Side(same, same)
     sizes = first, len(metric) // first
     if metric.ndim == 1:
         grid = metric.view(sizes)
         one, two = grid.sum(1), grid.sum(0) / metric.sum()
-        far = (grid - torch.outer(one, two)).norm()
+        product = torch.outer(one, two).view(-1)
     else:
         blocks = metric.view(*sizes, *sizes)
         one = blocks.diagonal(dim1=1, dim2=3).sum(-1)
         two = blocks.diagonal(dim1=0, dim2=2).sum(-1) / metric.diagonal().sum()
-        far = (metric - torch.kron(one, two)).norm()
+        product = torch.kron(one, two)
     maps = whitening(one, FLOOR), whitening(two, FLOOR)
-    if far <= _SEPARABLE * metric.norm():
-        return _Side(*maps, None)
-    if metric.ndim == 1:
-        scale = [
-            back(torch.ones(k, 1).to(metric)) for (_, back), k in zip(maps, sizes, strict=True)
-        ]
-        return _Side(*maps, metric * torch.outer(*(x.view(-1).square() for x in scale)).view(-1))
-    backs = [back(torch.eye(k).to(metric)) for (_, back), k in zip(maps, sizes, strict=True)]
-    for _ in range(2):  # the columns, then the rows
-        for axis, back in enumerate(backs):
-            blocks = _along(blocks, axis, back.mT.matmul)
-        blocks = blocks.permute(2, 3, 0, 1)
-    return _Side(*maps, blocks.reshape(metric.shape))
+    separable = (metric - product).norm() <= _SEPARABLE * metric.norm()
+    return _Side(*maps, None if separable else metric, sizes)
 
 
 def _whitened(w: Tensor, first: Sizes, output: _Side, input: _Side) -> Tensor:
@@ -412,7 +428,7 @@ def _improved(
         moved = product(step @ y)
         along = moved @ y.mT
         length = size / (step * along).sum()
-        if not length.isfinite():
+        if not 0 < length < torch.inf:  # rounding can make of a zero less
             break
         x, pull, residual = x + length * step, pull - length * moved, residual - length * along
         saved = saved + length * size
