@@ -8,7 +8,6 @@ where it is a Kronecker product itself, ``G = G₁ ⊗ G₂`` and ``C = C₁ ⊗
 Source: C. Van Loan, N. Pitsianis, "Approximation with Kronecker products" (1993).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +15,14 @@ from torch import Tensor
 
 from lrcompress.errors import SettingError, ShapeError
 from lrcompress.linalg import balanced, whitening
+from lrcompress.solvers.alternation import Map, alternated, half_exact
 from lrcompress.solvers.truncation import FLOOR, check, descending, relative_error
 
 Sizes = tuple[int, int]
-_Map = Callable[[Tensor], Tensor]
 
 # A metric this close to a Kronecker product, relative to its norm, is one: statistics are float32.
 _SEPARABLE = 1e-6
-_SWEEPS = 4  # at most, of both factors in turn
 _WORK = 1.5  # multiply-adds that a shape may take for every parameter of its budget
-_STEPS = 2  # of conjugate gradients, at most, for one factor: more is slower, and no better
-_ENOUGH = 1e-2  # a sweep that lowers the squared error by no larger share is the last
 
 
 @dataclass(frozen=True)
@@ -100,12 +96,14 @@ class KroneckerSums:
         error, lost = relative_error(self.energies, terms), float(self.energies[terms:].sum())
         sweeps = 0
         if not self.exact and terms < most:
-            x, y, error, lost, sweeps = _alternated(self._whitened, x, y, self._product())
-        x, y = x.double(), y.double()
+            x, y, error, lost, sweeps = self._in_halves(x.double(), y.double()) or alternated(
+                self._whitened, x, y, self._product()
+            )
         (m1, n1), (m, n) = self.shape, self._weight.shape
         output, input = self._sides
-        first = _back(x.view(m1, n1, terms), output.first, input.first)
-        second = _back(y.mT.reshape(m // m1, n // n1, terms), output.second, input.second)
+        first = _back(x.double().view(m1, n1, terms), output.first, input.first)
+        second = y.double().mT.reshape(m // m1, n // n1, terms)
+        second = _back(second, output.second, input.second)
         left, right = balanced(first.reshape(-1, terms), second.reshape(-1, terms).mT)
         first, second = left.mT.view(terms, m1, n1), right.view(terms, m // m1, n // n1)
         own = self._weight.dtype
@@ -120,7 +118,42 @@ class KroneckerSums:
             return basis, basis.mT @ matrix
         return matrix @ basis, basis.mT
 
-    def _product(self) -> _Map:
+    def _in_halves(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float, float, int] | None:
+        """Improve factors of which one is a row or a column, along the one full metric left.
+
+        None where it is not so, or where the other is as long.
+        """
+        (m1, n1), (m, n), terms = self.shape, self._weight.shape, x.shape[1]
+        a, b = x.view(m1, n1, terms), y.mT.reshape(m // m1, n // n1, terms)
+        (side, rest), rows = self._sides, self._sides[1].metric is None
+        none = _side(None, 1)
+        if rows:
+            target = _whitened(self._weight.double(), self.shape, none, rest).permute(2, 3, 0, 1)
+            a, b = a.transpose(0, 1), b.transpose(0, 1)
+        else:
+            rest, side = side, rest
+            target = _whitened(self._weight.double(), self.shape, rest, none)
+        if rest.metric is not None or side.metric is None or side.metric.ndim == 1:
+            return None
+        one, two = side.first, side.second
+        metric = side.metric.view(side.sizes * 2)
+        if swapped := len(a) == 1 and a.shape[1] >= b.shape[1]:
+            a, b, one, two = b, a, two, one
+            metric, target = metric.permute(1, 0, 3, 2), target.permute(1, 0, 3, 2)
+        if len(b) > 1 or b.shape[1] < a.shape[1]:
+            return None
+        near = one[0](torch.eye(a.shape[1]).to(metric))
+        root = two[1](torch.eye(b.shape[1]).to(metric))
+        a, b, *told = half_exact(
+            target[:, 0], metric, _along(a, 1, one[1]), two[1](b[0]), near.mT @ near, root
+        )
+        a, b = _along(a, 1, one[0]), two[0](b)[None]
+        a, b = (b, a) if swapped else (a, b)
+        if rows:
+            a, b = a.transpose(0, 1), b.transpose(0, 1)
+        return a.reshape(x.shape), b.reshape(y.mT.shape).mT, *told
+
+    def _product(self) -> Map:
         """Return what gives ``R(G D C)`` of ``R(D)``, where the separable metric is one."""
         output, input = (side.rest(self._whitened.dtype) for side in self._sides)
         shape = (len(self._weight), self._weight.shape[1])
@@ -147,8 +180,8 @@ class _Side:
         sizes: of ``P₁`` and ``P₂``; not there without a metric.
     """
 
-    first: tuple[_Map, _Map]
-    second: tuple[_Map, _Map]
+    first: tuple[Map, Map]
+    second: tuple[Map, Map]
     metric: Tensor | None = None
     sizes: Sizes = (0, 0)
 
@@ -231,7 +264,7 @@ def kronecker_sums(
     (m1, n1), w = first, weight.detach().double()
     g, c = (None if side is None or not side.any() else side.to(w) for side in (output, input))
     sides = _side(g, m1), _side(c, n1)
-    matrix = rearranged(_whitened(w, first, *sides), first)
+    matrix = rearranged(_whitened(w, first, *sides).reshape(m, n), first)
     exact = all(side.metric is None for side in sides)
     if not exact and weight.dtype != torch.float64:
         matrix = matrix.float()  # of a start, and of what is known in float32
@@ -357,20 +390,20 @@ def _side(metric: Tensor | None, first: int) -> _Side:
 
 
 def _whitened(w: Tensor, first: Sizes, output: _Side, input: _Side) -> Tensor:
-    """Return ``P W Q`` in the separable metric."""
+    """Return ``P W Q`` in the separable metric, ``(m1, m2, n1, n2)``."""
     blocks = w.view(first[0], w.shape[0] // first[0], first[1], w.shape[1] // first[1])
     for axis, (there, _) in enumerate((output.first, output.second, input.first, input.second)):
         blocks = _along(blocks, axis, there)
-    return blocks.reshape(w.shape)
+    return blocks
 
 
-def _along(blocks: Tensor, axis: int, apply: _Map) -> Tensor:
+def _along(blocks: Tensor, axis: int, apply: Map) -> Tensor:
     """Apply a map of ``(n, columns)`` along one axis of a tensor."""
     moved = blocks.movedim(axis, 0)
     return apply(moved.reshape(len(moved), -1)).view(moved.shape).movedim(0, axis)
 
 
-def _back(factor: Tensor, output: tuple[_Map, _Map], input: tuple[_Map, _Map]) -> Tensor:
+def _back(factor: Tensor, output: tuple[Map, Map], input: tuple[Map, Map]) -> Tensor:
     """Return ``P⁻¹ F Q⁻¹`` of whitened factors ``(rows, columns, terms)``."""
     return _along(_along(factor, 0, output[1]), 1, input[1])
 
@@ -378,62 +411,3 @@ def _back(factor: Tensor, output: tuple[_Map, _Map], input: tuple[_Map, _Map]) -
 def _gram(matrix: Tensor) -> Tensor:
     """Return the products of rows or of columns, whichever are fewer."""
     return matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
-
-
-def _alternated(
-    matrix: Tensor, x: Tensor, y: Tensor, product: _Map
-) -> tuple[Tensor, Tensor, float, float, int]:
-    """Lower ``⟨R − XY, 𝓜(R − XY)⟩`` by one factor after the other.
-
-    Args:
-        matrix: ``R``, ``(rows, columns)``.
-        x: ``(rows, terms)`` to start from.
-        y: ``(terms, columns)``.
-        product: ``𝓜``, linear, symmetric and positive semidefinite.
-
-    Returns:
-        ``X``, ``Y``, the relative error, the absolute squared one and the number of sweeps.
-    """
-    whole = (matrix * product(matrix)).sum()
-    rest = matrix - x @ y
-    pull = product(rest)  # 𝓜(R − XY), half the gradient
-    lost = (rest * pull).sum()
-    sweeps = 0
-    while sweeps < _SWEEPS and lost > 0:
-        sweeps += 1
-        # orthonormal on the side that stays, so that the other's quadratic is near the identity
-        q, r = torch.linalg.qr(y.mT)
-        x, y, pull, one = _improved(x @ r.mT, q.mT, pull, product)
-        q, r = torch.linalg.qr(x)
-        y, x, pull, two = _improved((r @ y).mT, q.mT, pull.mT, lambda z: product(z.mT).mT)
-        x, y, pull = x.mT, y.mT, pull.mT
-        lost = lost - one - two
-        if one + two <= _ENOUGH * lost:
-            break
-    lost = lost.clamp(min=0)
-    return x, y, float((lost / whole).sqrt()) if whole > 0 else 0.0, float(lost), sweeps
-
-
-def _improved(
-    x: Tensor, y: Tensor, pull: Tensor, product: _Map
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``X`` improved by conjugate gradients, ``Y``, the new pull, and what was saved."""
-    saved = pull.new_zeros(())
-    residual = pull @ y.mT
-    step, size = residual, residual.square().sum()
-    first = size
-    for _ in range(_STEPS):
-        if not size > 0:
-            break
-        moved = product(step @ y)
-        along = moved @ y.mT
-        length = size / (step * along).sum()
-        if not 0 < length < torch.inf:  # rounding can make of a zero less
-            break
-        x, pull, residual = x + length * step, pull - length * moved, residual - length * along
-        saved = saved + length * size
-        before, size = size, residual.square().sum()
-        if size <= _ENOUGH * first:
-            break
-        step = residual + size / before * step
-    return x, y, pull, saved
