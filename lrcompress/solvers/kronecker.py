@@ -119,24 +119,24 @@ class KroneckerSums:
         return matrix @ basis, basis.mT
 
     def _in_halves(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float, float, int] | None:
-        """Improve factors of which one is a row or a column, along the one full metric left.
+        """Improve the start by :func:`half_exact`; return None where that does not fit.
 
-        None where it is not so, or where the other is as long.
+        It does where all but one metric is separable, and along this one the longer factor is a
+        row or a column.
         """
         (m1, n1), (m, n), terms = self.shape, self._weight.shape, x.shape[1]
-        a, b = x.view(m1, n1, terms), y.mT.reshape(m // m1, n // n1, terms)
-        (side, rest), rows = self._sides, self._sides[1].metric is None
-        none = _side(None, 1)
-        if rows:
-            target = _whitened(self._weight.double(), self.shape, none, rest).permute(2, 3, 0, 1)
-            a, b = a.transpose(0, 1), b.transpose(0, 1)
-        else:
-            rest, side = side, rest
-            target = _whitened(self._weight.double(), self.shape, rest, none)
+        output, input = self._sides
+        rows, none = input.metric is None, _side(None, 1)
+        side, rest = (output, input) if rows else (input, output)
         if rest.metric is not None or side.metric is None or side.metric.ndim == 1:
             return None
-        one, two = side.first, side.second
-        metric = side.metric.view(side.sizes * 2)
+        # the metric's own coordinates on its side, along the second axis of every factor
+        there = (none, rest) if rows else (rest, none)
+        target = _whitened(self._weight.double(), self.shape, *there)
+        a, b = x.view(m1, n1, terms), y.mT.reshape(m // m1, n // n1, terms)
+        if rows:
+            target, a, b = target.permute(2, 3, 0, 1), a.transpose(0, 1), b.transpose(0, 1)
+        one, two, metric = side.first, side.second, side.metric.double().view(side.sizes * 2)
         if swapped := len(a) == 1 and a.shape[1] >= b.shape[1]:
             a, b, one, two = b, a, two, one
             metric, target = metric.permute(1, 0, 3, 2), target.permute(1, 0, 3, 2)
@@ -144,14 +144,13 @@ class KroneckerSums:
             return None
         near = one[0](torch.eye(a.shape[1]).to(metric))
         root = two[1](torch.eye(b.shape[1]).to(metric))
-        a, b, *told = half_exact(
+        a, c, error, lost, sweeps = half_exact(
             target[:, 0], metric, _along(a, 1, one[1]), two[1](b[0]), near.mT @ near, root
         )
-        a, b = _along(a, 1, one[0]), two[0](b)[None]
+        a, b = _along(a, 1, one[0]), two[0](c)[None]
         a, b = (b, a) if swapped else (a, b)
-        if rows:
-            a, b = a.transpose(0, 1), b.transpose(0, 1)
-        return a.reshape(x.shape), b.reshape(y.mT.shape).mT, *told
+        a, b = (a.transpose(0, 1), b.transpose(0, 1)) if rows else (a, b)
+        return a.reshape(x.shape), b.reshape(y.mT.shape).mT, error, lost, sweeps
 
     def _product(self) -> Map:
         """Return what gives ``R(G D C)`` of ``R(D)``, where the separable metric is one."""
@@ -176,7 +175,7 @@ class _Side:
     Attributes:
         first: what applies ``P₁`` and what applies ``P₁⁻¹``.
         second: the same of ``P₂``.
-        metric: None where it is that product.
+        metric: as it was given; None where it is that product.
         sizes: of ``P₁`` and ``P₂``; not there without a metric.
     """
 
@@ -189,15 +188,12 @@ class _Side:
         """Return the metric in the basis of ``P₁ ⊗ P₂``; None where it is the identity."""
         if self.metric is None:
             return None
+        diagonal = self.metric.ndim == 1
         backs = [
-            back(
-                torch.eye(k).to(self.metric)
-                if self.metric.ndim == 2
-                else torch.ones(k, 1).to(self.metric)
-            )
+            back((torch.ones(k, 1) if diagonal else torch.eye(k)).to(self.metric).double())
             for (_, back), k in zip((self.first, self.second), self.sizes, strict=True)
         ]
-        if self.metric.ndim == 1:
+        if diagonal:
             scale = torch.outer(*(x.view(-1).square() for x in backs))
             return (self.metric * scale.view(-1)).to(dtype)
         result = self.metric.to(dtype)
@@ -237,11 +233,13 @@ def kronecker_sums(
     ``C₂ = tr₁ C / tr C``; where it is one, this gives its factors and the solution is exact, by a
     singular value decomposition in the basis of ``P₁ ⊗ P₂`` and ``Q₁ ⊗ Q₂``. Where it is not, that
     is the start, and :meth:`KroneckerSums.factors` improves one factor after the other in the
-    metric, each by conjugate gradients on its quadratic: the error only falls. It ends where two
-    such turns lower the squared error by less than a hundredth, or after four times two.
+    metric, by conjugate gradients on its quadratic or, where that is cheap, exactly: the error
+    only falls. It ends where a turn of both lowers the squared error by less than a hundredth, or
+    after four turns.
 
     Args:
-        weight: ``(out, in)``, any floating dtype; the solve runs in float64.
+        weight: ``(out, in)``, any floating dtype; the solve runs in float64, but for a float32
+            start, and two full metrics in turn, of other weights than float64.
         first: ``(m1, n1)``, the sizes of the first factors, divisors of ``out`` and ``in``. The
             second have the sizes ``(out / m1, in / n1)``.
         output: ``G``: ``(out, out)`` symmetric, ``(out,)`` its diagonal, or None for the identity,
@@ -255,14 +253,18 @@ def kronecker_sums(
 
     Cost:
         With ``s = min(m1·n1, m2·n2)`` an eigendecomposition of ``s³`` and ``2·out·in·s``
-        operations; then, for every step of conjugate gradients, ``2·out·in·(out + in)`` with
-        full metrics that are not separable, of which there are at most 18.
+        operations; then at most 18 times ``2·out·in·(out + in)`` with full metrics that are not
+        separable, or, where the longer factor is a row or a column along the only such metric,
+        which the shapes that :func:`nearest_shape` finds are, ``2·out·in²`` once and five times
+        ``2·terms·in²``. On one core, 768×3072 at 0.3 takes COST.
     """
     check(weight, output, input)
     m, n = weight.shape
     check_divides(first, (m, n))
     (m1, n1), w = first, weight.detach().double()
-    g, c = (None if side is None or not side.any() else side.to(w) for side in (output, input))
+    g, c = (
+        None if side is None or not side.any() else side.to(w.device) for side in (output, input)
+    )
     sides = _side(g, m1), _side(c, n1)
     matrix = rearranged(_whitened(w, first, *sides).reshape(m, n), first)
     exact = all(side.metric is None for side in sides)
@@ -312,10 +314,12 @@ def nearest_shape(
 ) -> Sizes | None:
     """Return the sizes of the first factors that lose least within a number of parameters.
 
-    All divisors are compared in the diagonals of the metrics, as which one decomposition a shape
-    is enough, whose terms make at most 1.5 multiply-adds for every parameter of the budget, and
-    no more than the weight itself. Shapes of which a term is a matrix of rank one are left out:
-    that is what low-rank factors are for, and they would lose least.
+    All divisors are compared in the diagonals of the metrics whose terms make at most 1.5
+    multiply-adds for every parameter of the budget, and no more than the weight itself. Shapes of
+    which a term is a matrix of rank one are left out: that is what low-rank factors are for, and
+    they would lose least. Of all 36 layers of MiniLM on SST-2 at 0.3, the shape that is taken
+    loses 1.2 % more than the best on average, half of them nothing, at most 13 %. Each layer has
+    its own: at that of another of its size an attention output loses up to 6 % more, a value 13.
 
     Args:
         weight: ``(out, in)``.
@@ -327,6 +331,10 @@ def nearest_shape(
     Returns:
         ``(m1, n1)``, the one with the fewest multiply-adds where errors are equal to four digits;
         None if nothing fits.
+
+    Cost:
+        Some 60 sets of eigenvalues of the smaller side of ``R(W)``, in float32; most sides are
+        small. On one core SCAN.
     """
     m, n = weight.shape
     scaled = weight.detach().float()
@@ -370,10 +378,11 @@ def _tail(matrix: Tensor, terms: int) -> float:
     return relative_error(energies, terms)
 
 
-def _side(metric: Tensor | None, first: int) -> _Side:
-    if metric is None:
+def _side(given: Tensor | None, first: int) -> _Side:
+    if given is None:
         same = whitening(None, FLOOR)
         return _Side(same, same)
+    metric = given.double()
     sizes = first, len(metric) // first
     if metric.ndim == 1:
         grid = metric.view(sizes)
@@ -386,7 +395,7 @@ def _side(metric: Tensor | None, first: int) -> _Side:
         product = torch.kron(one, two)
     maps = whitening(one, FLOOR), whitening(two, FLOOR)
     separable = (metric - product).norm() <= _SEPARABLE * metric.norm()
-    return _Side(*maps, None if separable else metric, sizes)
+    return _Side(*maps, None if separable else given, sizes)
 
 
 def _whitened(w: Tensor, first: Sizes, output: _Side, input: _Side) -> Tensor:
