@@ -256,7 +256,7 @@ def kronecker_sums(
         operations; then at most 18 times ``2·out·in·(out + in)`` with full metrics that are not
         separable, or, where the longer factor is a row or a column along the only such metric,
         which the shapes that :func:`nearest_shape` finds are, ``2·out·in²`` once and five times
-        ``2·terms·in²``. On one core, 768×3072 at 0.3 takes COST.
+        ``2·terms·in²``. On one idle core 768×3072 at 0.3 takes 3.3 s, 768×768 0.25 s.
     """
     check(weight, output, input)
     m, n = weight.shape
@@ -334,7 +334,7 @@ def nearest_shape(
 
     Cost:
         Some 60 sets of eigenvalues of the smaller side of ``R(W)``, in float32; most sides are
-        small. On one core SCAN.
+        small. On one idle core 1.1 s for 768×3072, 0.1 s for 768×768.
     """
     m, n = weight.shape
     scaled = weight.detach().float()
