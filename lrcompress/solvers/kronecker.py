@@ -8,7 +8,6 @@ where it is a Kronecker product itself, ``G = G₁ ⊗ G₂`` and ``C = C₁ ⊗
 Source: C. Van Loan, N. Pitsianis, "Approximation with Kronecker products" (1993).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +15,14 @@ from torch import Tensor
 
 from lrcompress.errors import SettingError, ShapeError
 from lrcompress.linalg import balanced, whitening
+from lrcompress.solvers.alternation import Map, alternated, half_exact
 from lrcompress.solvers.truncation import FLOOR, check, descending, relative_error
 
 Sizes = tuple[int, int]
-_Map = Callable[[Tensor], Tensor]
 
 # A metric this close to a Kronecker product, relative to its norm, is one: statistics are float32.
 _SEPARABLE = 1e-6
-_SWEEPS = 4  # at most, of both factors in turn
 _WORK = 1.5  # multiply-adds that a shape may take for every parameter of its budget
-_STEPS = 2  # of conjugate gradients, at most, for one factor: more is slower, and no better
-_ENOUGH = 1e-2  # a sweep that lowers the squared error by no larger share is the last
-_SHORTLIST = 4  # shapes that are compared in the metric
 
 
 @dataclass(frozen=True)
@@ -101,11 +96,14 @@ class KroneckerSums:
         error, lost = relative_error(self.energies, terms), float(self.energies[terms:].sum())
         sweeps = 0
         if not self.exact and terms < most:
-            x, y, error, lost, sweeps = _alternated(self._whitened, x, y, self._product)
+            x, y, error, lost, sweeps = self._in_halves(x.double(), y.double()) or alternated(
+                self._whitened, x, y, self._product()
+            )
         (m1, n1), (m, n) = self.shape, self._weight.shape
         output, input = self._sides
-        first = _back(x.view(m1, n1, terms), output.first, input.first)
-        second = _back(y.mT.reshape(m // m1, n // n1, terms), output.second, input.second)
+        first = _back(x.double().view(m1, n1, terms), output.first, input.first)
+        second = y.double().mT.reshape(m // m1, n // n1, terms)
+        second = _back(second, output.second, input.second)
         left, right = balanced(first.reshape(-1, terms), second.reshape(-1, terms).mT)
         first, second = left.mT.view(terms, m1, n1), right.view(terms, m // m1, n // n1)
         own = self._weight.dtype
@@ -120,30 +118,91 @@ class KroneckerSums:
             return basis, basis.mT @ matrix
         return matrix @ basis, basis.mT
 
-    def _product(self, change: Tensor) -> Tensor:
-        """Return ``R(G D C)`` of ``R(D)``, in the basis in which the separable metric is one."""
-        matrix = assembled(change, self.shape, (len(self._weight), self._weight.shape[1]))
-        output, input = (side.rest for side in self._sides)
-        if output is not None:
-            matrix = output[:, None] * matrix if output.ndim == 1 else output @ matrix
-        if input is not None:
-            matrix = matrix * input if input.ndim == 1 else matrix @ input
-        return rearranged(matrix, self.shape)
+    def _in_halves(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float, float, int] | None:
+        """Improve the start by :func:`half_exact`; return None where that does not fit.
+
+        It does where all but one metric is separable, and along this one the longer factor is a
+        row or a column.
+        """
+        (m1, n1), (m, n), terms = self.shape, self._weight.shape, x.shape[1]
+        output, input = self._sides
+        rows, none = input.metric is None, _side(None, 1)
+        side, rest = (output, input) if rows else (input, output)
+        if rest.metric is not None or side.metric is None or side.metric.ndim == 1:
+            return None
+        # the metric's own coordinates on its side, along the second axis of every factor
+        there = (none, rest) if rows else (rest, none)
+        target = _whitened(self._weight.double(), self.shape, *there)
+        a, b = x.view(m1, n1, terms), y.mT.reshape(m // m1, n // n1, terms)
+        if rows:
+            target, a, b = target.permute(2, 3, 0, 1), a.transpose(0, 1), b.transpose(0, 1)
+        one, two, metric = side.first, side.second, side.metric.double().view(side.sizes * 2)
+        if swapped := len(a) == 1 and a.shape[1] >= b.shape[1]:
+            a, b, one, two = b, a, two, one
+            metric, target = metric.permute(1, 0, 3, 2), target.permute(1, 0, 3, 2)
+        if len(b) > 1 or b.shape[1] < a.shape[1]:
+            return None
+        near = one[0](torch.eye(a.shape[1]).to(metric))
+        root = two[1](torch.eye(b.shape[1]).to(metric))
+        a, c, error, lost, sweeps = half_exact(
+            target[:, 0], metric, _along(a, 1, one[1]), two[1](b[0]), near.mT @ near, root
+        )
+        a, b = _along(a, 1, one[0]), two[0](c)[None]
+        a, b = (b, a) if swapped else (a, b)
+        a, b = (a.transpose(0, 1), b.transpose(0, 1)) if rows else (a, b)
+        return a.reshape(x.shape), b.reshape(y.mT.shape).mT, error, lost, sweeps
+
+    def _product(self) -> Map:
+        """Return what gives ``R(G D C)`` of ``R(D)``, where the separable metric is one."""
+        output, input = (side.rest(self._whitened.dtype) for side in self._sides)
+        shape = (len(self._weight), self._weight.shape[1])
+
+        def product(change: Tensor) -> Tensor:
+            matrix = assembled(change, self.shape, shape)
+            if output is not None:
+                matrix = output[:, None] * matrix if output.ndim == 1 else output @ matrix
+            if input is not None:
+                matrix = matrix * input if input.ndim == 1 else matrix @ input
+            return rearranged(matrix, self.shape)
+
+        return product
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One side's metric by the Kronecker product nearest to it, and what that leaves.
+    """One side's metric, and the Kronecker product of its partial traces.
 
     Attributes:
         first: what applies ``P₁`` and what applies ``P₁⁻¹``.
         second: the same of ``P₂``.
-        rest: the metric in the basis of ``P₁ ⊗ P₂``; None where it is the identity.
+        metric: as it was given; None where it is that product.
+        sizes: of ``P₁`` and ``P₂``; not there without a metric.
     """
 
-    first: tuple[_Map, _Map]
-    second: tuple[_Map, _Map]
-    rest: Tensor | None
+    first: tuple[Map, Map]
+    second: tuple[Map, Map]
+    metric: Tensor | None = None
+    sizes: Sizes = (0, 0)
+
+    def rest(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the metric in the basis of ``P₁ ⊗ P₂``; None where it is the identity."""
+        if self.metric is None:
+            return None
+        diagonal = self.metric.ndim == 1
+        backs = [
+            back((torch.ones(k, 1) if diagonal else torch.eye(k)).to(self.metric).double())
+            for (_, back), k in zip((self.first, self.second), self.sizes, strict=True)
+        ]
+        if diagonal:
+            scale = torch.outer(*(x.view(-1).square() for x in backs))
+            return (self.metric * scale.view(-1)).to(dtype)
+        result = self.metric.to(dtype)
+        for _ in range(2):  # the columns, then the rows
+            blocks = result.view(*self.sizes, -1)
+            for axis, back in enumerate(backs):
+                blocks = _along(blocks, axis, back.to(dtype).mT.matmul)
+            result = blocks.reshape(result.shape).mT.contiguous()
+        return result
 
 
 def rearranged(weight: Tensor, first: Sizes) -> Tensor:
@@ -174,11 +233,13 @@ def kronecker_sums(
     ``C₂ = tr₁ C / tr C``; where it is one, this gives its factors and the solution is exact, by a
     singular value decomposition in the basis of ``P₁ ⊗ P₂`` and ``Q₁ ⊗ Q₂``. Where it is not, that
     is the start, and :meth:`KroneckerSums.factors` improves one factor after the other in the
-    metric, each by conjugate gradients on its quadratic: the error only falls. It ends where two
-    such turns lower the squared error by less than a hundredth, or after four times two.
+    metric, by conjugate gradients on its quadratic or, where that is cheap, exactly: the error
+    only falls. It ends where a turn of both lowers the squared error by less than a hundredth, or
+    after four turns.
 
     Args:
-        weight: ``(out, in)``, any floating dtype; the solve runs in float64.
+        weight: ``(out, in)``, any floating dtype; the solve runs in float64, but for a float32
+            start, and two full metrics in turn, of other weights than float64.
         first: ``(m1, n1)``, the sizes of the first factors, divisors of ``out`` and ``in``. The
             second have the sizes ``(out / m1, in / n1)``.
         output: ``G``: ``(out, out)`` symmetric, ``(out,)`` its diagonal, or None for the identity,
@@ -192,19 +253,25 @@ def kronecker_sums(
 
     Cost:
         With ``s = min(m1·n1, m2·n2)`` an eigendecomposition of ``s³`` and ``2·out·in·s``
-        operations; then, for every step of conjugate gradients, ``2·out·in·(out + in)`` with
-        full metrics that are not separable, of which there are at most 18.
+        operations; then at most 18 times ``2·out·in·(out + in)`` with full metrics that are not
+        separable, or, where the longer factor is a row or a column along the only such metric,
+        which the shapes that :func:`nearest_shape` finds are, ``2·out·in²`` once and five times
+        ``2·terms·in²``. On one idle core 768×3072 at 0.3 takes 3.3 s, 768×768 0.25 s.
     """
     check(weight, output, input)
     m, n = weight.shape
     check_divides(first, (m, n))
     (m1, n1), w = first, weight.detach().double()
-    g, c = (None if side is None or not side.any() else side.to(w) for side in (output, input))
+    g, c = (
+        None if side is None or not side.any() else side.to(w.device) for side in (output, input)
+    )
     sides = _side(g, m1), _side(c, n1)
-    matrix = rearranged(_whitened(w, first, *sides), first)
+    matrix = rearranged(_whitened(w, first, *sides).reshape(m, n), first)
+    exact = all(side.metric is None for side in sides)
+    if not exact and weight.dtype != torch.float64:
+        matrix = matrix.float()  # of a start, and of what is known in float32
     energies, basis = descending(_gram(matrix))
-    exact = all(side.rest is None for side in sides)
-    return KroneckerSums(first, energies, exact, weight.detach(), matrix, basis, sides)
+    return KroneckerSums(first, energies.double(), exact, weight.detach(), matrix, basis, sides)
 
 
 def check_divides(first: Sizes, shape: Sizes, where: str = "") -> None:
@@ -247,10 +314,12 @@ def nearest_shape(
 ) -> Sizes | None:
     """Return the sizes of the first factors that lose least within a number of parameters.
 
-    All divisors are compared, without a metric, whose terms make at most 1.5 multiply-adds for
-    every parameter of the budget, and no more than the weight itself; the best four of them then
-    in the separable metric nearest to the one given. Shapes of which a term is a matrix of rank
-    one are left out: that is what low-rank factors are for, and they would lose least.
+    All divisors are compared in the diagonals of the metrics whose terms make at most 1.5
+    multiply-adds for every parameter of the budget, and no more than the weight itself. Shapes of
+    which a term is a matrix of rank one are left out: that is what low-rank factors are for, and
+    they would lose least. Of all 36 layers of MiniLM on SST-2 at 0.3, the shape that is taken
+    loses 1.2 % more than the best on average, half of them nothing, at most 13 %. Each layer has
+    its own: at that of another of its size an attention output loses up to 6 % more, a value 13.
 
     Args:
         weight: ``(out, in)``.
@@ -264,11 +333,16 @@ def nearest_shape(
         None if nothing fits.
 
     Cost:
-        Some 50 sets of eigenvalues, of the smaller side of ``R(W)``, in float32, and four more in
-        float64.
+        Some 60 sets of eigenvalues of the smaller side of ``R(W)``, in float32; most sides are
+        small. On one idle core 1.1 s for 768×3072, 0.1 s for 768×768.
     """
     m, n = weight.shape
-    found: dict[Sizes, tuple[int, int]] = {}  # to terms and multiply-adds
+    scaled = weight.detach().float()
+    if output is not None and output.any():
+        scaled = scaled * _diagonal(output).to(scaled).clamp(min=0).sqrt()[:, None]
+    if input is not None and input.any():
+        scaled = scaled * _diagonal(input).to(scaled).clamp(min=0).sqrt()
+    found: dict[Sizes, tuple[float, int]] = {}
     for m1 in divisors(m):
         for n1 in divisors(n):
             one, two = (m1, n1), (m // m1, n // n1)
@@ -280,18 +354,12 @@ def nearest_shape(
                 and work <= min(m * n, _WORK * budget)
                 and {1} not in ({m1, two[1]}, {n1, two[0]}, {m1, n1}, {*two})
             ):
-                found[one] = count, work
-    if not found:
-        return None
-    plain = weight.detach().float()
-    lost = {one: _tail(rearranged(plain, one), found[one][0]) for one in found}
-    best = sorted(found, key=lambda one: (round(lost[one], 4), found[one][1]))[:_SHORTLIST]
-    if len(best) > 1 and not (output is None and input is None):
-        lost = {
-            one: relative_error(kronecker_sums(weight, one, output, input).energies, found[one][0])
-            for one in best
-        }
-    return min(best, key=lambda one: (round(lost[one], 4), found[one][1]))
+                found[one] = round(_tail(rearranged(scaled, one), count), 4), work
+    return min(found, key=found.__getitem__, default=None)
+
+
+def _diagonal(metric: Tensor) -> Tensor:
+    return metric if metric.ndim == 1 else metric.diagonal()
 
 
 def multiply_adds(first: Sizes, second: Sizes) -> tuple[int, int]:
@@ -310,51 +378,41 @@ def _tail(matrix: Tensor, terms: int) -> float:
     return relative_error(energies, terms)
 
 
-def _side(metric: Tensor | None, first: int) -> _Side:
-    if metric is None:
+def _side(given: Tensor | None, first: int) -> _Side:
+    if given is None:
         same = whitening(None, FLOOR)
-        return _Side(same, same, None)
+        return _Side(same, same)
+    metric = given.double()
     sizes = first, len(metric) // first
     if metric.ndim == 1:
         grid = metric.view(sizes)
         one, two = grid.sum(1), grid.sum(0) / metric.sum()
-        far = (grid - torch.outer(one, two)).norm()
+        product = torch.outer(one, two).view(-1)
     else:
         blocks = metric.view(*sizes, *sizes)
         one = blocks.diagonal(dim1=1, dim2=3).sum(-1)
         two = blocks.diagonal(dim1=0, dim2=2).sum(-1) / metric.diagonal().sum()
-        far = (metric - torch.kron(one, two)).norm()
+        product = torch.kron(one, two)
     maps = whitening(one, FLOOR), whitening(two, FLOOR)
-    if far <= _SEPARABLE * metric.norm():
-        return _Side(*maps, None)
-    if metric.ndim == 1:
-        scale = [
-            back(torch.ones(k, 1).to(metric)) for (_, back), k in zip(maps, sizes, strict=True)
-        ]
-        return _Side(*maps, metric * torch.outer(*(x.view(-1).square() for x in scale)).view(-1))
-    backs = [back(torch.eye(k).to(metric)) for (_, back), k in zip(maps, sizes, strict=True)]
-    for _ in range(2):  # the columns, then the rows
-        for axis, back in enumerate(backs):
-            blocks = _along(blocks, axis, back.mT.matmul)
-        blocks = blocks.permute(2, 3, 0, 1)
-    return _Side(*maps, blocks.reshape(metric.shape))
+    separable = (metric - product).norm() <= _SEPARABLE * metric.norm()
+    return _Side(*maps, None if separable else given, sizes)
 
 
 def _whitened(w: Tensor, first: Sizes, output: _Side, input: _Side) -> Tensor:
-    """Return ``P W Q`` in the separable metric."""
+    """Return ``P W Q`` in the separable metric, ``(m1, m2, n1, n2)``."""
     blocks = w.view(first[0], w.shape[0] // first[0], first[1], w.shape[1] // first[1])
     for axis, (there, _) in enumerate((output.first, output.second, input.first, input.second)):
         blocks = _along(blocks, axis, there)
-    return blocks.reshape(w.shape)
+    return blocks
 
 
-def _along(blocks: Tensor, axis: int, apply: _Map) -> Tensor:
+def _along(blocks: Tensor, axis: int, apply: Map) -> Tensor:
     """Apply a map of ``(n, columns)`` along one axis of a tensor."""
     moved = blocks.movedim(axis, 0)
     return apply(moved.reshape(len(moved), -1)).view(moved.shape).movedim(0, axis)
 
 
-def _back(factor: Tensor, output: tuple[_Map, _Map], input: tuple[_Map, _Map]) -> Tensor:
+def _back(factor: Tensor, output: tuple[Map, Map], input: tuple[Map, Map]) -> Tensor:
     """Return ``P⁻¹ F Q⁻¹`` of whitened factors ``(rows, columns, terms)``."""
     return _along(_along(factor, 0, output[1]), 1, input[1])
 
@@ -362,62 +420,3 @@ def _back(factor: Tensor, output: tuple[_Map, _Map], input: tuple[_Map, _Map]) -
 def _gram(matrix: Tensor) -> Tensor:
     """Return the products of rows or of columns, whichever are fewer."""
     return matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
-
-
-def _alternated(
-    matrix: Tensor, x: Tensor, y: Tensor, product: _Map
-) -> tuple[Tensor, Tensor, float, float, int]:
-    """Lower ``⟨R − XY, 𝓜(R − XY)⟩`` by one factor after the other.
-
-    Args:
-        matrix: ``R``, ``(rows, columns)``.
-        x: ``(rows, terms)`` to start from.
-        y: ``(terms, columns)``.
-        product: ``𝓜``, linear, symmetric and positive semidefinite.
-
-    Returns:
-        ``X``, ``Y``, the relative error, the absolute squared one and the number of sweeps.
-    """
-    whole = (matrix * product(matrix)).sum()
-    rest = matrix - x @ y
-    pull = product(rest)  # 𝓜(R − XY), half the gradient
-    lost = (rest * pull).sum()
-    sweeps = 0
-    while sweeps < _SWEEPS and lost > 0:
-        sweeps += 1
-        # orthonormal on the side that stays, so that the other's quadratic is near the identity
-        q, r = torch.linalg.qr(y.mT)
-        x, y, pull, one = _improved(x @ r.mT, q.mT, pull, product)
-        q, r = torch.linalg.qr(x)
-        y, x, pull, two = _improved((r @ y).mT, q.mT, pull.mT, lambda z: product(z.mT).mT)
-        x, y, pull = x.mT, y.mT, pull.mT
-        lost = lost - one - two
-        if one + two <= _ENOUGH * lost:
-            break
-    lost = lost.clamp(min=0)
-    return x, y, float((lost / whole).sqrt()) if whole > 0 else 0.0, float(lost), sweeps
-
-
-def _improved(
-    x: Tensor, y: Tensor, pull: Tensor, product: _Map
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``X`` improved by conjugate gradients, ``Y``, the new pull, and what was saved."""
-    saved = pull.new_zeros(())
-    residual = pull @ y.mT
-    step, size = residual, residual.square().sum()
-    first = size
-    for _ in range(_STEPS):
-        if not size > 0:
-            break
-        moved = product(step @ y)
-        along = moved @ y.mT
-        length = size / (step * along).sum()
-        if not length.isfinite():
-            break
-        x, pull, residual = x + length * step, pull - length * moved, residual - length * along
-        saved = saved + length * size
-        before, size = size, residual.square().sum()
-        if size <= _ENOUGH * first:
-            break
-        step = residual + size / before * step
-    return x, y, pull, saved
