@@ -82,11 +82,22 @@ class Settings:
         self._check_form(method.form)
 
     def _check_form(self, form: str) -> None:
+        if not isinstance(self.shapes, Mapping):
+            raise SettingError(
+                "shapes are two sizes by pattern of layers, such as {'*.query': [192, 384]}, got "
+                f"{self.shapes!r}"
+            )
         if self.shapes and form != "kronecker":
             raise SettingError(
                 f"shapes are those of Kronecker factors, which method {self.method!r} does not "
                 "have; use method='kronecker'"
             )
+        for pattern, first in self.shapes.items():
+            pair = first if isinstance(first, list | tuple) else ()
+            if len(pair) != 2 or not all(type(x) is int and x > 0 for x in pair):
+                raise SettingError(
+                    f"shapes[{pattern!r}] must be two whole sizes from 1, got {first!r}"
+                )
         if self.keep_measured and form != "low_rank":
             raise SettingError(
                 f"keep_measured measures low-rank factors, which method {self.method!r} does not "

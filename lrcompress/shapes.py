@@ -83,11 +83,29 @@ class Shapes:
         self._keeps = {name: keeps.get(name, settings.keep) for name in names}
         for name, first in self._given.items():
             check_divides(first, self._sizes[name], f"shapes: layer {name!r}: ")  # type: ignore[arg-type]
+            self._check_saves(name)
         free = [n for n in names if n not in self._given and self._keeps[n] is None]
         if free:
             raise SettingError(
                 f"ranks say how many terms layer {free[0]!r} gets, but not how large they are; "
                 "give shapes= for it, or keep="
+            )
+
+    def _check_saves(self, name: str) -> None:
+        """Check that the terms of a given shape, or one of them, are as small as asked.
+
+        Raises:
+            SettingError: if they are not.
+        """
+        first, size, keep = self._given[name], self._sizes[name], self._keeps[name]
+        whole, terms = size[0] * size[1], self._terms.get(name)
+        most = whole - 1 if terms or keep is None else int(keep * whole + 1e-6)
+        unit = unit_of((first[0], first[1]), size)
+        if unit * (terms or 1) > most:
+            raise SettingError(
+                f"shapes: layer {name!r}: a term of first factors {list(first)} takes {unit} "
+                f"parameters, expected at most {most // (terms or 1)} for {terms or 1} of them in "
+                f"place of {whole}; choose others"
             )
 
     def __call__(self, name: str, weight: Tensor, metric: Metric) -> KroneckerSums | None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,13 @@ def stand_ins(recipe: dict[str, Any], model: Path, writer: Path, folder: Path) -
     if kind in JSON_ROWS:
         return of_rows(*JSON_ROWS[kind], model, folder)
     if kind == "LanguageData":
+        shutil.copytree(model, folder / "causal")
+        config = json.loads((model / "config.json").read_text()) | {"is_decoder": True}
+        (folder / "causal" / "config.json").write_text(json.dumps(config))
         for name in ("train", "valid", "test"):
             (folder / f"{name}.txt").write_text("a very good film\na very dull film\n" * 200)
         train = f"--data.train={folder / 'train.txt'}"
-        return [f"--model.{inner}path={model}", train, "--data.length=32"]
+        return [f"--model.{inner}path={folder / 'causal'}", train, "--data.length=32"]
     if kind == "SequenceData":
         for name, count in (("train", 96), ("dev", 4)):
             rows = [f"a {word} film\tvery {word}" for word in ("good", "dull")] * (count // 2)

@@ -116,7 +116,27 @@ def test_odd_layers_are_a_pattern() -> None:
             ShapeError,
             r"shapes: layer '0': .*nearest that does is \[4, 4\]",
         ),
-        ({"shapes": {"0": [5]}}, ShapeError, r"two whole sizes from 1, got \[5\]"),
+        (
+            {"shapes": {"0": [5]}},
+            SettingError,
+            r"shapes\['0'\] must be two whole sizes from 1, got \[5\]",
+        ),
+        (
+            {"shapes": {"0": "2x2"}},
+            SettingError,
+            r"shapes\['0'\] must be two whole sizes from 1, got '2x2'",
+        ),
+        ({"shapes": [2, 2]}, SettingError, r"sizes by pattern .*'\*.query'.*, got \[2, 2\]"),
+        (
+            {"shapes": {"0": [1, 1]}},
+            SettingError,
+            r"layer '0': a term of first factors \[1, 1\] takes \d+ parameters, expected at most",
+        ),
+        (
+            {"shapes": {"0": [2, 2]}, "ranks": {"0": 99}},
+            SettingError,
+            r"layer '0': a term .* takes \d+ parameters, expected at most \d+ for 99 of them",
+        ),
         ({"shapes": {"9": [2, 2]}}, NoMatchError, r"shapes: pattern '9' matches none"),
         ({"keep": None, "ranks": {"*": 2}}, SettingError, r"terms layer '0' gets.*give shapes="),
         ({"method": "svd", "shapes": {"0": [2, 2]}}, SettingError, r"method 'svd' does not have"),

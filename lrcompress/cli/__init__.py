@@ -127,6 +127,7 @@ class _Trainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
+        weights_only: bool | None = None,  # noqa: ARG002  the files that fit writes have it
         curve: int | None = None,
         plot: str | None = None,
     ) -> None:
@@ -136,6 +137,7 @@ class _Trainer(Trainer):
             model: of the recipe.
             datamodule: of the recipe.
             ckpt_path: A checkpoint whose weights the model gets first.
+            weights_only: As of fit; a plan reads nothing else.
             curve: Training batches from which to predict the loss of every method at several
                 keeps.
             plot: A file for a figure of that.

@@ -1,5 +1,7 @@
 """The model card of an exported folder."""
 
+from collections import Counter
+
 from transformers import PreTrainedModel
 
 from lrcompress.plan import Plan
@@ -19,7 +21,7 @@ def model_card(model: PreTrainedModel, plan: Plan, report: Report | None) -> str
         "- low-rank",
         "---",
         "",
-        f"# {kind}, {len(plan)} of its layers in low-rank form",
+        f"# {kind}, {len(plan)} of its layers {_forms(plan)}",
         "",
         f"{after:,} of {before:,} parameters remain ({after / before:.3f}).",
         "",
@@ -50,6 +52,14 @@ def model_card(model: PreTrainedModel, plan: Plan, report: Report | None) -> str
         "",
     ]
     return "\n".join(lines)
+
+
+def _forms(plan: Plan) -> str:
+    """Return in what form layers are: ``in low-rank form``, or the kinds and how many of each."""
+    kinds = Counter(layer.kind for layer in plan)
+    if set(kinds) <= {"low_rank"}:
+        return "in low-rank form"
+    return "replaced: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in kinds.items())
 
 
 def _figures(report: Report | None) -> list[str]:

@@ -243,7 +243,9 @@ class Report:
         try:
             return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise ReportError(f"{file}: there is no such report") from None
+            below = sorted(Path(path).glob("**/report.json"))
+            near = f"; below it: {', '.join(map(str, below[:3]))}" if below else ""
+            raise ReportError(f"{file}: there is no such report{near}") from None
         except (OSError, ValueError) as error:
             raise ReportError(f"{file} cannot be read as a report: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from inspect import isabstract
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning as L
@@ -73,8 +74,10 @@ class FineTuning(L.LightningModule):
         if isinstance(data, self.reads):
             self._check(data)
         elif isinstance(data, SplitData):
+            kinds = (self.reads, *self.reads.__subclasses__())
+            names = " or ".join(kind.__name__ for kind in kinds if not isabstract(kind))
             raise SettingError(
-                f"{type(self).__name__} reads the batches of {self.reads.__name__}, got the data "
+                f"{type(self).__name__} reads the batches of {names}, got the data "
                 f"{type(data).__name__}"
             )
 

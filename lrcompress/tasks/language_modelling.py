@@ -2,6 +2,7 @@
 
 from typing import Literal, cast, get_args
 
+import torch
 from torch import nn
 from torchmetrics.text import Perplexity
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
@@ -68,6 +69,11 @@ class LanguageModelling(FineTuning):
         )
         kind = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
         self.model = load_model(kind, model_folder(path), pretrained)
+        if objective == "causal" and _sees_ahead(self.model):
+            raise SettingError(
+                f"{path}: {type(self.model).__name__} reads the tokens that a causal model is to "
+                "predict; set objective: masked, or is_decoder in its config"
+            )
 
     def _check(self, data: LanguageData) -> None:
         if bool(data.masked) != (self.objective == "masked"):
@@ -92,3 +98,13 @@ class LanguageModelling(FineTuning):
         """Return how many tokens of a batch are predicted; the loss is their mean."""
         labels = batch["labels"][:, 1:] if self.objective == "causal" else batch["labels"]
         return int((labels != IGNORED).sum())
+
+
+@torch.no_grad()
+def _sees_ahead(model: nn.Module) -> bool:
+    """Return whether what a model says of a token depends on the next one."""
+    pair = torch.tensor([[5, 5], [5, 6]], device=next(model.parameters()).device)
+    training = model.training
+    first = model.eval()(input_ids=pair).logits[:, 0]
+    model.train(training)
+    return not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-5)

@@ -145,10 +145,13 @@ def _column(table: Dataset, column: int | str, where: str) -> str:
             )
         return names[column]
     if column not in names:
+        first_row = ""
+        if where.endswith(tuple(DELIMITERS)):
+            first_row = "; if these are the first row's values, set header: false and give columns "
+            first_row += "by position"
         raise NoMatchError(
-            f"{where}: no column {column!r}; set text and label to columns there are: {names}, "
-            f"nearest: {nearest(column, names, 1)}; if these are the first row's values, set "
-            "header: false and give columns by position"
+            f"{where}: no column {column!r}; choose among those there are: {names}, "
+            f"nearest: {nearest(column, names, 1)}{first_row}"
         )
     return column
 

@@ -149,6 +149,7 @@ def test_the_saved_recipe_gives_the_same_run(recipe: Path) -> None:
     assert run("fit") == 0
     assert SEEN[0] == SEEN[1]
     assert saved.read_text() == Path("lightning_logs/version_1/config.yaml").read_text()
+    assert run("plan") == 0, "a plan takes what fit has written"
 
 
 def test_without_logs_the_recipe_is_not_saved() -> None:

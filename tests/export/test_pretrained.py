@@ -48,6 +48,8 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
         train_step_(model)
     expected = logits(model)
     save_pretrained(model, tmp_path)
+    form = "in low-rank form" if kind == "low_rank" else f"replaced: {len(Plan.of(model))} {kind}"
+    assert f"of its layers {form}".replace("_", " ") in (tmp_path / "README.md").read_text()
     again = load_pretrained(tmp_path)
     assert type(again) is type(model)
     assert Plan.of(again) == Plan.of(model)

@@ -108,7 +108,12 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str, message: str) -
 
 
 def test_a_report_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match=r"none.json: there is no such report"):
+    below = tmp_path / "logs" / "version_0" / "report.json"
+    below.parent.mkdir(parents=True)
+    below.write_text("{}")
+    with pytest.raises(ReportError, match=r"no such report; below it: .*version_0.report.json"):
+        Report.load(tmp_path)
+    with pytest.raises(ReportError, match=r"none.json: there is no such report$"):
         Report.load(tmp_path / "none.json")
     with pytest.raises(ReportError, match="a point without layers"):
         Report.from_dict(

@@ -259,6 +259,10 @@ def test_data_that_cannot_be_used(
     module = LanguageModelling(str(causal), pretrained=False)
     with pytest.raises(SettingError, match="length=16, the model has 12 positions; set length to"):
         trainer().fit(module, LanguageData(str(causal), length=16, **text))
+    with pytest.raises(
+        SettingError, match=r"BertLMHeadModel reads the tokens that a causal model is to predict; "
+    ):
+        LanguageModelling(str(masked), pretrained=False)
     with pytest.raises(SettingError, match="unknown objective 'masket'; nearest: masked"):
         LanguageModelling(str(masked), "masket")
 

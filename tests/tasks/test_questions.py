@@ -274,7 +274,7 @@ def test_data_and_models_that_do_not_belong_together(
     data = QuestionData(folder, **SHORT, **files)
     with pytest.raises(
         SettingError,
-        match="TextClassification reads the batches of ClassificationData, got the data QuestionD",
+        match=r"TextClassification reads the batches of .*TextData.*, got the data QuestionData",
     ):
         trainer().fit(TextClassification(folder), data)
     module = QuestionAnswering(folder)

@@ -123,7 +123,7 @@ def test_picks_columns_by_name_and_position() -> None:
         (
             ["texte"],
             "label",
-            r"a.csv: no column 'texte'; set text .* \['text', 'label'\], nearest: text",
+            r"a.csv: no column 'texte'; choose .* \['text', 'label'\], nearest: text; .*header",
         ),
         (["text"], 2, r"a.csv: no column at position 2, only 0 to 1: \['text', 'label'\]"),
         (["text"], -1, r"a.csv: no column at position -1"),
