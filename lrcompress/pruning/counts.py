@@ -93,6 +93,7 @@ def outcome(
     """
     layers = records(model, names, narrower(model, found) if merge else None)
     whole, gone = dense_size(model), sum(x.before - x.stored for x in layers)
+    seen = sum(int(view(model.get_submodule(name)).weight.count_nonzero()) for name in names)
     return PointRecord(
         method,
         step,
@@ -102,7 +103,7 @@ def outcome(
         bytes_before=dense_bytes(model),
         bytes_after=stored_bytes(model),
         trained=trained_size(model),
-        effective=effective_size(model),
+        effective=effective_size(model) - seen + sum(x.after for x in layers),
     )
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from lrcompress.errors import LayerError
 from lrcompress.nn import LowRankLinear, NarrowLinear, UpdatedLinear
 from lrcompress.plan import Plan
-from lrcompress.pruning.counts import narrower, outlook, records
+from lrcompress.pruning.counts import effective_size, narrower, outcome, outlook, records
 from lrcompress.pruning.heads import (
     attentions,
     kept_heads,
@@ -178,6 +178,19 @@ def test_what_is_expected_of_equal_shares() -> None:
     assert sum(x.after for x in layers) == sum(x.before for x in layers) // 2
     assert layers[0].rows == 16
     assert (layers[3].rows, layers[3].parameters, layers[3].stored) == (32, 512, 512)
+
+
+def test_what_will_be_left_is_said_before_heads_are_gone() -> None:
+    model = made(CONFIGS["bert"])
+    found = attentions(model, select(model).names)
+    names = [name for one in found for name in one.names]
+    attach_(model, (), rank=0, entries=0, heads={one.output: one.heads for one in found})
+    silence_(model, {one.output: torch.arange(one.heads) < one.heads // 2 for one in found})
+    said = outcome("DSEE, heads", 3, model, names, found, merge=True)
+    remove_heads_(model, found)
+    gates = sum(one.heads for one in found)  # that become part of the weights
+    assert 0 <= said.effective - effective_size(model) <= gates
+    assert said.effective <= said.model_after
 
 
 def test_says_which_attention_it_knows() -> None:
