@@ -41,6 +41,8 @@ _PAGES = Environment(
 
 # A column of the layers' table -> what its figures are.
 _MEANING = {
+    "first": "first: rows×columns of the first factor of a Kronecker product; rank is then the "
+    "number of terms",
     "error": "error: of the layer's weight, relative, in what the method measures errors in",
     "predicted change": "predicted change: of the training loss an example, if this layer alone "
     "were replaced; right for small cuts near a minimum, too small for large cuts",
@@ -156,6 +158,7 @@ def _layers(point: PointRecord) -> Table:
     columns: dict[str, Callable[[LayerRecord], str]] = {
         "out": lambda x: number(x.out_features),
         "in": lambda x: number(x.in_features),
+        "first": lambda x: "×".join(map(str, x.first or ())),
         "rank": lambda x: "dense" if x.rank is None else number(x.rank),
         "rows": lambda x: number(x.rows),
         "entries": lambda x: number(x.entries),

@@ -123,3 +123,12 @@ def test_the_folder_is_made_and_names_the_page(whole: Report, tmp_path: Path, pa
     write_page(whole, tmp_path / path)
     title = (tmp_path / path).parent.name
     assert f"<title>{title}</title>" in (tmp_path / path).read_text(encoding="utf-8")
+
+
+def test_products_say_how_large_their_factors_are(whole: Report, tmp_path: Path) -> None:
+    assert "first factor of a Kronecker" not in written(whole, tmp_path)
+    point = whole.points[0]
+    products = [replace(layer, first=(7, 19)) for layer in point.layers if layer.rank]
+    text = written(replace(whole, points=[replace(point, layers=products)]), tmp_path)
+    assert Page(text).words.count("7×19") == len(products) > 0
+    assert "first factor of a Kronecker" in text
