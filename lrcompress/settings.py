@@ -9,6 +9,7 @@ from lrcompress.budget import ALLOCATIONS, check_keep
 from lrcompress.errors import SettingError
 from lrcompress.objective import COMPARABLE, METHODS, method_named
 from lrcompress.selection import Selection, select
+from lrcompress.solvers.kronecker import are_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,7 @@ class Settings:
                 "have; use method='kronecker'"
             )
         for pattern, first in self.shapes.items():
-            pair = first if isinstance(first, list | tuple) else ()
-            if len(pair) != 2 or not all(type(x) is int and x > 0 for x in pair):
+            if not are_sizes(first):
                 raise SettingError(
                     f"shapes[{pattern!r}] must be two whole sizes from 1, got {first!r}"
                 )

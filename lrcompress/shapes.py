@@ -99,7 +99,7 @@ class Shapes:
         """
         first, size, keep = self._given[name], self._sizes[name], self._keeps[name]
         whole, terms = size[0] * size[1], self._terms.get(name)
-        most = whole - 1 if terms or keep is None else int(keep * whole + 1e-6)
+        most = whole - 1 if terms or keep is None else _budget(keep, whole)
         unit = unit_of((first[0], first[1]), size)
         if unit * (terms or 1) > most:
             raise SettingError(
@@ -120,7 +120,7 @@ class Shapes:
             return given[0], given[1]
         keep = self._keeps[name]
         assert keep is not None, "it has been checked"
-        budget = int(keep * weight.numel() + 1e-6)
+        budget = _budget(keep, weight.numel())
         return nearest_shape(weight, budget, metric.output, metric.input, self._terms.get(name))
 
     def previewed(self, model: nn.Module) -> dict[str, Sizes | None]:
@@ -133,6 +133,10 @@ class Shapes:
                 found[key] = self.first(name, view(model.get_submodule(name)).weight, Metric())
             shapes[name] = found[key]
         return shapes
+
+
+def _budget(keep: float, whole: int) -> int:
+    return int(keep * whole + 1e-6)
 
 
 def unit_of(first: Sizes | None, shape: Sizes) -> int:

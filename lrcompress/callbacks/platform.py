@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.errors import CheckpointError, PlatformError, nearest
+from lrcompress.report.tables import WIDTH
 
 # By name: the same classes exist twice, in lightning.pytorch and in pytorch_lightning.
 _REFUSED = {
@@ -345,16 +346,13 @@ def logged_step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-_WIDTH = 130  # columns that the widest table needs
-
-
 def show(trainer: pl.Trainer, table: RenderableType) -> None:
     """Print above the progress bar, if there is one."""
     if not trainer.is_global_zero:
         return
     console = Console()
     if not console.is_terminal:  # a log has no width to keep to
-        console.width = max(console.width, _WIDTH)
+        console.width = max(console.width, WIDTH)
     bar = trainer.progress_bar_callback
     if bar is None:
         console.print(table)

@@ -26,12 +26,12 @@ from lrcompress.errors import (
 )
 from lrcompress.export import load_pretrained, merge_dense
 from lrcompress.nn import Replacement
+from lrcompress.report.tables import WIDTH
 from lrcompress.tasks.locations import model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "compiled")
 ONNX = "model.onnx"
-_WIDTH = 130  # columns that the table needs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,7 +116,7 @@ def _measure(given: argparse.Namespace) -> None:
     machine = _machine(given.devices)
     title = f"lrcompress bench: {machine}, {given.dtype}, {given.rounds} rounds"
     # figures that are cut say nothing: a line that is too long for the terminal wraps
-    Console(width=max(_WIDTH, Console().width)).print(bench_table(subjects, runs, title))
+    Console(width=max(WIDTH, Console().width)).print(bench_table(subjects, runs, title))
     if given.json is not None:
         sizes = {
             one.name: {"parameters": one.parameters, "stored_bytes": one.stored_bytes}

@@ -18,6 +18,8 @@ from lrcompress.report.record import (
 )
 from lrcompress.report.summary import summary
 
+WIDTH = 130  # columns that the widest table needs
+
 
 def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     """Return one row per kind of layer: the same path in every block, numbers aside."""

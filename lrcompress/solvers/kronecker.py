@@ -274,22 +274,32 @@ def kronecker_sums(
     return KroneckerSums(first, energies.double(), exact, weight.detach(), matrix, basis, sides)
 
 
+def are_sizes(value: object) -> bool:
+    """Return whether a value is two whole numbers from 1.
+
+    Example:
+        >>> are_sizes([2, 3]), are_sizes((2, 0)), are_sizes("2x3")
+        (True, False, False)
+    """
+    pair = value if isinstance(value, tuple | list) else ()
+    return len(pair) == 2 and all(type(x) is int and x > 0 for x in pair)
+
+
 def check_divides(first: Sizes, shape: Sizes, where: str = "") -> None:
     """Check that a first factor of sizes ``first`` can be one of a weight of that shape.
 
     Raises:
         ShapeError: if it cannot; the message names the nearest sizes that can.
     """
-    pair = tuple(first) if isinstance(first, tuple | list) else ()
-    if len(pair) != 2 or not all(type(x) is int and x > 0 for x in pair):
+    if not are_sizes(first):
         raise ShapeError(f"{where}the first factor needs two whole sizes from 1, got {first!r}")
-    if any(size % part for part, size in zip(pair, shape, strict=True)):
+    if any(size % part for part, size in zip(first, shape, strict=True)):
         nearest = [
             min(divisors(size), key=lambda d, part=part: (abs(d - part), d))  # type: ignore[misc]
-            for part, size in zip(pair, shape, strict=True)
+            for part, size in zip(first, shape, strict=True)
         ]
         raise ShapeError(
-            f"{where}the first factor of a weight of shape {tuple(shape)} cannot be {list(pair)}, "
+            f"{where}the first factor of a weight of shape {tuple(shape)} cannot be {list(first)}, "
             f"which does not divide it; the nearest that does is {nearest}"
         )
 

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lrcompress.tasks.labels import class_labels, float_labels, label_ids
 from lrcompress.tasks.split_data import SplitData
-from lrcompress.tasks.tables import quiet
 
 
 class ClassificationData(SplitData):
@@ -79,13 +78,7 @@ class ClassificationData(SplitData):
             labels: list[Any] = float_labels(table["label"], f"{split} split")
         else:
             labels = class_labels(table["label"], ids, f"{split} split")
-        with quiet():
-            tokens = table.map(
-                _encode,
-                batched=True,
-                fn_kwargs={"tokenizer": self.tokenizer, "max_length": self.max_length},
-                remove_columns=table.column_names,
-            )
+        tokens = self.encoded(table, _encode, max_length=self.max_length)
         return tokens.add_column("labels", labels)
 
 

@@ -39,6 +39,8 @@ class FineTuning(L.LightningModule):
     model: nn.Module
     reads: ClassVar[type[SplitData]]
     """The data whose batches a subclass takes, among those of this package."""
+    figures: ClassVar[Mapping[str, str]] = {}
+    """Names to log at an epoch's end, and what ``self.scores`` of the stage calls them."""
 
     def __init__(
         self, lr: float, weight_decay: float, fused: bool, warmup: float, schedule: Schedule
@@ -107,11 +109,20 @@ class FineTuning(L.LightningModule):
                     f"set {name} to at most {most}"
                 )
 
-    def _log_of_texts(self, stage: str, metric: Metric, names: Mapping[str, str]) -> None:
-        """Log what a metric found over the epoch, each value by a name, and begin anew."""
+    def on_validation_epoch_end(self) -> None:
+        self._log_figures("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_figures("test")
+
+    def _log_figures(self, stage: str) -> None:
+        """Log what a metric of several figures found over the epoch, and begin anew."""
+        if not self.figures:
+            return
+        metric: Metric = self.scores[stage]  # type: ignore[index, assignment]
         if metric.update_called:
             found = metric.compute()
-            figures = {f"{stage}_{name}": found[key] for name, key in names.items()}
+            figures = {f"{stage}_{name}": found[key] for name, key in self.figures.items()}
             self.log_dict({k: v.to(self.device) for k, v in figures.items()}, prog_bar=True)
             with torch.inference_mode(False):  # a metric's sums are for later epochs too
                 metric.reset()

@@ -12,7 +12,7 @@ from lrcompress.errors import NoMatchError, SettingError, nearest
 from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.sources import Sources
 from lrcompress.tasks.split_data import SplitData
-from lrcompress.tasks.tables import TEXT, quiet
+from lrcompress.tasks.tables import TEXT
 
 
 class LanguageData(SplitData):
@@ -133,13 +133,7 @@ class LanguageData(SplitData):
         return Dataset.from_dict({"input_ids": blocks, "row": list(range(len(blocks)))})
 
     def _tokenized(self, table: Dataset) -> Any:
-        with quiet():
-            return table.map(
-                _encode,
-                batched=True,
-                fn_kwargs={"tokenizer": self.tokenizer, "text": self.text},
-                remove_columns=table.column_names,
-            )["input_ids"]
+        return self.encoded(table, _encode, text=self.text)["input_ids"]
 
     def collate(self, epoch: int, rows: list[dict[str, Any]]) -> Batch:
         """Return blocks as a batch, masked where they are to be."""

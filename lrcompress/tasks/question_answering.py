@@ -1,5 +1,6 @@
 """Training of any ``transformers`` model that finds the answer to a question in a text."""
 
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,6 @@ from lrcompress.tasks.pretrained import load_for_fine_tuning
 from lrcompress.tasks.question_data import QuestionData
 
 READ = ("input_ids", "attention_mask", "token_type_ids", "start_positions", "end_positions")
-FIGURES = {"exact_match": "exact_match", "f1": "f1"}
 
 
 class QuestionAnswering(FineTuning):
@@ -50,6 +50,7 @@ class QuestionAnswering(FineTuning):
     """
 
     reads = QuestionData
+    figures = MappingProxyType({"exact_match": "exact_match", "f1": "f1"})
 
     def __init__(
         self,
@@ -82,12 +83,6 @@ class QuestionAnswering(FineTuning):
 
     def forward(self, batch: dict[str, Any]) -> Any:
         return self.model(**{name: batch[name] for name in READ if name in batch})
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_of_texts("val", self._squad("val"), FIGURES)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_of_texts("test", self._squad("test"), FIGURES)
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
         output = self(batch)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lrcompress.errors import SettingError
 from lrcompress.tasks.sources import Sources
 from lrcompress.tasks.split_data import SplitData
-from lrcompress.tasks.tables import pick_columns, quiet
+from lrcompress.tasks.tables import pick_columns
 
 KEYS = ("text", "answer_start")  # of answers, each a list
 
@@ -59,8 +59,6 @@ class QuestionData(SplitData):
     Raises:
         SettingError: if an argument is outside what it may be.
     """
-
-    unanswered: int
 
     def __init__(
         self,
@@ -121,20 +119,13 @@ class QuestionData(SplitData):
             return None
         table = _rows_of_squad(found[0]) if "data" in found[0].column_names else found[0]
         table = pick_columns(table, [self.question, self.context], self.answers, found[1])
-        if self.limit is not None:
-            table = table.select(range(min(self.limit, len(table))))
+        table = self.first(table)
         for row, (text, answers) in enumerate(zip(table["pair"], table["label"], strict=True)):
             _check_answers(text, answers, f"{found[1]}, row {row} (from 0)")
         self.unanswered += sum(not answers["text"] for answers in table["label"])
         self._check_room(table["text"], found[1])
-        given = {"max_length": self.max_length, "stride": self.stride, "split": split}
-        with quiet():
-            return table.map(
-                _encode,
-                batched=True,
-                fn_kwargs={"tokenizer": self.tokenizer} | given,
-                remove_columns=table.column_names,
-            )
+        sizes = {"max_length": self.max_length, "stride": self.stride}
+        return self.encoded(table, _encode, **sizes, split=split)
 
     def _check_room(self, questions: list[str], where: str) -> None:
         tokens = self.tokenizer(list(questions), padding=False, add_special_tokens=False).input_ids

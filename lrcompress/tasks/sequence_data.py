@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from lrcompress.errors import SettingError
 from lrcompress.tasks.sources import Sources
 from lrcompress.tasks.split_data import SplitData
-from lrcompress.tasks.tables import TEXT, pick_columns, quiet
+from lrcompress.tasks.tables import TEXT, pick_columns
 
 
 class SequenceData(SplitData):
@@ -103,14 +103,8 @@ class SequenceData(SplitData):
             raise SettingError(
                 f"{found[1]}: column {self.target!r} holds {table.features['label']}, expected text"
             )
-        if self.limit is not None:
-            table = table.select(range(min(self.limit, len(table))))
         lengths = {"max_length": self.max_length, "max_target": self.max_target}
-        given = {"tokenizer": self.tokenizer, "prefix": self.prefix, **lengths}
-        with quiet():
-            return table.map(
-                _encode, batched=True, fn_kwargs=given, remove_columns=table.column_names
-            )
+        return self.encoded(self.first(table), _encode, prefix=self.prefix, **lengths)
 
 
 def _encode(

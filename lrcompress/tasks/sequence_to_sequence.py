@@ -47,6 +47,7 @@ class SequenceToSequence(FineTuning):
     """
 
     reads = SequenceData
+    figures = ROUGE
 
     def __init__(
         self,
@@ -75,12 +76,6 @@ class SequenceToSequence(FineTuning):
 
     def _check(self, data: SequenceData) -> None:
         self._check_positions(data, "max_length", "max_target")
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_of_texts("val", self._rouge("val"), ROUGE)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_of_texts("test", self._rouge("test"), ROUGE)
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         labels = batch["labels"]

@@ -1,6 +1,7 @@
 """Tokenised splits in batches, in an order that can be resumed at any step."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import lightning as L
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lrcompress.errors import SettingError
 from lrcompress.tasks.batches import Batch, BatchLoader, Rows, collate, grouped_batches
 from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks.tables import quiet
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
@@ -32,6 +34,7 @@ class SplitData(L.LightningDataModule, ABC):
         SettingError: if a number is outside what it may be.
     """
 
+    limit: int | None = None
     tokenizer_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(
@@ -98,6 +101,20 @@ class SplitData(L.LightningDataModule, ABC):
         """Return rows as a batch, padded to the longest."""
         pad = self.tokenizer.pad_token_id
         return collate(rows, self.tokenizer.eos_token_id if pad is None else pad)
+
+    def first(self, table: Dataset) -> Dataset:
+        """Return the first ``limit`` rows of a table; all where there is no limit."""
+        return table if self.limit is None else table.select(range(min(self.limit, len(table))))
+
+    def encoded(self, table: Dataset, encode: Callable[..., Any], **given: Any) -> Dataset:
+        """Return what ``encode`` makes of batches of rows, from the tokenizer and ``given``."""
+        with quiet():
+            return table.map(
+                encode,
+                batched=True,
+                fn_kwargs={"tokenizer": self.tokenizer, **given},
+                remove_columns=table.column_names,
+            )
 
     def lengths(self, rows: Dataset) -> list[int]:
         """Return how long each row is: those that are alike share a batch."""

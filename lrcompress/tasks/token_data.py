@@ -12,7 +12,7 @@ from lrcompress.statistics.batches import IGNORED
 from lrcompress.tasks.labels import class_labels, label_ids
 from lrcompress.tasks.sources import Sources
 from lrcompress.tasks.split_data import SplitData
-from lrcompress.tasks.tables import WORDS, pick_columns, quiet
+from lrcompress.tasks.tables import WORDS, pick_columns
 
 
 class TokenData(SplitData):
@@ -115,17 +115,13 @@ class TokenData(SplitData):
                     f"{found[1]}, row {row} (from 0): {len(words)} words and {count} tags; "
                     "expected a list of one for each"
                 )
-        return table if self.limit is None else table.select(range(min(self.limit, len(table))))
+        return self.first(table)
 
     def _tokenized(self, table: Dataset, ids: dict[str, int], split: str) -> Dataset:
         where = f"{split} split"
-        given = {"tokenizer": self.tokenizer, "max_length": self.max_length}
         labels = [class_labels(tags, ids, where) for tags in table["label"]]
         table = table.remove_columns("label").add_column("label", labels)
-        with quiet():
-            return table.map(
-                _encode, batched=True, fn_kwargs=given, remove_columns=table.column_names
-            )
+        return self.encoded(table, _encode, max_length=self.max_length)
 
 
 def _encode(rows: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
