@@ -14,14 +14,14 @@ _PUBLIC = {
     "LoSparse": "callbacks",
     "LowRankLinear": "nn",
     "LowRankSparseLinear": "nn",
-    "Plan": "plan",
+    "Plan": "structure.plan",
     "Report": "report",
     "StartFrom": "callbacks",
-    "compress": "engine",
+    "compress": "engine.compress",
     "load_pretrained": "export",
     "merge_dense": "export",
-    "observe": "engine",
-    "restore_structure": "plan",
+    "observe": "engine.compress",
+    "restore_structure": "structure.plan",
     "save_pretrained": "export",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

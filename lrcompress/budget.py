@@ -374,7 +374,7 @@ def divide(
 
     Args:
         row_losses: ``(most + 1, out)`` of every layer, from
-            :func:`~lrcompress.solvers.residual.row_energies`, in one currency.
+            :func:`~lrcompress.solvers.row_errors.row_energies`, in one currency.
         units: ``out + in`` of every layer.
         budget: parameters for ranks and rows together.
 

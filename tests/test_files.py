@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrcompress.checkpoint import read_lightning
 from lrcompress.errors import CheckpointError
 from lrcompress.files import whole
+from lrcompress.structure.checkpoint import read_lightning
 
 
 def test_a_file_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:

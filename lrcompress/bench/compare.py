@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from lrcompress.bench.clock import interleaved, ratio, timed_layers
+from lrcompress.bench.models import Batch, Subject, TorchSubject
 from lrcompress.bench.onnx import OnnxSubject
 from lrcompress.bench.record import LayerTime, Run, Speed, ideal_speedup
-from lrcompress.bench.subject import Batch, Subject, TorchSubject
+from lrcompress.bench.timing import interleaved, ratio, timed_layers
 from lrcompress.errors import SettingError
 from lrcompress.nn import Factored
 from lrcompress.statistics.views import is_linear, view

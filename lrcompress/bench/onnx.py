@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lrcompress.bench.subject import Batch, Subject
+from lrcompress.bench.models import Batch, Subject
 from lrcompress.errors import SettingError
 
 

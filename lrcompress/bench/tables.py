@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lrcompress.bench.models import Subject
 from lrcompress.bench.record import LayerTime, Run
-from lrcompress.bench.subject import Subject
 from lrcompress.report.tables import plain_table
 
 _MANY = 6  # names in one warning

@@ -1,6 +1,6 @@
 """Which Lightning hook calls which verb; besides tasks and cli only this knows Lightning."""
 
-from lrcompress.callbacks.boundary import StartFrom, factor_checkpoint
+from lrcompress.callbacks.between_fits import StartFrom, factor_checkpoint
 from lrcompress.callbacks.checkpoint_io import WholeCheckpointIO
 from lrcompress.callbacks.dsee import DSEE
 from lrcompress.callbacks.embedding import FactorizeEmbedding

@@ -11,17 +11,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lrcompress.budget import check_keep
-from lrcompress.callbacks import platform
-from lrcompress.callbacks.course import Course
+from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.observation import Sampling
-from lrcompress.callbacks.telling import AUTO
+from lrcompress.callbacks.reporting import AUTO
+from lrcompress.callbacks.scheduled import Course
+from lrcompress.engine.settings import Settings
 from lrcompress.errors import CheckpointError, LayerError, PlatformError, SettingError
-from lrcompress.pruning import counts, heads, updates
+from lrcompress.pruning import dsee, effective_size, heads
 from lrcompress.pruning.magnitude import check_scope
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
-from lrcompress.selection import select
-from lrcompress.settings import Settings
+from lrcompress.structure.selection import select
 
 _STRUCTURES = ("entries", "heads")
 _PRUNE_AT = 1 / 3  # of the way from `at` to the end
@@ -129,7 +129,7 @@ class DSEE(Course):
     def _check(self) -> None:
         check_keep(self.keep)
         check_scope(self.scope)
-        updates.check_update(self.rank, self.entries)
+        dsee.check_update(self.rank, self.entries)
         if self.structure not in _STRUCTURES:
             raise SettingError(
                 f"structure must be one of {', '.join(_STRUCTURES)}, got {self.structure!r}"
@@ -178,7 +178,7 @@ class DSEE(Course):
 
     def _resolve(self, module: nn.Module) -> None:
         """Find the layers that the patterns mean."""
-        self._updates = updates.updated_names(module, self.updates)
+        self._updates = dsee.updated_names(module, self.updates)
         self._pruned, self._attentions = (), []
         if self.keep < 1:
             self._pruned = select(module, self.pruned, self.exclude or (), argument="pruned").names
@@ -189,7 +189,7 @@ class DSEE(Course):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and platform.is_sharding(trainer):
+        if stage == "fit" and trainer_state.is_sharding(trainer):
             raise PlatformError(
                 "DSEE freezes and prunes single entries of layers of which each process has only "
                 "some under FSDP2; use strategy='ddp', or Trainer(devices=1): with a frozen "
@@ -228,8 +228,8 @@ class DSEE(Course):
                         f"{name}={own['asked'][name]!r}, got {name}={now!r}; go on with the same, "
                         "or resume from a checkpoint before that"
                     )
-            updates.freeze_(module, own["trained"])
-            platform.regroup_(module, optimizers, state["param_names"])
+            dsee.freeze_(module, own["trained"])
+            trainer_state.regroup_(module, optimizers, state["param_names"])
         self._before, self._merged = dict(own["before"]), own["merged"]
         super()._resume(module, optimizers, state)
 
@@ -250,14 +250,14 @@ class DSEE(Course):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._merged and platform.steps_done(trainer) < self._lengths(trainer)[0]:
+        if self._merged and trainer_state.steps_done(trainer) < self._lengths(trainer)[0]:
             raise CheckpointError(
                 "the checkpoint was written after the updates were merged, at the end of a run; "
                 "resume from one before that, or leave ckpt_path out and start from its weights"
             )
         if not self._stage:
             named = (self._pruned, self._updates)
-            updates.check_updatable(pl_module, *named, self.rank, self.entries)
+            dsee.check_updatable(pl_module, *named, self.rank, self.entries)
         if self.keep < 1:
             self._place(*self._lengths(trainer))
         super().on_train_start(trainer, pl_module)
@@ -290,10 +290,10 @@ class DSEE(Course):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        now = platform.steps_done(trainer)
-        if self._stage == 1 and now in self._moments and platform.between_steps(trainer):
-            updates.prune_(pl_module, self._pruned, self._schedule(now), self.scope)
-            platform.log(trainer, {"keep": self._schedule(now)})
+        now = trainer_state.steps_done(trainer)
+        if self._stage == 1 and now in self._moments and trainer_state.between_steps(trainer):
+            dsee.prune_(pl_module, self._pruned, self._schedule(now), self.scope)
+            trainer_state.log(trainer, {"keep": self._schedule(now)})
 
     @override
     def on_before_optimizer_step(
@@ -301,13 +301,13 @@ class DSEE(Course):
     ) -> None:
         if self._stage != 1 or not self._attentions:
             return
-        scale = platform.gradient_factor(trainer, optimizer)
+        scale = trainer_state.gradient_factor(trainer, optimizer)
         heads.penalise_(pl_module, self._attentions, optimizer, self.l1 / scale)
 
     @override
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         last = self._stage == len(self.points) - 1
-        before = platform.validate(trainer) if last and now and self.validate else {}
+        before = trainer_state.validate(trainer) if last and now and self.validate else {}
         started = time.perf_counter()
         if self._stage == 0:
             self._attach(trainer, module)
@@ -316,10 +316,12 @@ class DSEE(Course):
         self._settle(trainer, module)
         if last:
             seconds = time.perf_counter() - started
-            after = platform.validate(trainer) if self.validate else {}
+            after = trainer_state.validate(trainer) if self.validate else {}
             method = f"DSEE, {self.structure}" if self._pruned else "DSEE"
             layers = self._pruned or self._updates
-            record = counts.outcome(method, now, module, layers, self._attentions, self.merge)
+            record = effective_size.outcome(
+                method, now, module, layers, self._attentions, self.merge
+            )
             record.seconds, record.metrics = seconds, {"before": before, "after": after}
             record.note = (
                 f"{len(self._updates)} layers were updated, each by rank {self.rank} and "
@@ -329,10 +331,10 @@ class DSEE(Course):
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         optimizers = trainer.optimizers
-        groups = platform.parameter_names(module, optimizers)
+        groups = trainer_state.parameter_names(module, optimizers)
         outputs = {one.output: one.heads for one in self._attentions}
         changed = {*self._updates, *outputs}
-        trained = updates.trained_names(module, self.trained, {*changed, *self._pruned})
+        trained = dsee.trained_names(module, self.trained, {*changed, *self._pruned})
         held = {name for one in groups for names in one for name in names}
         lost = [name for name in changed if f"{name}.weight" not in held]
         if lost:
@@ -344,7 +346,7 @@ class DSEE(Course):
             "groups": groups,
             "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
         }
-        updates.attach_(
+        dsee.attach_(
             module,
             self._updates,
             rank=self.rank,
@@ -354,23 +356,23 @@ class DSEE(Course):
             team=self._team,
         )
         coming: dict[str, list[str]] = {}
-        for name in updates.update_parameters(module):
+        for name in dsee.update_parameters(module):
             coming.setdefault(f"{name.rpartition('.')[0]}.weight", []).append(name)
         for name in (*trained, ""):
             coming[name] = [name]
-        updates.freeze_(module, {name for names in coming.values() for name in names})
-        platform.regroup_(module, optimizers, _replaced(groups, coming))
+        dsee.freeze_(module, {name for names in coming.values() for name in names})
+        trainer_state.regroup_(module, optimizers, _replaced(groups, coming))
 
     def _prune(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not self._attentions:
-            updates.prune_(module, self._pruned, self.keep, self.scope)
+            dsee.prune_(module, self._pruned, self.keep, self.scope)
             return
         kept = heads.kept_heads(module, self._attentions, self.keep, self.scope)
         heads.silence_(module, kept)
-        groups = platform.parameter_names(module, trainer.optimizers)
+        groups = trainer_state.parameter_names(module, trainer.optimizers)
         fixed = {f"{name}.coefficients" for name in kept}
         stay = {n: [n] for one in groups for names in one for n in names if n not in fixed}
-        platform.regroup_(module, trainer.optimizers, _replaced(groups, stay))
+        trainer_state.regroup_(module, trainer.optimizers, _replaced(groups, stay))
 
     @override
     def on_train_batch_end(
@@ -382,7 +384,7 @@ class DSEE(Course):
         batch_idx: int,
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if platform.steps_done(trainer) >= self._total:  # the last validation sees it merged
+        if trainer_state.steps_done(trainer) >= self._total:  # the last validation sees it merged
             self._merge(trainer, pl_module)
 
     def _merge(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -390,10 +392,10 @@ class DSEE(Course):
             return
         if self._stage == len(self.points):
             heads.remove_heads_(module, self._attentions)
-        updates.merge_updates_(module)
+        dsee.merge_updates_(module)
         names = dict(module.named_parameters())
-        updates.freeze_(module, names.keys() - set(self._before["frozen"]))
-        platform.regroup_(module, trainer.optimizers, self._before["groups"])
+        dsee.freeze_(module, names.keys() - set(self._before["frozen"]))
+        trainer_state.regroup_(module, trainer.optimizers, self._before["groups"])
         self._merged = True
         self._settle(trainer, module)
 
@@ -401,7 +403,7 @@ class DSEE(Course):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._merge(trainer, pl_module)  # where training ended before its last step
         if self.report.points:
-            counts.recount_(self.report.points[-1], pl_module)
+            effective_size.recount_(self.report.points[-1], pl_module)
         super().on_train_end(trainer, pl_module)
 
     # What is told
@@ -410,11 +412,13 @@ class DSEE(Course):
     def preview(self, model: nn.Module) -> RenderableType:
         """Return what would become of ``model``, as a table; nothing is changed."""
         self._resolve(model)
-        updates.check_updatable(model, self._pruned, self._updates, self.rank, self.entries)
+        dsee.check_updatable(model, self._pruned, self._updates, self.rank, self.entries)
         chosen = {*self._pruned, *self._updates}
-        others = set(updates.trained_names(model, self.trained, chosen))
-        layers = counts.outlook(model, self._pruned or self._updates, self.keep, self._attentions)
-        trained = counts.update_size(model, self._updates, self.rank, self.entries)
+        others = set(dsee.trained_names(model, self.trained, chosen))
+        layers = effective_size.outlook(
+            model, self._pruned or self._updates, self.keep, self._attentions
+        )
+        trained = effective_size.update_size(model, self._updates, self.rank, self.entries)
         trained += sum(p.numel() for name, p in model.named_parameters() if name in others)
         trained += sum(one.heads for one in self._attentions)
         whole = sum(p.numel() for p in model.parameters())

@@ -9,11 +9,11 @@ from rich.console import RenderableType
 from torch import nn
 from typing_extensions import override
 
-from lrcompress.callbacks import platform
-from lrcompress.callbacks.course import Course
+from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.observation import Sampling
-from lrcompress.callbacks.restart import check_restart
-from lrcompress.callbacks.telling import AUTO
+from lrcompress.callbacks.reporting import AUTO
+from lrcompress.callbacks.scheduled import Course
+from lrcompress.callbacks.warmup import check_restart
 from lrcompress.embedding import Table, TableSettings, factor_tables_, record_of
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.report.tables import plan_table
@@ -156,7 +156,7 @@ class FactorizeEmbedding(Course):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and platform.is_sharding(trainer):
+        if stage == "fit" and trainer_state.is_sharding(trainer):
             raise PlatformError(
                 "FactorizeEmbedding replaces tables that other layers may hold too, which sharding "
                 "cannot follow; use strategy='ddp', or factor in a fit on one device first and "
@@ -184,13 +184,13 @@ class FactorizeEmbedding(Course):
     @override
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         settings, statistics = self.settings[self._stage], self._observation.statistics
-        before = platform.validate(trainer) if self.validate else {}
+        before = trainer_state.validate(trainer) if self.validate else {}
         optimizers, team = trainer.optimizers, self._team
         record = factor_tables_(
             module, statistics, settings, optimizers=optimizers, step=now, team=team
         )
         self._settle(trainer, module)
-        after = platform.validate(trainer) if self.validate else {}
+        after = trainer_state.validate(trainer) if self.validate else {}
         record.metrics = {"before": before, "after": after}
         self._record(trainer, record)
         self._rise(self.restart_steps, self.restart_scale)

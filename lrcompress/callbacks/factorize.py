@@ -10,19 +10,19 @@ from rich.console import RenderableType
 from torch import nn
 from typing_extensions import override
 
-from lrcompress.callbacks import platform
-from lrcompress.callbacks.course import Course
-from lrcompress.callbacks.layerwise import Dense
+from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.observation import Sampling
-from lrcompress.callbacks.restart import check_restart
-from lrcompress.callbacks.telling import AUTO
-from lrcompress.engine import factor_, preview
+from lrcompress.callbacks.reporting import AUTO
+from lrcompress.callbacks.scheduled import Course
+from lrcompress.callbacks.sensitivity import Dense
+from lrcompress.callbacks.warmup import check_restart
+from lrcompress.engine.compress import factor_, preview
+from lrcompress.engine.kronecker_shapes import check_layers
+from lrcompress.engine.settings import Settings
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Point, parse_points
-from lrcompress.settings import Settings
-from lrcompress.shapes import check_layers
 from lrcompress.statistics.batches import MASK
 
 
@@ -254,12 +254,12 @@ class Factorize(Course):
     @override
     def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         settings, statistics = self.settings[self._stage], self._observation.statistics
-        before = platform.validate(trainer) if self.validate else {}
+        before = trainer_state.validate(trainer) if self.validate else {}
         dense = Dense(module, settings.select(module).names) if self.measure_layers else None
         optimizers, team = trainer.optimizers, self._team
         record = factor_(module, statistics, settings, optimizers=optimizers, step=now, team=team)
         self._settle(trainer, module)
-        after = platform.validate(trainer) if self.validate else {}
+        after = trainer_state.validate(trainer) if self.validate else {}
         record.metrics = {"before": before, "after": after}
         if dense is not None:
             lost = dense.losses(trainer, module, record.layers)

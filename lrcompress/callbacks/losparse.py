@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import platform, processes
-from lrcompress.callbacks.course import Course
+from lrcompress.callbacks import ddp, trainer_state
 from lrcompress.callbacks.observation import Sampling
-from lrcompress.callbacks.telling import AUTO
+from lrcompress.callbacks.reporting import AUTO
+from lrcompress.callbacks.scheduled import Course
+from lrcompress.engine.settings import Settings
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.importance import Importance
 from lrcompress.objective import METHODS
@@ -22,9 +23,8 @@ from lrcompress.pruning import Pruner, Shares, check_dense, outlook, split_
 from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
-from lrcompress.settings import Settings
-from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.statistics.batches import MASK
+from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
 
 _FROM, _UNTIL = 0.1, 0.6  # of the way from `at` to the end
 _BUDGETS = 100  # in the course of pruning that are kept for the report
@@ -296,8 +296,8 @@ class LoSparse(Course):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        now, pruner = platform.steps_done(trainer), self._pruner
-        if pruner is None or self._stage != 1 or not platform.between_steps(trainer):
+        now, pruner = trainer_state.steps_done(trainer), self._pruner
+        if pruner is None or self._stage != 1 or not trainer_state.between_steps(trainer):
             return
         if now >= self._schedule.start and pruner.importance.steps == 0:
             self._team.lay_down(pl_module)
@@ -307,7 +307,7 @@ class LoSparse(Course):
             due = not kept or now - kept[-1][0] >= enough
             if trainer.loggers or due:
                 keep = pruner.keep
-                platform.log(trainer, {"keep": keep})
+                trainer_state.log(trainer, {"keep": keep})
                 self._split_record["budget"] = [*kept, [now, keep]] if due else kept
 
     @override
@@ -320,8 +320,8 @@ class LoSparse(Course):
         self._team.lay_down(pl_module)
         if not pruner.trained_by(optimizer):
             return
-        if self.shares.revive or platform.steps_done(trainer) < self._schedule.stop:
-            pruner.observe(platform.gradient_factor(trainer, optimizer))
+        if self.shares.revive or trainer_state.steps_done(trainer) < self._schedule.stop:
+            pruner.observe(trainer_state.gradient_factor(trainer, optimizer))
 
     @override
     def on_train_batch_end(
@@ -346,7 +346,7 @@ class LoSparse(Course):
     def _split(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         names, statistics = self.settings.select(module).names, self._observation.statistics
         self._split_record = {
-            "metrics": platform.validate(trainer) if self.validate and now else {},
+            "metrics": trainer_state.validate(trainer) if self.validate and now else {},
             "observed": statistics.figures(),
             "budget": [],
         }
@@ -363,7 +363,7 @@ class LoSparse(Course):
         if not self._pruner.importance.known:  # fewer steps than one window
             self._pruner.importance.close()
         self._pruner.prune_(0.0, trainer.optimizers)
-        processes.check_identical(module, self._team)  # the same units, before they are structure
+        ddp.check_identical(module, self._team)  # the same units, before they are structure
         before, bytes_before = dense_size(module), dense_bytes(module)
         layers = self._pruner.compact_(module, trainer.optimizers)
         self._settle(trainer, module)
@@ -385,7 +385,7 @@ class LoSparse(Course):
         )
         record.metrics = {
             "before": self._split_record["metrics"],
-            "after": platform.validate(trainer) if self.validate else {},
+            "after": trainer_state.validate(trainer) if self.validate else {},
         }
         self._record(trainer, record)
         if not self._pruner.masks:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrcompress.distributed import ALONE, Team
 from lrcompress.embedding import TableSettings
+from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError, nearest
-from lrcompress.parallel import ALONE, Team
-from lrcompress.settings import Settings
 from lrcompress.statistics.batches import batch_decoder_mask, batch_mask, batch_terms
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsTap, drawn_loss

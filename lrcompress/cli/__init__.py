@@ -51,7 +51,6 @@ from typing_extensions import override
 
 import lrcompress.tasks  # noqa: F401  so that recipes may say TextClassification
 from lrcompress.callbacks import Factorize, WholeCheckpointIO, factor_checkpoint
-from lrcompress.checkpoint import read_checkpoint
 from lrcompress.cli.bench import bench
 from lrcompress.cli.export import export
 from lrcompress.cli.plan import print_plan
@@ -59,6 +58,7 @@ from lrcompress.cli.report import report
 from lrcompress.distill import Distilled
 from lrcompress.errors import CheckpointError, LRCompressError, RecipeError, nearest
 from lrcompress.recipe import find_faults, link_
+from lrcompress.structure.checkpoint import read_checkpoint
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
 WITHOUT_TRAINER = {"bench": bench, "export": export, "report": report}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from lrcompress.bench import OnnxSubject, Run, Subject, TorchSubject, compare
-from lrcompress.bench.clock import one_thread
 from lrcompress.bench.tables import bench_table
+from lrcompress.bench.timing import one_thread
 from lrcompress.errors import (
     NoMatchError,
     PlatformError,

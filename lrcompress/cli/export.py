@@ -13,17 +13,17 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lrcompress.callbacks.boundary import load_
-from lrcompress.checkpoint import read_lightning
+from lrcompress.callbacks.between_fits import load_
 from lrcompress.cli.int8 import check_measured, int8_table
 from lrcompress.errors import CheckpointError, RecipeError, nearest
 from lrcompress.export import merge_dense, save_pretrained
-from lrcompress.export.card import model_card
+from lrcompress.export.model_card import model_card
 from lrcompress.export.onnx import INT8, ONNX, export_onnx, quantize_onnx
-from lrcompress.export.program import PROGRAM, export_program
-from lrcompress.plan import Plan
+from lrcompress.export.torch_export import PROGRAM, export_program
 from lrcompress.recipe import link_
 from lrcompress.report import Report
+from lrcompress.structure.checkpoint import read_lightning
+from lrcompress.structure.plan import Plan
 from lrcompress.tasks.locations import model_folder
 
 FORMATS = ("transformers", "dense", "onnx", "torch-export")

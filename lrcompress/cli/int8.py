@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrcompress.errors import RecipeError
 from lrcompress.export.onnx import run_onnx
-from lrcompress.export.program import Run, outputs_of
+from lrcompress.export.torch_export import Run, outputs_of
 from lrcompress.tasks import TextClassification
 
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import rich
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lrcompress.callbacks.boundary import load_
-from lrcompress.callbacks.course import Course
-from lrcompress.callbacks.rehearsal import look, rehearse
-from lrcompress.checkpoint import read_lightning
+from lrcompress.callbacks.between_fits import load_
+from lrcompress.callbacks.dry_run import look, rehearse
+from lrcompress.callbacks.scheduled import Course
+from lrcompress.engine.loss_curves import forecast
+from lrcompress.engine.settings import Settings
 from lrcompress.errors import RecipeError
-from lrcompress.forecast import forecast
 from lrcompress.objective import LOW_RANK, METHODS
 from lrcompress.report.plots import forecast_figure
 from lrcompress.report.tables import forecast_table
-from lrcompress.settings import Settings
+from lrcompress.structure.checkpoint import read_lightning
 
 
 def print_plan(

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lrcompress.callbacks import platform
+from lrcompress.callbacks import trainer_state
 from lrcompress.distill.cache import Cache, example_keys
 from lrcompress.distill.capture import Call, CallTap, OutputTap
 from lrcompress.distill.losses import LOGITS, DistillationLoss, Features
@@ -115,7 +115,7 @@ class Distillation:
         weights = [loss.weight for loss in self.losses]
         if any(weight.constant for weight in weights):
             return True  # spared the question how long the run is
-        return any(weight.counts(*platform.lengths(trainer)) for weight in weights)
+        return any(weight.counts(*trainer_state.lengths(trainer)) for weight in weights)
 
     def step(
         self, student: pl.LightningModule, batch: Any, terms: Terms, run: Callable[[], Any]
@@ -307,7 +307,7 @@ class Distillation:
 def _weight(weight: Piecewise, trainer: pl.Trainer) -> float:
     if weight.constant is not None:  # spared the question how long the run is
         return weight.constant
-    return weight.at(trainer.global_step, *platform.lengths(trainer))
+    return weight.at(trainer.global_step, *trainer_state.lengths(trainer))
 
 
 def _check_source(teacher: object) -> None:

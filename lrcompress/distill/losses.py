@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompress.distill.formulas import relation_gap, relative_gap, soft_divergence
+from lrcompress.distill.functional import relation_gap, relative_gap, soft_divergence
 from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError, nearest
 from lrcompress.schedules import Piecewise
 

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrcompress.callbacks import platform
-from lrcompress.callbacks.platform import TEACHER
+from lrcompress.callbacks import trainer_state
+from lrcompress.callbacks.trainer_state import TEACHER
 from lrcompress.distill.distillation import START, Distillation
 from lrcompress.distill.losses import DistillationLoss, Logits, Weight
 from lrcompress.distill.teacher import reload
@@ -340,8 +340,8 @@ def _refuse(module: Distilled) -> None:
             f"Distilled copies and calls the whole module on each rank, which {name} takes "
             "apart; use one device, DDP or FSDP2 (ModelParallelStrategy)"
         )
-    if platform.is_sharding(module.trainer):
-        platform.refuse_tensor_parallel(module.trainer.strategy, "Distilled")
+    if trainer_state.is_sharding(module.trainer):
+        trainer_state.refuse_tensor_parallel(module.trainer.strategy, "Distilled")
         if module._distillation.cache is not None:
             raise PlatformError(
                 "cache= spares a process its call of the teacher, for which the others, that hold "

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lrcompress.callbacks import sharding
-from lrcompress.checkpoint import read_lightning
+from lrcompress.callbacks import fsdp
+from lrcompress.distributed import ALONE
 from lrcompress.errors import CheckpointError, NoMatchError, PlatformError, nearest
 from lrcompress.files import whole
-from lrcompress.parallel import ALONE
-from lrcompress.plan import restore_structure
+from lrcompress.structure.checkpoint import read_lightning
+from lrcompress.structure.plan import restore_structure
 
 _HOOKS = (
     "_forward_hooks",
@@ -82,7 +82,7 @@ class Teacher:
     @property
     def sharded(self) -> bool:
         """Whether each process holds a part of it, so that only all together can read it."""
-        return sharding.is_sharded(self.module)
+        return fsdp.is_sharded(self.module)
 
     @property
     def file(self) -> str:
@@ -98,12 +98,12 @@ class Teacher:
             CheckpointError: if they cannot be written, as on a full disk.
         """
         path = folder / self.file
-        team = sharding.ShardedTeam.of() if self.sharded else ALONE
+        team = fsdp.ShardedTeam.of() if self.sharded else ALONE
         if not team.decide(lambda: not path.exists()):
             return
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(self.module).items():
-            complete = sharding.whole(tensor).cpu()
+            complete = fsdp.whole(tensor).cpu()
             if team.index == 0:
                 tensors[name] = complete.clone()
         if team.index:
@@ -121,9 +121,9 @@ def copy_of(student: nn.Module) -> nn.Module:
     Of a module that FSDP2 has sharded the copy is sharded alike: no process holds it whole.
     """
     made = _copied(student)
-    if not sharding.is_sharded(student):
+    if not fsdp.is_sharded(student):
         return made
-    return sharding.shard_alike_(made, student, _tensors(student))
+    return fsdp.shard_alike_(made, student, _tensors(student))
 
 
 def _copied(student: nn.Module) -> nn.Module:
@@ -142,7 +142,7 @@ def _copied(student: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
     try:
-        with sharding.copying(student) as given:
+        with fsdp.copying(student) as given:
             made = copy.deepcopy(student, memo | given)
     except (RuntimeError, TypeError) as error:
         raise PlatformError(
@@ -180,8 +180,8 @@ def load_copy(student: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
             f"the teacher {source} is no checkpoint of a {type(module).__name__}: "
             f"{differ[0]!r} is {where}, one of {len(differ)} names that differ"
         )
-    if sharding.is_sharded(student):
-        return sharding.shard_alike_(module, student, tensors)
+    if fsdp.is_sharded(student):
+        return fsdp.shard_alike_(module, student, tensors)
     module.load_state_dict(tensors, strict=False)
     return module
 
@@ -248,7 +248,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=32)
     for name in sorted(tensors):
-        tensor = sharding.whole(tensors[name]).cpu().contiguous()
+        tensor = fsdp.whole(tensors[name]).cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrcompress.distributed import ALONE, Team
 from lrcompress.embedding.metric import metric_of, solve
 from lrcompress.embedding.settings import METHODS, Table, TableSettings, parameters_of
+from lrcompress.engine.distributed_solve import share_ as broadcast_
 from lrcompress.errors import LayerError
 from lrcompress.nn import (
     FactoredTable,
@@ -19,14 +21,12 @@ from lrcompress.nn import (
     LowRankLinear,
     SafeEmbedding,
 )
-from lrcompress.parallel import ALONE, Team
 from lrcompress.report.record import LayerRecord, PointRecord
-from lrcompress.sharded import share_ as broadcast_
-from lrcompress.size import dense_bytes, dense_size, stored_bytes
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.surgery import (
+from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
+from lrcompress.structure.surgery import (
     Carry,
     carry_dense,
     carry_factors,
@@ -34,7 +34,7 @@ from lrcompress.surgery import (
     swap_parameters_,
     whole_or_not,
 )
-from lrcompress.ties import restate_, share_
+from lrcompress.structure.tied_weights import restate_, share_
 
 
 def factor_tables_(

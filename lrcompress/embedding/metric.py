@@ -8,7 +8,7 @@ from torch import Tensor
 from lrcompress.embedding.settings import Table, TableSettings
 from lrcompress.errors import NotFiniteError, ObservationError
 from lrcompress.linalg import shrunk
-from lrcompress.solvers.table import truncate_table
+from lrcompress.solvers.embedding import truncate_table
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.moments import Statistics
 

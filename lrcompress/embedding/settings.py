@@ -13,8 +13,8 @@ from lrcompress.errors import LayerError, NoMatchError, SettingError, nearest
 from lrcompress.nn import FactoredTable, KroneckerEmbedding, LowRankEmbedding, SafeEmbedding
 from lrcompress.nn.kronecker_embedding import check_divides
 from lrcompress.nn.low_rank_embedding import obstacle
-from lrcompress.selection import Selection
 from lrcompress.statistics.views import is_linear, is_table, view
+from lrcompress.structure.selection import Selection
 
 METHODS: Mapping[str, type[FactoredTable]] = {
     "low_rank": LowRankEmbedding,

@@ -9,7 +9,7 @@ from lrcompress.export.dense import merge_dense
 from lrcompress.export.onnx import export_onnx, quantize_onnx, run_onnx
 from lrcompress.export.plugin import CompressionConfig, CompressionQuantizer
 from lrcompress.export.pretrained import load_pretrained, save_pretrained
-from lrcompress.export.program import export_program
+from lrcompress.export.torch_export import export_program
 
 __all__ = [
     "CompressionConfig",

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lrcompress.nn import Replacement
-from lrcompress.ties import plain_forms, restate_
+from lrcompress.structure.tied_weights import plain_forms, restate_
 
 Model = TypeVar("Model", bound=nn.Module)
 

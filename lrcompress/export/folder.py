@@ -14,7 +14,7 @@ from torch import Tensor
 from lrcompress.errors import CheckpointError
 from lrcompress.export.plugin import METHOD, CompressionConfig, check_read, check_version
 from lrcompress.export.tensors import Entry, check_plan, read_headers
-from lrcompress.plan import Plan
+from lrcompress.structure.plan import Plan
 
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "lrcompress.json"
 INDEX = f"{WEIGHTS}.index.json"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import ExportError, SettingError
-from lrcompress.export.program import (
+from lrcompress.export.torch_export import (
     Inputs,
     Run,
     axes,

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrcompress.errors import CheckpointError
 from lrcompress.export.tensors import check_plan, read_headers
 from lrcompress.nn import KINDS, LowRankSparseLinear, Replacement
-from lrcompress.plan import DENSE, LayerPlan, Plan
+from lrcompress.structure.plan import DENSE, LayerPlan, Plan
 
 METHOD = "lrcompress"
 VERSION = 1

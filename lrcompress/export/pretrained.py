@@ -13,7 +13,6 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lrcompress import __version__
 from lrcompress.errors import CheckpointError, LRCompressError, SettingError, nearest
-from lrcompress.export.card import model_card
 from lrcompress.export.dense import forget_structure_
 from lrcompress.export.folder import (
     CONFIG,
@@ -24,10 +23,11 @@ from lrcompress.export.folder import (
     read_folder,
     sha256,
 )
+from lrcompress.export.model_card import model_card
 from lrcompress.export.plugin import VERSION, CompressionConfig, CompressionQuantizer, shape_
 from lrcompress.files import whole
-from lrcompress.plan import Plan
 from lrcompress.report import PointRecord, Report
+from lrcompress.structure.plan import Plan
 
 # Arguments of from_pretrained that load_pretrained fixes.
 _FIXED = {"config", "trust_remote_code", "use_safetensors", "local_files_only", "subfolder"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lrcompress.errors import CheckpointError
 from lrcompress.nn import KINDS
-from lrcompress.plan import DENSE, LayerPlan, Plan
+from lrcompress.structure.plan import DENSE, LayerPlan, Plan
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 _BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}

@@ -7,10 +7,10 @@ from lrcompress.nn.kronecker_embedding import KroneckerEmbedding
 from lrcompress.nn.low_rank import Factored, LowRankLinear
 from lrcompress.nn.low_rank_embedding import FactoredTable, LowRankEmbedding
 from lrcompress.nn.low_rank_sparse import LowRankSparseLinear
-from lrcompress.nn.narrow import NarrowLinear
+from lrcompress.nn.low_rank_update import UpdatedLinear
+from lrcompress.nn.pruned_linear import NarrowLinear
 from lrcompress.nn.replacement import Replacement
 from lrcompress.nn.safe_embedding import SafeEmbedding
-from lrcompress.nn.updated import UpdatedLinear
 
 # What plans call a kind -> the kind.
 KINDS: Mapping[str, type[Replacement]] = {

@@ -164,7 +164,7 @@ def carry_kronecker(
 
     Gradients of the factors are ``∂L/∂A_s = R(∂L/∂W) vec(B_s)`` and ``∂L/∂B_s = R(∂L/∂W)ᵀ
     vec(A_s)``, with a row of ``R`` for every block, so first moments carry over exactly; second
-    ones as in :func:`lrcompress.surgery.carry_dense`, with the squares of the factors.
+    ones as in :func:`lrcompress.structure.surgery.carry_dense`, with the squares of the factors.
 
     Args:
         first: ``A``, ``(terms, m1, n1)``.

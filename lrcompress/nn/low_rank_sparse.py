@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrcompress.distributed import own_rows
 from lrcompress.errors import SettingError, ShapeError
 from lrcompress.nn.low_rank import LeftFactored, LowRankLinear
 from lrcompress.nn.replacement import Sizes
-from lrcompress.parallel import own_rows
 from lrcompress.statistics import views
 
 # Measured on a CPU by tests/benchmarks/sparse_cost.py; they change the speed only.

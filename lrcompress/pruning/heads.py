@@ -11,7 +11,7 @@ from lrcompress.errors import LayerError
 from lrcompress.nn import NarrowLinear, UpdatedLinear
 from lrcompress.pruning.magnitude import largest
 from lrcompress.statistics.views import is_linear, view
-from lrcompress.surgery import replace_
+from lrcompress.structure.surgery import replace_
 
 
 @dataclass(frozen=True)

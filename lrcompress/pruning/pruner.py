@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.budget import kept_units
+from lrcompress.distributed import ALONE, Team, own_rows
 from lrcompress.importance import ROW_SCORES, Importance, component, entries
 from lrcompress.nn import LowRankSparseLinear
-from lrcompress.parallel import ALONE, Team, own_rows
-from lrcompress.pruning.shares import Quota, Shares
+from lrcompress.pruning.budget import Quota, Shares
 from lrcompress.report.record import Curve, LayerRecord
 from lrcompress.statistics.views import view
-from lrcompress.surgery import carry_kept, replace_, swap_parameters_
+from lrcompress.structure.surgery import carry_kept, replace_, swap_parameters_
 
 _NAMES = ("inner.weight", "left.weight")
 _SHOWN = 25  # units of a layer whose scores are kept for the report

@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.budget import Candidate, allocate, divide
+from lrcompress.distributed import ALONE, Team
+from lrcompress.engine.distributed_solve import Dealt, Found, Solved, install_, solve
+from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, SettingError
 from lrcompress.nn import LowRankSparseLinear, Replacement
 from lrcompress.objective import METHODS
-from lrcompress.parallel import ALONE, Team
-from lrcompress.pruning.shares import AUTO, Quota, Shares
+from lrcompress.pruning.budget import AUTO, Quota, Shares
 from lrcompress.report.record import LayerRecord
-from lrcompress.selection import Selection
-from lrcompress.settings import Settings
-from lrcompress.sharded import Dealt, Found, Solved, install_, solve
-from lrcompress.solvers.residual import row_energies
+from lrcompress.solvers.row_errors import row_energies
 from lrcompress.solvers.truncation import Factors, Truncation
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.surgery import carry_later, carry_sparse, replace_, swap_parameters_
+from lrcompress.structure.selection import Selection
+from lrcompress.structure.surgery import carry_later, carry_sparse, replace_, swap_parameters_
 
 Sizes = Mapping[str, tuple[int, int]]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from lrcompress.report.numbers import mebibytes, number, share
+from lrcompress.report.formatting import mebibytes, number, share
 from lrcompress.report.page import Table, drawn, render
 from lrcompress.report.plots import COLOURS, STYLE, Plot, look, name_series, new_axes
 from lrcompress.report.record import Report

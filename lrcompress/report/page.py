@@ -1,6 +1,6 @@
 """The report as a page: one file, no network, light and dark, readable on a phone.
 
-Every figure of the report stands in it, written as :mod:`lrcompress.report.numbers` says.
+Every figure of the report stands in it, written as :mod:`lrcompress.report.formatting` says.
 """
 
 import io
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from lrcompress.report.numbers import change, number, share
+from lrcompress.report.formatting import change, number, share
 from lrcompress.report.plots import COLOURS, Plot, plots
 from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
 from lrcompress.report.summary import summary

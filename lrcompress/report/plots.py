@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from lrcompress.report.kinds import by_kind, depth
+from lrcompress.report.layer_groups import by_kind, depth
 from lrcompress.report.record import Curve, Forecast, LayerRecord, PointRecord, Report
 
 COLOURS = {

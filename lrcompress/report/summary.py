@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lrcompress.report.numbers import change, mebibytes, number, share
+from lrcompress.report.formatting import change, mebibytes, number, share
 from lrcompress.report.record import PointRecord, Report
 
 

@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lrcompress.report.kinds import by_kind
-from lrcompress.report.numbers import change, share
+from lrcompress.report.formatting import change, share
+from lrcompress.report.layer_groups import by_kind
 from lrcompress.report.record import (
     Forecast,
     LayerRecord,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrcompress.errors import SettingError, ShapeError
 from lrcompress.linalg import balanced, whitening
-from lrcompress.solvers.alternation import Map, alternated, half_exact
+from lrcompress.solvers.alternating import Map, alternated, half_exact
 from lrcompress.solvers.truncation import FLOOR, check, descending, relative_error
 
 Sizes = tuple[int, int]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompress.distributed import BUCKET, Team
 from lrcompress.errors import ObservationError
-from lrcompress.parallel import BUCKET, Team
 from lrcompress.statistics.moments import Statistics, Sums
 
 _ROWS = 64  # of a triangle, packed as a rectangle and a small triangle on the diagonal

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from transformers import get_scheduler
 
 from lrcompress.errors import SettingError, nearest
-from lrcompress.plan import restore_structure
+from lrcompress.structure.plan import restore_structure
 from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.split_data import SplitData
 

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lrcompress
-from lrcompress.engine import factor_
+from lrcompress.engine.compress import factor_
+from lrcompress.engine.settings import Settings
 from lrcompress.errors import LRCompressError
 from lrcompress.objective import METHODS as METRICS
-from lrcompress.plan import Plan
-from lrcompress.selection import select
-from lrcompress.settings import Settings
 from lrcompress.statistics.batches import batch_decoder_mask
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics
+from lrcompress.structure.plan import Plan
+from lrcompress.structure.selection import select
 
 from .models import MODELS, batch_for, made
 

@@ -6,8 +6,8 @@ import torch
 import lrcompress
 from lrcompress.errors import LayerError, ObservationError
 from lrcompress.nn import LowRankLinear
-from lrcompress.plan import Plan
-from lrcompress.selection import select
+from lrcompress.structure.plan import Plan
+from lrcompress.structure.selection import select
 
 from .matrix import METHODS, cell, in_readme, table
 from .models import MODELS, batch_for, made

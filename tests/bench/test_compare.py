@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lrcompress.bench import TorchSubject, compare
 from lrcompress.errors import SettingError
-from lrcompress.plan import LayerPlan, Plan
+from lrcompress.structure.plan import LayerPlan, Plan
 
 
 class Net(nn.Module):

@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lrcompress.engine.settings import Settings
 from lrcompress.linalg import shrunk
 from lrcompress.objective import METHODS, metric_of
-from lrcompress.settings import Settings
 from lrcompress.solvers.truncation import truncate
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.views import view

@@ -21,9 +21,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from lrcompress.engine import factor_
-from lrcompress.parallel import ALONE, Team
-from lrcompress.settings import Settings
+from lrcompress.distributed import ALONE, Team
+from lrcompress.engine.compress import factor_
+from lrcompress.engine.settings import Settings
 from lrcompress.statistics.moments import Statistics, Sums, shapes
 from lrcompress.statistics.reduction import all_reduce_, reduced_bytes
 from lrcompress.statistics.views import view

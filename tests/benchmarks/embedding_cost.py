@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from lrcompress.solvers.table import truncate_table
+from lrcompress.solvers.embedding import truncate_table
 
 
 def peak() -> float:

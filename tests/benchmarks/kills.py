@@ -160,8 +160,8 @@ class Job:
 
 
 def last_readable(folder: Path) -> Path:
-    from lrcompress.checkpoint import read_checkpoint
     from lrcompress.errors import CheckpointError
+    from lrcompress.structure.checkpoint import read_checkpoint
 
     files = sorted(folder.glob("step=*.ckpt"), key=lambda file: -int(file.stem[5:]))
     for file in files:

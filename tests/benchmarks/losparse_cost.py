@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
+from lrcompress.engine.settings import Settings
 from lrcompress.importance import Importance
 from lrcompress.pruning import Pruner, Shares, split_
-from lrcompress.settings import Settings
 from lrcompress.statistics.moments import Statistics
 from lrcompress.tasks import TextClassification
 

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
 import lrcompress
-from lrcompress.callbacks import platform, processes
+from lrcompress.callbacks import ddp, trainer_state
 from lrcompress.distill import Distilled, Logits
 from lrcompress.errors import PlatformError
 
@@ -311,7 +311,7 @@ def test_a_killed_run_of_two_processes_ends_as_the_uninterrupted_one(
 
 BAD = """
 from lrcompress.errors import NotFiniteError, PlatformError
-import lrcompress.sharded
+import lrcompress.engine.distributed_solve
 
 def fails(message, model, given, *others, kind=PlatformError, make=None, ckpt_path=None):
     before = {{k: v.clone() for k, v in model.state_dict().items()}}
@@ -339,17 +339,17 @@ class Drift(L.Callback):
 fails("'head.weight' is not the same in all 2 processes: those like the first are 0",
       tagger(), parts(), Drift())
 
-plain = lrcompress.sharded.truncate
+plain = lrcompress.engine.distributed_solve.truncate
 def broken(*args):
     if number == 1:
         raise NotFiniteError("weight holds 1 non-finite of 6 values")
     return plain(*args)
-lrcompress.sharded.truncate = broken
+lrcompress.engine.distributed_solve.truncate = broken
 model = tagger()
 fails("weight holds 1 non-finite" if number else "process 1: weight holds 1 non-finite",
       model, parts(), kind=NotFiniteError)
 assert len(lrcompress.Plan.of(model)) == 0
-lrcompress.sharded.truncate = plain
+lrcompress.engine.distributed_solve.truncate = plain
 
 folder = f"{{root}}/saved"
 observing = "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=1, window=1 / 3, verbose=False)"
@@ -394,7 +394,7 @@ def test_what_is_wrong_in_one_process_ends_all(
 LOST = """
 import time
 from datetime import timedelta
-import lrcompress.engine, lrcompress.sharded
+import lrcompress.engine.compress, lrcompress.engine.distributed_solve
 from lrcompress.errors import PlatformError
 
 def die(*args, **kwargs):
@@ -408,11 +408,11 @@ def wait(*args):
 def lose(case):
     "Lose the second process in the middle of the point."
     if number == 1 and case == "solving":
-        lrcompress.sharded.truncate = die
+        lrcompress.engine.distributed_solve.truncate = die
     elif number == 1 and case == "sharing":
-        lrcompress.sharded.share_ = die
+        lrcompress.engine.distributed_solve.share_ = die
     elif number == 1 and case == "hanging":
-        lrcompress.sharded.truncate = wait
+        lrcompress.engine.distributed_solve.truncate = wait
     model = tagger()
     callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)
     before, change = [], callback._change
@@ -482,7 +482,7 @@ class DeepSpeedStrategy(DDPStrategy):
 def test_refuses_what_cannot_follow(strategy: Any, message: str) -> None:
     trainer: Any = SimpleNamespace(callbacks=[], strategy=strategy)
     with pytest.raises(PlatformError, match=message):
-        platform.refuse(trainer, "Factorize")
+        trainer_state.refuse(trainer, "Factorize")
 
 
 def test_refuses_optimizers_that_hold_a_part_of_their_state() -> None:
@@ -490,12 +490,12 @@ def test_refuses_optimizers_that_hold_a_part_of_their_state() -> None:
         pass
 
     with pytest.raises(PlatformError, match=r"use the optimizer it wraps"):
-        platform.refuse_optimizers([ZeroRedundancyOptimizer([torch.ones(1)])], "Factorize")
+        trainer_state.refuse_optimizers([ZeroRedundancyOptimizer([torch.ones(1)])], "Factorize")
 
 
 def test_a_hook_s_memory_of_buckets_is_forgotten() -> None:
     state = PowerSGDState(None)
     state.iter, state.error_dict[0] = 2000, torch.ones(3)
-    processes._forget_buckets(state)
+    ddp._forget_buckets(state)
     assert (state.iter, state.error_dict) == (0, {})
-    processes._forget_buckets(None)
+    ddp._forget_buckets(None)

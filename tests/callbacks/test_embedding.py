@@ -24,7 +24,7 @@ from lrcompress.errors import (
     ShapeError,
 )
 from lrcompress.nn import KroneckerEmbedding, LowRankEmbedding, LowRankLinear, SafeEmbedding
-from lrcompress.plan import Plan
+from lrcompress.structure.plan import Plan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks"),

@@ -143,9 +143,9 @@ import re
 from types import SimpleNamespace
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import Shard, init_device_mesh
-import lrcompress.sharded
+import lrcompress.engine.distributed_solve
 from lrcompress.errors import PlatformError, SettingError
-from lrcompress.surgery import replace_
+from lrcompress.structure.surgery import replace_
 
 
 def refused(message, work):
@@ -175,15 +175,15 @@ refused("measure_layers=True puts layers back in turn.*use strategy='ddp'",
 caching = Distilled(tagger(), losses=[Logits()], cache=f"{root}/cache")
 refused("would wait; leave cache= out", lambda: fit(one_point(), model=caching))
 
-plain = lrcompress.sharded.share_
+plain = lrcompress.engine.distributed_solve.share_
 def broken(model, owner, optimizers, team):
     plain(model, owner, optimizers, team)
     if NUMBER == 1:
         model.get_submodule(next(iter(owner))).left.weight.data[0, 0] += 1e-6
-lrcompress.sharded.share_ = broken
+lrcompress.engine.distributed_solve.share_ = broken
 refused("'model.blocks.0.down.left.weight' was not the same in all 2 processes when it was",
         lambda: fit(one_point()))
-lrcompress.sharded.share_ = plain
+lrcompress.engine.distributed_solve.share_ = plain
 
 
 class Meddle(L.Callback):

@@ -273,7 +273,7 @@ def test_a_fused_optimizer_leaves_gradients_scaled_and_importance_is_not(
 
     def look(trainer: L.Trainer, step: int) -> None:
         optimizer = trainer.optimizers[0]
-        factors.append(lrcompress.callbacks.platform.gradient_factor(trainer, optimizer))
+        factors.append(lrcompress.callbacks.trainer_state.gradient_factor(trainer, optimizer))
 
     scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
     model.configure_optimizers = lambda: torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)

@@ -9,7 +9,7 @@ import transformers as tf
 
 from lrcompress.cli import main
 from lrcompress.export import save_pretrained
-from lrcompress.plan import LayerPlan, Plan
+from lrcompress.structure.plan import LayerPlan, Plan
 
 
 @pytest.fixture

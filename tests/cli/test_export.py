@@ -16,7 +16,7 @@ from lrcompress.cli.int8 import int8_table
 from lrcompress.errors import RecipeError
 from lrcompress.export import load_pretrained, run_onnx
 from lrcompress.nn import Factored
-from lrcompress.plan import LayerPlan, Plan
+from lrcompress.structure.plan import LayerPlan, Plan
 from lrcompress.tasks import TextClassification
 
 

@@ -8,9 +8,9 @@ import transformers as tf
 from torch import Tensor, nn
 
 from lrcompress.nn import LowRankSparseLinear
-from lrcompress.plan import LayerPlan, Plan
-from lrcompress.selection import select
 from lrcompress.statistics.views import is_linear, view
+from lrcompress.structure.plan import LayerPlan, Plan
+from lrcompress.structure.selection import select
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"vocab_size": 50, "max_position_embeddings": 24, **SIZES, "intermediate_size": 24}

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lrcompress.export import load_pretrained, merge_dense, save_pretrained
 from lrcompress.nn import Factored, LowRankLinear
-from lrcompress.plan import Plan
+from lrcompress.structure.plan import Plan
 
 from .conftest import ARCHITECTURES, inputs, made
 

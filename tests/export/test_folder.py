@@ -16,7 +16,7 @@ import torch
 from lrcompress.errors import CheckpointError
 from lrcompress.export import load_pretrained, save_pretrained
 from lrcompress.export.folder import check_model, read_folder, read_json, sha256
-from lrcompress.plan import Plan
+from lrcompress.structure.plan import Plan
 
 from .conftest import made
 

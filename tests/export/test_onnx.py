@@ -11,7 +11,7 @@ from lrcompress.errors import ExportError, SettingError
 from lrcompress.export import export_onnx, quantize_onnx, run_onnx
 
 from .conftest import made, train_step_
-from .test_program import bert, example, other
+from .test_torch_export import bert, example, other
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lrcompress.errors import CheckpointError
 from lrcompress.export import CompressionConfig, CompressionQuantizer, save_pretrained
 from lrcompress.export.plugin import NOTICE, check_read, check_version, markers, renamed, shape_
 from lrcompress.nn import LowRankSparseLinear
-from lrcompress.plan import LayerPlan, Plan
+from lrcompress.structure.plan import LayerPlan, Plan
 
 from .conftest import give_structure_, made
 

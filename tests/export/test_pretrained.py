@@ -17,8 +17,8 @@ import lrcompress
 from lrcompress.errors import CheckpointError, SettingError
 from lrcompress.export import CompressionQuantizer, load_pretrained, merge_dense, save_pretrained
 from lrcompress.nn import Factored, LowRankLinear, LowRankSparseLinear
-from lrcompress.plan import LayerPlan, Plan
 from lrcompress.report import LayerRecord, PointRecord, Report
+from lrcompress.structure.plan import LayerPlan, Plan
 from lrcompress.tasks import TextClassification, TextData
 
 from .conftest import ARCHITECTURES, inputs, made, train_step_

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lrcompress.errors import CheckpointError
 from lrcompress.export.tensors import Entry, check_plan, read_header, read_headers
-from lrcompress.plan import LayerPlan, Plan
+from lrcompress.structure.plan import LayerPlan, Plan
 
 SIZES = {"in": 3, "out": 4, "rank": 2}
 SPARSE = SIZES | {"rows": 1}

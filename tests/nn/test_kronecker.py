@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from lrcompress.errors import ShapeError
 from lrcompress.nn import KroneckerLinear
 from lrcompress.nn.kronecker import carry_kronecker
-from lrcompress.plan import LayerPlan, Plan
+from lrcompress.structure.plan import LayerPlan, Plan
 
 IN, OUT = 12, 6
 FIRSTS = [(2, 3), (3, 12), (6, 4), (1, 2), (3, 1), (1, 12), (6, 12), (1, 1), (2, 6), (3, 4)]

@@ -7,8 +7,8 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 from lrcompress.errors import LayerError
 from lrcompress.nn import LowRankEmbedding
-from lrcompress.plan import LayerPlan, Plan
 from lrcompress.statistics.views import is_table, view
+from lrcompress.structure.plan import LayerPlan, Plan
 
 
 def filled(old: nn.Embedding, rank: int) -> LowRankEmbedding:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from lrcompress.engine import observe
+from lrcompress.engine.compress import observe
+from lrcompress.engine.settings import Settings
 from lrcompress.importance import Importance
 from lrcompress.nn import Factored
 from lrcompress.pruning import Pruner, Quota, Shares, split_
-from lrcompress.settings import Settings
 from lrcompress.statistics.moments import KINDS, Statistics
 
 WIDTH, HIDDEN, CLASSES = 20, 32, 3

@@ -19,16 +19,16 @@ from transformers import (
 
 from lrcompress.errors import LayerError
 from lrcompress.nn import LowRankLinear, NarrowLinear, UpdatedLinear
-from lrcompress.plan import Plan
-from lrcompress.pruning.counts import effective_size, narrower, outcome, outlook, records
+from lrcompress.pruning.dsee import attach_, merge_updates_
+from lrcompress.pruning.effective_size import effective_size, narrower, outcome, outlook, records
 from lrcompress.pruning.heads import (
     attentions,
     kept_heads,
     remove_heads_,
     silence_,
 )
-from lrcompress.pruning.updates import attach_, merge_updates_
-from lrcompress.selection import select
+from lrcompress.structure.plan import Plan
+from lrcompress.structure.selection import select
 
 BERT: dict[str, Any] = {
     "hidden_size": 32,

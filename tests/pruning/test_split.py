@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lrcompress.budget import divide
+from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, SettingError
 from lrcompress.nn import LowRankSparseLinear
 from lrcompress.objective import LOW_RANK, METHODS, metric_of
 from lrcompress.pruning import Shares, outlook, split_
-from lrcompress.settings import Settings
 from lrcompress.solvers.truncation import truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view

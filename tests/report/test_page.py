@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lrcompress.report import LayerRecord, Report
-from lrcompress.report.numbers import number
+from lrcompress.report.formatting import number
 from lrcompress.report.page import write_page
 from lrcompress.report.plots import COLOURS
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.solvers import alternation
+from lrcompress.solvers import alternating
 from lrcompress.solvers.kronecker import (
     KroneckerFactors,
     KroneckerSums,
@@ -142,7 +142,7 @@ def test_in_any_other_metric_it_ends_in_a_stationary_point(
     first: tuple[int, int], diagonal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("_SWEEPS", 400), ("_STEPS", 12), ("_ENOUGH", 1e-13)):
-        monkeypatch.setattr(alternation, name, value)
+        monkeypatch.setattr(alternating, name, value)
     weight, g, c = randn(*SHAPE), moment(6), moment(12)
     if diagonal:
         g, c = g.diagonal().clone(), c.diagonal().clone()
@@ -168,11 +168,11 @@ def test_in_any_other_metric_it_ends_in_a_stationary_point(
 def test_every_sweep_only_lowers_the_error(
     first: tuple[int, int], terms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alternation, "_ENOUGH", 0.0)
+    monkeypatch.setattr(alternating, "_ENOUGH", 0.0)
     weight, g, c = randn(*SHAPE), moment(6), moment(12)
     solved, errors = kronecker_sums(weight, first, g, c), []
     for sweeps in range(6):
-        monkeypatch.setattr(alternation, "_SWEEPS", sweeps)
+        monkeypatch.setattr(alternating, "_SWEEPS", sweeps)
         factors = solved.factors(terms)
         assert factors.sweeps == sweeps
         errors.append(factors.lost)
@@ -189,7 +189,7 @@ def test_an_exact_half_loses_no_more_than_steps_in_turn(
     weight, g, c = randn(12, 48), moment(12, 300), moment(48, 300)
     solved = kronecker_sums(weight, first, g, c)
     for sweeps in (0, 4):
-        monkeypatch.setattr(alternation, "_SWEEPS", sweeps)
+        monkeypatch.setattr(alternating, "_SWEEPS", sweeps)
         exact = solved.factors(2).lost
         with monkeypatch.context() as other:
             other.setattr(KroneckerSums, "_in_halves", lambda *_: None)

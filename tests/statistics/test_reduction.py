@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrcompress.parallel import ALONE
+from lrcompress.distributed import ALONE
 from lrcompress.statistics.moments import KINDS, Statistics, Sums, shapes
 from lrcompress.statistics.reduction import _buckets, all_reduce_, fold_, reduced_bytes
 

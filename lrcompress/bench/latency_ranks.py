@@ -1,0 +1,133 @@
+"""Ranks that make layers faster on this machine; layers that no factors make faster stay."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from lrcompress.bench.timing import interleaved, ratio
+from lrcompress.budget import Candidate, allocate, shares
+from lrcompress.errors import SettingError
+from lrcompress.nn import LowRankLinear
+from lrcompress.statistics.views import view
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What each layer gets.
+
+    Attributes:
+        ranks: as of :func:`~lrcompress.budget.allocate`.
+        notes: layer name to why it stays as it is.
+        missed: what became of ``keep``, if it is not met; else "".
+    """
+
+    ranks: dict[str, int | None]
+    notes: dict[str, str] = field(default_factory=dict)
+    missed: str = ""
+
+
+def allocate_faster(
+    model: nn.Module,
+    asked: Sequence[Candidate],
+    keep: float | None,
+    allocation: str,
+    align: int,
+    tokens: int,
+) -> Choice:
+    """Share a budget out, and leave layers as they are whose factors are not faster here.
+
+    Each layer is measured at the rank it would get. What those that stay take of the budget,
+    the others have to do without: ranks are shared out anew, and measured, until all that are
+    left are faster. Where that cannot be, since what stays takes more than ``keep`` leaves, the
+    others have the ranks they would have had, and ``keep`` is missed. Layers with a rank or keep
+    of their own are not measured.
+
+    Args:
+        model: whose layers they are.
+        asked: the layers.
+        keep: of :func:`~lrcompress.budget.allocate`, as are ``allocation`` and ``align``.
+        allocation: see ``keep``.
+        align: see ``keep``.
+        tokens: that a layer reads at once.
+
+    Cost:
+        Some 12 forward passes of every size of layer, at every rank that is tried.
+    """
+    first = ranks = allocate(asked, keep, allocation, align)
+    free = [one for one in asked if one.rank is None and one.keep is None]
+    times: dict[tuple[object, ...], float] = {}
+    notes: dict[str, str] = {}
+    while new := _not_faster(model, free, ranks, tokens, times):
+        notes |= new
+        free = [one for one in free if one.name not in notes]
+        held = [_held(one, model) if one.name in notes else one for one in asked]
+        try:
+            ranks = allocate(held, keep, allocation, align)
+        except SettingError:
+            ranks = first | allocate([one for one in held if one.name in notes], None)
+            break
+    kept, missed = shares(asked, ranks), ""
+    if keep is not None and notes and kept > keep + 1e-9:
+        missed = (
+            f"keep={keep:g} is missed, {kept:.3f} remains: {len(notes)} of {len(asked)} layers "
+            "are not faster with factors and stay as they are"
+        )
+    return Choice(ranks, notes, missed)
+
+
+def _not_faster(
+    model: nn.Module,
+    free: Sequence[Candidate],
+    ranks: Mapping[str, int | None],
+    tokens: int,
+    times: dict[tuple[object, ...], float],
+) -> dict[str, str]:
+    """Return the layers that their ranks do not make faster, and why; fill up ``times``."""
+    found = {}
+    for one in free:
+        rank, layer = ranks[one.name], model.get_submodule(one.name)
+        if rank is None:
+            continue
+        key = (one.out_features, one.in_features, getattr(layer, "rank", None), rank)
+        if key not in times:
+            times[key] = relative_time(layer, rank, tokens)
+        if times[key] >= 1:
+            found[one.name] = (
+                f"stays as it is: a rank of {rank} takes {times[key]:.2f} × its time at {tokens} "
+                "tokens"
+            )
+    return found
+
+
+def _held(one: Candidate, model: nn.Module) -> Candidate:
+    """Return a layer that asks for what it has."""
+    layer = model.get_submodule(one.name)
+    if isinstance(layer, LowRankLinear):
+        return replace(one, rank=layer.rank)
+    return replace(one, keep=1.0)
+
+
+@torch.no_grad()
+def relative_time(layer: nn.Module, rank: int, tokens: int, rounds: int = 11) -> float:
+    """Return the time of factors of a rank over that of a layer like ``layer``.
+
+    Both are new, of its sizes, dtype and device, and applied to ``(tokens, in)`` in turns,
+    without gradients; the median over rounds. Random numbers that others draw are the same with
+    it and without.
+    """
+    old = view(layer)
+    weight = old.parameters[-1]
+    out_features, in_features = old.shape
+    bias, kind = old.bias is not None, weight.device.type
+    with torch.random.fork_rng([] if kind == "cpu" else [weight.device], device_type=kind):
+        x = torch.randn(tokens, in_features)
+        new: nn.Module = LowRankLinear(in_features, out_features, rank, bias=bias)
+        now: nn.Module = nn.Linear(in_features, out_features, bias=bias)
+        if isinstance(layer, LowRankLinear):
+            now = LowRankLinear(in_features, out_features, layer.rank, bias=bias)
+        x = x.to(weight)
+        new, now = (one.to(weight.device, weight.dtype) for one in (new, now))
+    taken = interleaved({"now": lambda: now(x), "new": lambda: new(x)}, rounds)
+    return ratio(taken["new"], taken["now"])

@@ -1,0 +1,218 @@
+"""Factoring between two fits, for strategies that cannot follow a change while one runs."""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lrcompress.callbacks import trainer_state
+from lrcompress.callbacks.factorize import Factorize
+from lrcompress.callbacks.warmup import Restart, check_restart
+from lrcompress.errors import CheckpointError, PlatformError, SettingError
+from lrcompress.files import whole
+from lrcompress.report import Report
+from lrcompress.schedules import Warmup
+from lrcompress.structure.checkpoint import read_lightning
+from lrcompress.structure.plan import restore_structure
+
+VERSION = 1
+STATE = "lrcompress.StartFrom"  # the callback's key in a checkpoint
+
+
+class StartFrom(pl.Callback):
+    """Start a fit from weights that were factored between two fits, under any strategy.
+
+    The module has to hold its layers when it is made: structure and weights are set in ``setup``,
+    before a strategy takes it apart. A module that is built in ``configure_model`` calls
+    ``lrcompress.restore_structure(self, checkpoint)`` at the end of it, and loads the weights
+    there. Optimizer and schedules are the new fit's own.
+
+    Args:
+        checkpoint: What ``lrcompress factor`` wrote.
+        restart_steps: Steps over which the learning rate rises, as a number or as a fraction of
+            all steps.
+        restart_scale: What the learning rate is multiplied by after the rise.
+
+    Raises:
+        SettingError: If an argument is not what it may be.
+    """
+
+    def __init__(
+        self, checkpoint: str, restart_steps: float = 0.05, restart_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        check_restart(restart_steps, restart_scale)
+        self.checkpoint = checkpoint
+        self.restart_steps, self.restart_scale = restart_steps, restart_scale
+        self.report = Report()
+        self._taken = 0
+        self._restart: Restart | None = None
+        self._hooks = ExitStack()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return STATE
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        held = read_lightning(self.checkpoint)
+        state = held.get("callbacks", {}).get(STATE)
+        if state is None:
+            raise CheckpointError(
+                f"{self.checkpoint} was not factored between two fits; StartFrom takes what "
+                "`lrcompress factor` wrote, or a checkpoint of a fit that StartFrom began"
+            )
+        self.load_state_dict(state)
+        self._taken = 0
+        if stage == "fit":
+            load_(pl_module, held, self.checkpoint)
+        else:  # what is validated may have been trained since
+            restore_structure(pl_module, held)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = self.restart_steps
+        if 0 < steps < 1:
+            total, _ = trainer_state.lengths(trainer)
+            if total == float("inf"):
+                raise SettingError(
+                    f"restart_steps={steps} is a share of a length that is not known in advance; "
+                    "set max_steps on the Trainer, or give a number of steps"
+                )
+            steps *= total
+        if int(steps) < 1 and self.restart_scale == 1:
+            return
+        strange = [type(x).__name__ for x in trainer.optimizers if not isinstance(x, Optimizer)]
+        if strange:
+            raise PlatformError(
+                f"StartFrom lets the learning rate of torch optimizers rise, and {strange[0]} is "
+                "none; set restart_steps=0 and restart_scale=1, and let your schedule begin low"
+            )
+        self._restart = Restart(Warmup(int(steps), self.restart_scale), self._taken)
+        self._restart.attach(trainer.optimizers, self._hooks)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        taken = self._taken if self._restart is None else self._restart.taken
+        return {"version": VERSION, "taken": taken, "report": self.report.to_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != VERSION:
+            raise CheckpointError(
+                f"expected StartFrom state of version {VERSION}, "
+                f"got version {state_dict.get('version')!r}"
+            )
+        self._taken = state_dict["taken"]
+        self.report = Report.from_dict(state_dict["report"])
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._hooks.close()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._taken = self.state_dict()["taken"]
+        self._restart = None
+        self._hooks.close()
+
+
+def factor_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    module: pl.LightningModule,
+    data: Any,
+    callback: Factorize,
+    *,
+    point: int = 1,
+    batches: int = 100,
+) -> Report:
+    """Factor the weights of a fit that has ended, for another one that :class:`StartFrom` begins.
+
+    It runs on one CPU device whatever the fits run on: ``callback`` observes training batches
+    while no weight moves, in evaluation mode, and does what it would do at its point. It takes
+    memory for weights, gradients and statistics.
+
+    Args:
+        checkpoint: one file: of any strategy that writes one, or consolidated.
+        out: the file to write: a Lightning checkpoint of weights, with the report; the callback's
+            own report stands beside it by default.
+        module: of the checkpoint's class; it is factored in place.
+        data: a datamodule or training batches, as ``Trainer.fit`` takes them; None for a module
+            that has its own.
+        callback: how to factor; not changed.
+        point: which of its points, counted from 1.
+        batches: how many batches to observe.
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read, or is not of the module.
+        SettingError: if ``point`` or ``batches`` is not what it may be.
+    """
+    once = callback.at_boundary(point, batches)
+    load_(module, read_lightning(checkpoint), checkpoint)
+    modes = {name: part.training for name, part in module.named_modules()}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=-1,
+        max_steps=batches + 1,
+        check_val_every_n_epoch=batches + 2,  # the callback validates, before and after
+        num_sanity_val_steps=0,
+        default_root_dir=Path(out).parent,  # for the report
+        callbacks=[once],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with ExitStack() as after, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training")
+        after.callback(vars(module).pop, "configure_optimizers", None)
+        module.configure_optimizers = lambda: _Still(module.parameters())  # type: ignore[method-assign]
+        trainer.fit(module.eval(), data)
+    for name, part in module.named_modules():
+        part.training = modes.get(name, module.training)
+    held = trainer_state.weights(trainer)
+    state = {"version": VERSION, "taken": 0, "report": once.report.to_dict()}
+    with whole(out) as passing:
+        torch.save({**held, "callbacks": {STATE: state}}, passing)
+    return once.report
+
+
+def load_(module: pl.LightningModule, held: Mapping[str, Any], source: str | Path) -> None:
+    """Give a module the structure and the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: if they are not of such a module, which may then hold some of them.
+    """
+    restore_structure(module, held)
+    try:
+        module.load_state_dict(held["state_dict"], strict=module.strict_loading)
+    except Exception as error:  # names and values may be anything
+        raise CheckpointError(
+            f"{source} is not of this {type(module).__name__}: {error}; a module that is built in "
+            "configure_model has to load it there"
+        ) from error
+
+
+class _Still(Optimizer):
+    """Runs the closure, and moves nothing."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.0})
+
+    @override
+    def step(self, closure: Any = None) -> Any:
+        return None if closure is None else torch.enable_grad()(closure)()

@@ -1,0 +1,169 @@
+"""What processes that train together have to agree on, checked; and DDP's wrapper, made anew."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lrcompress.callbacks import fsdp
+from lrcompress.callbacks.trainer_state import is_sharding, steps_done
+from lrcompress.distributed import ALONE, Team, checksums
+from lrcompress.errors import PlatformError
+from lrcompress.nn import Replacement
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
+
+
+def team(trainer: pl.Trainer) -> Team:
+    """Return the processes that train together."""
+    if is_sharding(trainer):
+        return fsdp.ShardedTeam.of()
+    return Team.of() if trainer.world_size > 1 else ALONE
+
+
+def check_layers(module: nn.Module, names: Sequence[str], team: Team, owner: str) -> None:
+    """Refuse layers that are sharded in a way that cannot be followed.
+
+    Raises:
+        PlatformError: with the way out.
+    """
+    if team.parted:
+        fsdp.check_units(module)
+        fsdp.check_layers(module, names, team, owner)
+
+
+def check_same_module(module: nn.Module, team: Team) -> None:
+    """Refuse processes that start from different modules.
+
+    Raises:
+        PlatformError: naming the first parameter that differs.
+    """
+    if team.size == 1:
+        return
+    found = team.differing(
+        {
+            name: f"{tuple(p.shape)} {'trained' if p.requires_grad else 'frozen'}"
+            for name, p in module.named_parameters()
+        }
+    )
+    if found is not None:
+        raise PlatformError(
+            f"parameter {found[0]!r} is not alike in all processes: {_each(found[1])}; build and "
+            "freeze the same module in every one"
+        )
+
+
+def check_same_lengths(trainer: pl.Trainer, team: Team) -> None:
+    """Refuse processes that would reach a point at different steps.
+
+    Raises:
+        PlatformError: with the batches that each has.
+    """
+    if team.size == 1:
+        return
+    found = team.differing(
+        {
+            "batches": float(trainer.num_training_batches),
+            "epochs": trainer.max_epochs,
+            "steps so far": steps_done(trainer),
+        }
+    )
+    if found is not None:
+        raise PlatformError(
+            f"training {found[0]} are not as many in all processes: {_each(found[1])}; they step "
+            "together, so give each the same number, as DistributedSampler does, and the same "
+            "checkpoint"
+        )
+
+
+def check_same_checkpoint(state: Mapping[str, Any], team: Team) -> None:
+    """Refuse processes that go on from different points of a run, as nodes with disks of their own.
+
+    Raises:
+        PlatformError: with what differs.
+    """
+    held = {"points that are done": state["stage"], "layers": str(state["plan"])}
+    found = team.differing(held | {"observed": state["observation"]["folded"]})
+    if found is not None:
+        raise PlatformError(
+            f"the processes were given different checkpoints: {found[0]} {_each(found[1])}; keep "
+            "checkpoints where all of them see the same files"
+        )
+
+
+def check_identical(module: nn.Module, team: Team) -> None:
+    """Compare all parameters and the structure over the processes.
+
+    Of a parameter of which each process holds a part, its shape is compared; it was compared
+    whole when it was changed.
+
+    Raises:
+        PlatformError: naming the first parameter that differs.
+    """
+    if team.parted:
+        team.attempt(lambda: fsdp.check_units(module))
+    if team.size == 1:
+        return
+    ignored = set(getattr(module, _IGNORED, ()))
+    tensors = dict(module.named_parameters()) | dict(_structure_buffers(module))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    parted = {n: tuple(t.shape) for n, t in tensors.items() if hasattr(t, "full_tensor")}
+    alike: dict[str, object] = dict(parted)
+    alike |= checksums({n: t for n, t in tensors.items() if n not in parted})
+    found = team.differing(alike)
+    if found is not None:
+        name, sums = found
+        same = [str(number) for number, one in enumerate(sums) if one == sums[0]]
+        raise PlatformError(
+            f"{name!r} is not the same in all {team.size} processes: those like the first are "
+            f"{', '.join(same)}; something has changed it in one of them only"
+        )
+
+
+def _each(values: Sequence[object]) -> str:
+    return ", ".join(f"{value} in process {number}" for number, value in enumerate(values))
+
+
+def _structure_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, child in module.named_modules():
+        if isinstance(child, Replacement):
+            yield from child.named_buffers(prefix)
+
+
+def rewrap_(trainer: pl.Trainer) -> None:
+    """Let DDP follow a change of structure: a new wrapper, with the strategy's own settings.
+
+    The old one's hooks come off, and gradients, which may be views of its buckets, are dropped.
+    Batch norms stay converted, as they are in the module itself.
+    """
+    strategy: Any = trainer.strategy
+    wrapper = strategy.model
+    if not isinstance(wrapper, DistributedDataParallel):
+        return
+    wrapper._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+    module = strategy.model = strategy.lightning_module
+    for parameter in module.parameters():
+        parameter.grad = None
+    _forget_buckets(strategy._ddp_comm_state)
+    strategy._pl_static_graph_delay_done = False
+    ignored = getattr(module, _IGNORED, None)
+    # indices and masks are the same everywhere; DDP would send them with every forward pass
+    ours = [name for name, _ in _structure_buffers(module)]
+    setattr(module, _IGNORED, [*(ignored or ()), *ours])
+    try:
+        strategy.configure_ddp()
+    finally:
+        if ignored is None:
+            delattr(module, _IGNORED)
+        else:
+            setattr(module, _IGNORED, ignored)
+
+
+def _forget_buckets(state: Any) -> None:
+    """Let a communication hook with a memory, as PowerSGD is, start anew with new buckets."""
+    for name in ("error_dict", "p_memory_dict", "q_memory_dict"):
+        getattr(state, name, {}).clear()
+    if hasattr(state, "error_dict"):
+        state.iter = 0

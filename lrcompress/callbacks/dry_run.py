@@ -1,0 +1,144 @@
+"""A fit that takes no step: what would refuse the real one refuses this one too."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lrcompress.callbacks import trainer_state
+from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.engine.settings import Settings
+from lrcompress.statistics.moments import Statistics
+
+# By name: of both Lightnings, and of the command line's own. What only shows or saves.
+_SILENT = {"Checkpoint", "ProgressBar", "ModelSummary", "SaveConfigCallback"}
+
+
+class _EnoughError(Exception):
+    """The rehearsal is over."""
+
+
+class _Stop(pl.Callback):
+    """Ends a fit where its first step would begin."""
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        raise _EnoughError
+
+
+class _Look(pl.Callback):
+    """Observes training batches and lets no optimizer step change anything."""
+
+    def __init__(self, settings: Settings, sampling: Sampling, num_batches: int) -> None:
+        self.observation = Observation(sampling)
+        self._settings, self._left = settings, num_batches
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.observation.watch(pl_module, self._settings)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._left:
+            raise _EnoughError
+        self._left -= 1
+        self.observation.open_step(batch)
+
+    @override
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        finite = bool(loss.isfinite())
+        self.observation.before_backward(finite, trainer_state.loss_factor(trainer))
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        optimizer.zero_grad(set_to_none=True)  # parameters without a gradient stay as they are
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self.observation.close_step()
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.observation.close_step()
+
+
+def rehearse(trainer: pl.Trainer, module: pl.LightningModule, **fit: Any) -> None:
+    """Let a fit begin and end it before its first step, so that all its checks are made.
+
+    Nothing is trained, shown, logged or saved; data and optimizers are set up.
+
+    Args:
+        trainer: whose callbacks know afterwards where their points lie.
+        module: as for ``trainer.fit``.
+        **fit: as for ``trainer.fit``.
+    """
+    _fit(trainer, module, [*_loud(trainer), _Stop()], fit)
+
+
+def look(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    settings: Settings,
+    sampling: Sampling,
+    num_batches: int,
+    **fit: Any,
+) -> Statistics:
+    """Return statistics of the first training batches, without a change of the model.
+
+    Args:
+        trainer: its callbacks take no part.
+        module: as for ``trainer.fit``.
+        settings: which layers.
+        sampling: what to observe of them.
+        num_batches: how many; fewer if the fit is shorter.
+        **fit: as for ``trainer.fit``.
+
+    Raises:
+        ObservationError: if no batch had a finite loss.
+    """
+    looking = _Look(settings, sampling, num_batches)
+    _fit(trainer, module, [looking], fit)
+    looking.observation.check("of this pass")
+    return looking.observation.statistics
+
+
+def _loud(trainer: pl.Trainer) -> list[pl.Callback]:
+    held: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [one for one in held if not _SILENT & {kind.__name__ for kind in type(one).__mro__}]
+
+
+def _fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    callbacks: list[pl.Callback],
+    fit: Mapping[str, Any],
+) -> None:
+    held = trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps  # type: ignore[attr-defined]
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+    trainer.loggers = [DummyLogger()] if trainer.loggers else []
+    trainer.num_sanity_val_steps = 0
+    try:
+        trainer.fit(module, **fit)
+    except _EnoughError:
+        pass
+    finally:
+        trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps = held  # type: ignore[attr-defined]

@@ -1,0 +1,402 @@
+"""Parameters that FSDP2 has sharded: made whole a layer at a time, and sharded again.
+
+What has to be known of torch's own ``fully_shard`` is asked here. The units that the user's
+``configure_model`` has made stay: what takes a layer's place belongs to the layer's unit, is
+gathered and resharded with it, as if it had stood there from the start.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lrcompress.distributed import Team, checksums, own_rows
+from lrcompress.errors import PlatformError
+
+T = TypeVar("T")
+Owners = Mapping[int, tuple[Any, Any]]  # a parameter's identity -> its unit's group, its manager
+
+
+@dataclass(frozen=True)
+class ShardedTeam(Team):
+    """Processes that each hold some rows of every parameter.
+
+    A layer is gathered by all and worked on by its owner. While layers are solved no process
+    holds more than two weights whole, while they are replaced one with its optimizer state.
+    """
+
+    parted: ClassVar[bool] = True
+
+    @override
+    def turns(self, owner: Mapping[str, int]) -> list[list[str]]:
+        queues = [[name for name in owner if owner[name] == i] for i in range(self.size)]
+        return [[name for name in turn if name is not None] for turn in zip_longest(*queues)]
+
+    @override
+    def lay_down(self, model: nn.Module) -> None:
+        lay_down(model)
+
+    @override
+    @contextmanager
+    def reading(self, model: nn.Module, name: str) -> Iterator[None]:
+        self.lay_down(model)
+        held = list(_sharded_in(model.get_submodule(name)))
+        try:
+            for module, key, parameter in held:
+                module._parameters[key] = _whole_parameter(parameter)
+            yield
+        finally:
+            for module, key, parameter in held:
+                module._parameters[key] = parameter  # type: ignore[assignment]
+
+    @override
+    @contextmanager
+    def whole(
+        self, model: nn.Module, names: Sequence[str], optimizers: Sequence[Optimizer] = ()
+    ) -> Iterator[None]:
+        """Have layers whole inside the block.
+
+        Raises:
+            PlatformError: if at its end they are not the same in all processes.
+        """
+        self.lay_down(model)
+        opened = {name: _Opened(model.get_submodule(name), optimizers) for name in names}
+        try:
+            for one in opened.values():
+                one.open_(_owners(model))
+            yield
+            now = {
+                n: p for name in names for n, p in model.get_submodule(name).named_parameters(name)
+            }
+            found = self.differing(checksums(now))
+        finally:
+            for name, one in opened.items():
+                one.close_(model.get_submodule(name), name)
+        if found is not None:
+            raise PlatformError(
+                f"{found[0]!r} was not the same in all {self.size} processes when it was to be "
+                "sharded again; something has changed it in one of them only"
+            )
+
+    @override
+    def unite_(self, parts: Tensor) -> None:
+        self.sum_(parts)
+
+
+class _Opened:
+    """One layer, whole for as long as it is worked on."""
+
+    def __init__(self, layer: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self.layer, self.optimizers = layer, optimizers
+        self.group: Any = None
+        self.place = 0
+        self.parts: list[tuple[nn.Module, str, DTensor]] = []
+
+    def open_(self, owners: Owners) -> None:
+        for module, key, parameter in list(_sharded_in(self.layer)):
+            group, manager = owners[id(parameter)]
+            if self.group is None:
+                self.group, self.place = group, group.fsdp_params.index(manager)
+            group.fsdp_params.remove(manager)
+            manager._post_load_hook_handle.remove()  # which would keep the old layer alive
+            self.parts.append((module, key, parameter))
+            made = module._parameters[key] = _whole_parameter(parameter)
+            _hand_over(self.optimizers, parameter, made, whole)
+
+    def close_(self, layer: nn.Module, name: str) -> None:
+        """Shard what stands in the layer's place now, and what the optimizers know of it."""
+        if self.group is None:
+            return
+        made = []
+        for path, module in layer.named_modules(prefix=name):
+            for key, whole in list(module._parameters.items()):
+                if whole is None or isinstance(whole, DTensor):
+                    continue
+                manager = _manager(self.group, module, key, whole)
+                manager._param_fqn = f"{path}.{key}"
+                made.append(manager)
+                _hand_over(self.optimizers, whole, manager.sharded_param, _like(manager))
+            module._is_fsdp_managed_module = True
+            module._fsdp_use_orig_params = True
+        staying = set(layer.modules())
+        for module, key, parameter in self.parts:
+            if module not in staying:  # whoever still holds it does not hold it whole
+                module._parameters[key] = parameter  # type: ignore[assignment]
+        if made:
+            self.group.fsdp_params[self.place : self.place] = made
+            _follow_modules(self.group)
+
+
+def _sharded_in(
+    layer: nn.Module, *, recurse: bool = True
+) -> Iterator[tuple[nn.Module, str, DTensor]]:
+    for module in layer.modules() if recurse else [layer]:
+        for key, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor):
+                yield module, key, parameter
+
+
+@torch.no_grad()
+def whole(value: T) -> T:
+    """Return a tensor that is sharded whole, which all processes have to ask for together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value  # type: ignore[return-value]
+
+
+def _whole_parameter(parameter: DTensor) -> nn.Parameter:
+    return nn.Parameter(whole(parameter.detach()), requires_grad=parameter.requires_grad)
+
+
+def _like(manager: Any) -> Callable[[object], object]:
+    """Return what shards an optimizer's state as its parameter is, where it has its shape."""
+    parameter = manager.sharded_param
+
+    @torch.no_grad()
+    def sharded(value: object) -> object:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.ndim:
+            return value
+        return sharded_like(parameter, value)
+
+    return sharded
+
+
+@torch.no_grad()
+def sharded_like(parameter: DTensor, whole: Tensor) -> DTensor:
+    """Return a tensor that every process has whole, sharded as ``parameter`` is."""
+    local, rows = own_rows(parameter)
+    device = local.device if local.device.type != "meta" else parameter.device_mesh.device_type
+    return DTensor.from_local(
+        whole[rows].to(device, copy=True),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _hand_over(
+    optimizers: Iterable[Optimizer],
+    old: Tensor,
+    new: Tensor,
+    turned: Callable[[object], object],
+) -> None:
+    """Put ``new`` where ``old`` stood in every optimizer, with its state turned likewise."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [new if p is old else p for p in group["params"]]
+        if old in optimizer.state:
+            state = optimizer.state.pop(old)
+            optimizer.state[new] = {key: turned(state[key]) for key in list(state)}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 has sharded anything of a model."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def lay_down(model: nn.Module) -> None:
+    """Have units hold their shards, not what a forward pass has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+# A second model beside a sharded one
+
+
+@contextmanager
+def copying(model: nn.Module) -> Iterator[dict[int, Any]]:
+    """Let a sharded model be deep-copied inside the block.
+
+    The copy has plain classes, no units, and parameters of full shape on the meta device.
+
+    Yields:
+        The memo to copy with.
+    """
+    lay_down(model)
+    kinds = {m: type(m) for m in model.modules() if isinstance(m, FSDPModule)}
+    aside = [(m, key) for m in kinds for key in (STATE_KEY, REGISTRY_KEY) if key in vars(m)]
+    held = [(module, key, vars(module).pop(key)) for module, key in aside]
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        memo |= {
+            id(value): value for value in vars(module).values() if isinstance(value, DeviceMesh)
+        }
+    for _, _, parameter in _sharded_in(model):
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+    try:
+        for module, kind in kinds.items():
+            module.__class__ = kind.__bases__[1]
+        yield memo
+    finally:
+        for module, kind in kinds.items():
+            module.__class__ = kind
+        for module, key, value in held:
+            vars(module)[key] = value
+
+
+@torch.no_grad()
+def shard_alike_(made: nn.Module, model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """Shard a copy that :func:`copying` allowed in the units of ``model``, and give it values.
+
+    Args:
+        made: the copy, with factored layers as they are in ``values``.
+        model: the sharded one.
+        values: by name: whole, the same in all processes, or sharded as the model is.
+    """
+    _shard_in_units(made, model)
+    filled: dict[int, nn.Parameter] = {}  # a tied one once
+    for name, module in made.named_modules():
+        for _, key, parameter in list(_sharded_in(module, recurse=False)):
+            if id(parameter) not in filled:
+                value = values[f"{name}.{key}".lstrip(".")].detach()
+                same = isinstance(value, DTensor)
+                local = value.clone() if same else sharded_like(parameter, value)
+                filled[id(parameter)] = nn.Parameter(local, requires_grad=False)
+            module._parameters[key] = filled[id(parameter)]
+    for name, rest in (*made.named_buffers(), *made.named_parameters()):
+        if not isinstance(rest, DTensor) and name in values:
+            rest.copy_(values[name])
+    return made
+
+
+def _shard_in_units(made: nn.Module, model: nn.Module) -> None:
+    mesh = next(_groups(model)).mesh_info.mesh
+    names = {module: name for name, module in model.named_modules()}
+    for module in reversed(list(names)):  # what is inside first
+        state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+        if state is not None and module is state._modules[0]:
+            unit = [made.get_submodule(names[one]) for one in state._modules]
+            fully_shard(unit, mesh=mesh, mp_policy=state._mp_policy, reshard_after_forward=True)
+
+
+# What fully_shard keeps
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    """Yield the parameter groups of all units, each once.
+
+    Raises:
+        PlatformError: if this torch keeps them otherwise.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None)
+        if groups is None:
+            raise PlatformError(
+                f"torch {torch.__version__} keeps the units of FSDP2 otherwise than torch 2.13, "
+                "which this was made for; use strategy='ddp', or another torch"
+            )
+        yield from (group for group in groups if id(group) not in seen)
+        seen |= {id(group) for group in groups}
+
+
+def _owners(model: nn.Module) -> Owners:
+    return {id(m.sharded_param): (group, m) for group in _groups(model) for m in group.fsdp_params}
+
+
+def _manager(group: Any, module: nn.Module, key: str, whole: Tensor) -> Any:
+    """Shard a parameter in place, as one of a unit."""
+    manager = FSDPParam(
+        whole,  # type: ignore[arg-type]
+        ParamModuleInfo(module, key),
+        group.mesh_info,
+        group.post_forward_mesh_info,
+        group.device,
+        None,
+        group.mp_policy,
+        group.offload_policy,
+    )
+    if group._reset_sharded_params:  # the group is initialised, and will not be again
+        manager.init_dtype_attrs(group.mp_policy)
+    return manager
+
+
+def _follow_modules(group: Any) -> None:
+    """Let a unit reshard before state is read or loaded, at the modules it now has."""
+    every = (
+        group._module_to_pre_save_state_dict_hook_handle,
+        group._module_to_pre_load_state_dict_hook_handle,
+    )
+    for handles in every:
+        for handle in handles.values():
+            handle.remove()
+        handles.clear()
+    if group._reset_sharded_params:
+        group._register_state_dict_hooks()
+
+
+# What is refused
+
+
+def check_layers(model: nn.Module, names: Iterable[str], team: Team, owner: str) -> None:
+    """Check that layers are sharded in a way in which they can be replaced.
+
+    Raises:
+        PlatformError: with the way out.
+    """
+    owners = _owners(model)
+    for name in names:
+        layer = model.get_submodule(name)
+        if isinstance(layer, FSDPModule):
+            raise PlatformError(
+                f"layer {name!r} is a unit of its own, and {owner} replaces layers within a unit; "
+                "give the module that holds it to fully_shard instead, or leave it out with "
+                "exclude="
+            )
+        for parameter in layer.parameters():
+            group, manager = owners.get(id(parameter), (None, None))
+            reason = _reason(parameter, group, manager, team)
+            if reason is not None:
+                raise PlatformError(f"layer {name!r} {reason}")
+
+
+def _reason(parameter: Tensor, group: Any, manager: Any, team: Team) -> str | None:
+    if manager is None or not isinstance(parameter, DTensor):
+        return (
+            "is not sharded, and no one would keep it the same in all processes; give a module "
+            "that holds it to fully_shard in configure_model"
+        )
+    mesh = parameter.device_mesh
+    if tuple(parameter.placements) != (Shard(0),) or mesh.size() != team.size:
+        return (
+            f"lies over {mesh.size()} of {team.size} processes as {tuple(parameter.placements)}; "
+            "only rows over all of them can be followed: fully_shard(..., "
+            "mesh=self.device_mesh['data_parallel'])"
+        )
+    if manager._module_info.shared_modules:
+        return "shares its weight with another module, which sharding cannot untie; exclude= it"
+    if isinstance(group.offload_policy, CPUOffloadPolicy):
+        return "is offloaded to the CPU, which cannot be followed; leave offload_policy out"
+    return None
+
+
+def check_units(model: nn.Module) -> None:
+    """Check that units hold the parameters of the model, and no others.
+
+    Raises:
+        PlatformError: naming a parameter for which that is not so.
+    """
+    owners = _owners(model)
+    names = {id(p): name for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    lost = [names[key] for key in names if key not in owners]
+    stale = [str(owners[key][1]._param_fqn) for key in owners if key not in names]
+    for name in (*lost, *stale):
+        raise PlatformError(
+            f"parameter {name!r} is not the one that its unit of FSDP2 gathers; something has "
+            "replaced a layer without its unit"
+        )

@@ -1,0 +1,86 @@
+"""Telling what happened in a run: the table, the files, and figures for the loggers."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from lrcompress.callbacks import trainer_state
+from lrcompress.errors import SettingError
+from lrcompress.report import Report
+from lrcompress.report.page import write_page
+from lrcompress.report.plots import Plot, pixels, plots
+from lrcompress.report.tables import summary_table
+
+AUTO = "auto"
+
+
+def check_path(report_path: str | None) -> None:
+    """Check where a report shall go.
+
+    Raises:
+        SettingError: if it is to be no JSON file.
+    """
+    if report_path not in (None, AUTO) and Path(str(report_path)).suffix != ".json":
+        raise SettingError(
+            f"report_path is a file that ends in .json (the page goes beside it), 'auto' or None; "
+            f"got {report_path!r}"
+        )
+
+
+def destination(trainer: pl.Trainer, report_path: str | None) -> Path | None:
+    """Return the file for the report of a run, or None if none is to be written.
+
+    ``"auto"`` is ``report.json`` in the folder of the first logger, without one in the trainer's
+    ``default_root_dir``; where that is no local folder, nothing is written, and neither in trial
+    runs. To be called by all processes.
+    """
+    folder = trainer.log_dir or trainer.default_root_dir  # on every rank, for it is a broadcast
+    if report_path is None or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
+        return None
+    if report_path != AUTO:
+        return Path(report_path)
+    return None if "://" in str(folder) else Path(folder) / "report.json"
+
+
+def save(trainer: pl.Trainer, report: Report, path: Path | None) -> None:
+    """Write the report so far."""
+    if path is not None and trainer.is_global_zero and report.points:
+        report.save(path)
+
+
+def tell(
+    trainer: pl.Trainer, report: Report, paths: Iterable[Path | None], *, verbose: bool
+) -> None:
+    """Show, write and log the report at the end of a run in which a point was reached."""
+    if not trainer.is_global_zero or not report.points:
+        return
+    if verbose:
+        trainer_state.show(trainer, summary_table(report))
+    for path in dict.fromkeys(path for path in paths if path is not None):
+        report.save(path)
+        page = path.with_suffix(".html")
+        write_page(report, page)
+        if verbose:
+            rank_zero_info(f"lrcompress: the report is in {page}")
+    takers = [logger for logger in trainer.loggers if _takes_images(logger)]
+    if takers:
+        step = trainer_state.logged_step(trainer)
+        for plot in plots(report):
+            for logger in takers:
+                _log_image(logger, plot, step)
+
+
+def _takes_images(logger: Any) -> bool:
+    return hasattr(logger, "log_image") or hasattr(logger.experiment, "add_image")
+
+
+def _log_image(logger: Any, plot: Plot, step: int) -> None:
+    """Give a logger a figure, as W&B's and those like it, or as TensorBoard's writer takes it."""
+    name, image = f"lrcompress/{plot.name}", pixels(plot.figure)
+    if hasattr(logger, "log_image"):
+        logger.log_image(name, [image], step=step)
+    else:
+        logger.experiment.add_image(name, image, step, dataformats="HWC")

@@ -1,0 +1,425 @@
+"""The course of a fit in which layers are replaced: what all such callbacks have in common."""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import RenderableType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lrcompress.callbacks import ddp, reporting, trainer_state
+from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.callbacks.warmup import Restart
+from lrcompress.distributed import ALONE
+from lrcompress.embedding import TableSettings
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
+from lrcompress.report import PointRecord, Report
+from lrcompress.report.tables import point_table
+from lrcompress.schedules import Point, Warmup
+from lrcompress.statistics.views import view
+from lrcompress.structure.plan import Plan
+
+VERSION = 1
+_VALIDATIONS = 200  # of a run that are kept for the report
+
+
+class Course(pl.Callback, ABC):
+    """Observes steps before each point, changes the model at it, and can be resumed anywhere.
+
+    Subclasses say what happens at a point. Everything that a run needs to go on is in
+    ``state_dict``; what happened is in ``report``.
+
+    Args:
+        points: when the structure changes.
+        sampling: which steps are observed before a point.
+        window: how long before a point to observe.
+        validate: run validation just before and just after each point, for the report.
+        report_path: where the report goes; see :func:`lrcompress.callbacks.reporting.destination`.
+        verbose: print a table at each point and at the end.
+    """
+
+    def __init__(
+        self,
+        points: list[Point],
+        sampling: Sampling,
+        *,
+        window: Point,
+        validate: bool,
+        report_path: str | None,
+        verbose: bool,
+    ) -> None:
+        super().__init__()
+        self.points, self.sampling = points, sampling
+        self.validate, self.report_path, self.verbose = validate, report_path, verbose
+        reporting.check_path(report_path)
+        self._window = window
+        self._hooks = ExitStack()  # for the fit
+        self._reset()
+
+    def _reset(self) -> None:
+        self.report = Report()
+        self._team = ALONE
+        self._observation = Observation(self.sampling)
+        self._stage = 0  # points that are done
+        self._at_steps: list[int] = []
+        self._restart: Restart | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
+        self._times: dict[str, list[float]] = {}
+        self._started: float | None = None
+        self._destination: Path | None = None
+
+    # What a subclass says
+
+    at: float | str | list[float | str]  # its argument; part of the state's key
+
+    @abstractmethod
+    def settings_at(self, stage: int) -> Settings | TableSettings:
+        """Return how layers are chosen and measured at a point."""
+
+    def _observes(self, stage: int) -> bool:
+        """Return whether a point needs statistics."""
+        return bool(self.sampling.kinds)
+
+    @abstractmethod
+    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        """Change the model at the point ``self._stage``."""
+
+    @abstractmethod
+    def preview(self, model: nn.Module) -> RenderableType:
+        """Return what would become of ``model``, as a table; nothing is changed."""
+
+    def _phase(self) -> str:
+        """Return what the time of a step now counts as."""
+        return "factored" if self._stage else "dense"
+
+    @property
+    @override
+    def state_key(self) -> str:
+        settings = self.settings_at(0)
+        return self._generate_state_key(
+            at=self.at, targets=settings.targets, exclude=list(settings.exclude)
+        )
+
+    # Structure and state
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._hooks.close()
+            self._reset()
+            trainer_state.refuse(trainer, type(self).__name__)
+            self._team = ddp.team(trainer)
+            self._observation = Observation(self.sampling, self._team)
+            ddp.check_same_module(pl_module, self._team)
+            self._destination = reporting.destination(trainer, self.report_path)
+        follow = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _follow_checkpoint
+        )
+        self._hooks.callback(follow.remove)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            trainer_state.warn_of_lost_teacher(pl_module, checkpoint)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._live = (pl_module, trainer.optimizers)
+        trainer_state.refuse_optimizers(trainer.optimizers, type(self).__name__)
+        names = self.settings_at(0).select(pl_module).names
+        ddp.check_layers(pl_module, names, self._team, type(self).__name__)
+        self._check_trained(pl_module, names)
+        if self._loaded is not None:
+            self._resume(pl_module, trainer.optimizers, self._loaded)
+            ddp.rewrap_(trainer)
+
+    def _check_trained(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Refuse layers whose factors would not be trained.
+
+        Raises:
+            LayerError: if one is frozen.
+        """
+        for name in names:
+            layer = view(module.get_submodule(name), table=True)
+            if not layer.parameters[0].requires_grad:
+                raise LayerError(
+                    f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
+                    "leave it out with exclude=, or call lrcompress.compress() on the model"
+                )
+
+    def _resume(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
+    ) -> None:
+        plan, found = Plan.from_dict(state["plan"]), Plan.of(module)
+        if plan != found:
+            raise CheckpointError(
+                f"the checkpoint was written with {len(plan)} factored layers, the model has "
+                f"{len(found)} of other sizes or names; load it through Trainer.fit(ckpt_path=...)"
+            )
+        trainer_state.reorder_(module, optimizers, state["param_names"])
+        device = next(module.parameters()).device
+        self._observation.load_state_dict(state["observation"], device)
+        self._draw_as_before(state)  # the loader draws its order from here
+        own = self._own(state)
+        if own is not None:
+            self._observation.set_draws(own["labels"])
+        if state["restart"] is not None:
+            self._begin_restart(Warmup(**state["restart"]["schedule"]), state["restart"]["taken"])
+
+    def _own(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return what a checkpoint holds of this process; None if there were fewer processes."""
+        processes = state["processes"]
+        return processes[self._team.index] if self._team.index < len(processes) else None
+
+    def _draw_as_before(self, state: Mapping[str, Any]) -> None:
+        own = self._own(state)
+        if own is not None:
+            trainer_state.set_rng_state(own["rng"])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a run needs to go on; to be called by all processes."""
+        if self._live is None:
+            return {"version": VERSION, "stage": self._stage}
+        module, optimizers = self._live
+        restart = self._restart
+        self._team.lay_down(module)
+        return {
+            "version": VERSION,
+            "plan": Plan.of(module).to_dict(),
+            "stage": self._stage,
+            "param_names": trainer_state.parameter_names(module, optimizers),
+            "observation": self._observation.state_dict(),
+            "report": self.report.to_dict(),
+            "restart": restart
+            and {"schedule": vars(restart.schedule).copy(), "taken": restart.taken},
+            "processes": self._team.gather(
+                {"rng": trainer_state.rng_state(), "labels": self._observation.draws()}
+            ),
+            "times": {name: list(spent) for name, spent in self._times.items()},
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != VERSION:
+            raise CheckpointError(
+                f"expected {type(self).__name__} state of version {VERSION}, "
+                f"got version {state_dict.get('version')!r}"
+            )
+        if "plan" not in state_dict:
+            return
+        ddp.check_same_checkpoint(state_dict, self._team)
+        self._loaded = state_dict
+        self._stage = state_dict["stage"]
+        self.report = Report.from_dict(state_dict["report"])
+        self._times = {name: list(spent) for name, spent in state_dict["times"].items()}
+        if self._live is not None:  # sharded models are loaded after on_fit_start
+            self._resume(*self._live, state_dict)
+
+    # The course of a fit
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._total, self._per_epoch = self._lengths(trainer)
+        self._at_steps = [point.step(self._total, self._per_epoch) for point in self.points]
+        if any(after <= before for before, after in pairwise(self._at_steps)):
+            named = ", ".join(map(str, self.points))
+            raise SettingError(f"points must rise, got {named}: steps {self._at_steps}")
+        step = self._next
+        if step is None:
+            return
+        point, now = self.points[self._stage], trainer_state.steps_done(trainer)
+        observes = self._observes(self._stage)
+        blind = observes and not self._observation.started and step == now
+        if step < now or blind:
+            lies = "lies in the past" if step < now else "leaves no step to observe before it"
+            raise SettingError(
+                f"point {point} is step {step}, which {lies}: training starts at step {now}"
+            )
+        if observes:
+            self._watch(pl_module)
+
+    def _lengths(self, trainer: pl.Trainer) -> tuple[float, float]:
+        """Return optimizer steps in the whole run and per epoch, which all processes share."""
+        ddp.check_same_lengths(trainer, self._team)
+        return trainer_state.lengths(trainer)
+
+    def _watch(self, module: nn.Module) -> None:
+        total = self._total if self._window.unit == "fraction" else float("inf")
+        self._window_steps = max(1, self._window.step(total, self._per_epoch))
+        nbytes = self._observation.watch(module, self.settings_at(self._stage))
+        if nbytes and self.verbose and not self._stage:
+            rank_zero_info(f"lrcompress: statistics will take at most {nbytes / 2**20:.0f} MiB")
+
+    @property
+    def _next(self) -> int | None:
+        """The step of the next point, if there is one."""
+        return self._at_steps[self._stage] if self._stage < len(self._at_steps) else None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._loaded is not None:
+            if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
+                self._draw_as_before(self._loaded)
+            for one in self._courses(trainer):  # once: a point may have drawn before the others
+                one._loaded = None
+        now = trainer_state.steps_done(trainer)
+        if self._next is not None and now >= self._next and trainer_state.between_steps(trainer):
+            self._reach(trainer, pl_module, now)
+        if self._next is not None and self._observes(self._stage):
+            previous = self._at_steps[self._stage - 1] if self._stage else 0
+            window = min(self._window_steps, self._next - previous)
+            if self._observation.due(self._next - now, window):
+                self._observation.open_step(batch)
+        self._started = None if self._observation.watching else time.perf_counter()
+
+    @override
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        if self._observation.watching:
+            finite = bool(loss.isfinite())
+            self._observation.before_backward(finite, trainer_state.loss_factor(trainer))
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._observation.close_step()
+        if self._started is not None:
+            spent = self._times.setdefault(self._phase(), [0, 0.0])
+            spent[0] += 1
+            spent[1] += time.perf_counter() - self._started
+            self._started = None
+
+    def _reach(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        if self._observes(self._stage):
+            self._observation.merge_()
+            self._observation.check(self.points[self._stage])
+        self._team.lay_down(module)
+        names = self.settings_at(self._stage).select(module).names
+        ddp.check_layers(module, names, self._team, type(self).__name__)
+        if not self._stage:
+            trainer_state.announce(module)
+        self._change(trainer, module, now)
+        self._stage += 1
+        self._observation.forget()
+        if self._next is not None and self._observes(self._stage):
+            self._watch(module)
+        trainer_state.reset_best(trainer)
+        reporting.save(trainer, self._report_of_run(trainer), self._destination)
+
+    def _settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Let training go on with the new structure, once all processes have the same."""
+        ddp.check_identical(module, self._team)
+        ddp.rewrap_(trainer)
+
+    def _record(self, trainer: pl.Trainer, record: PointRecord) -> None:
+        """Add what a point did to the report, the terminal and the loggers."""
+        self.report.points.append(record)
+        if self.verbose:
+            trainer_state.show(trainer, point_table(record))
+        trainer_state.log(trainer, record.figures())
+
+    def _rise(self, steps: float, scale: float) -> None:
+        """Let the learning rate rise again, over a number or a share of all steps."""
+        steps = steps if steps >= 1 else steps * self._total
+        if steps >= 1 or scale != 1:
+            self._begin_restart(Warmup(int(steps), scale), 0)
+
+    def _begin_restart(self, schedule: Warmup, taken: int) -> None:
+        assert self._live is not None
+        if self._restart is not None:
+            self._restart.schedule, self._restart.taken = schedule, taken
+            return
+        self._restart = Restart(schedule, taken)
+        self._restart.attach(self._live[1], self._hooks)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures = trainer_state.validated(trainer)
+        if figures:
+            gap = self._total / _VALIDATIONS if math.isfinite(self._total) else 0
+            self.report.note(trainer_state.steps_done(trainer), figures, gap)
+
+    # The end
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, (steps, seconds) in self._times.items():
+            if steps:
+                self.report.seconds_per_step[name] = seconds / steps
+        now = trainer_state.steps_done(trainer)
+        taken = {name: curve[-1] for name, curve in self.report.history.items()}
+        self.report.final = {name: value for name, (step, value) in taken.items() if step == now}
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.num_training_batches:
+            raise ObservationError(
+                f"{type(self).__name__} factored nothing: the training data has no batches"
+            )
+        missed = self.points[self._stage :]
+        if missed:
+            rank_zero_warn(
+                f"{type(self).__name__} did not reach point {missed[0]}: training ended at step "
+                f"{trainer_state.steps_done(trainer)}, the point was step "
+                f"{self._at_steps[self._stage]}"
+            )
+        courses = self._courses(trainer)
+        if self is courses[-1]:  # all of them have ended
+            paths, verbose = [one._destination for one in courses], [x.verbose for x in courses]
+            reporting.tell(trainer, self._report_of_run(trainer), paths, verbose=any(verbose))
+
+    def _report_of_run(self, trainer: pl.Trainer) -> Report:
+        """Return what all callbacks that change the model have done so far."""
+        return Report.joined(one.report for one in self._courses(trainer))
+
+    @staticmethod
+    def _courses(trainer: pl.Trainer) -> "list[Course]":
+        return [one for one in trainer.callbacks if isinstance(one, Course)]  # type: ignore[attr-defined]
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        # others may never answer: what is saved now is this process's own
+        self._team = self._observation.team = ALONE
+        self._close()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._observation.drop_step()
+        self._hooks.close()
+        self._restart = None
+
+
+def _follow_checkpoint(
+    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Give the module the structure of the state dict it is about to load."""
+    Plan.matching(module, state_dict, prefix).apply_(module)

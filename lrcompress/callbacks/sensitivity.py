@@ -1,0 +1,73 @@
+"""What each layer loses alone: measured on the validation data, one layer after the other."""
+
+from collections.abc import Mapping, Sequence
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lrcompress.callbacks import trainer_state
+from lrcompress.report.record import LayerRecord
+from lrcompress.report.summary import loss_name
+from lrcompress.statistics.views import view
+from lrcompress.structure.surgery import replace_
+
+
+class Dense:
+    """The layers of a model as they are before a point.
+
+    Args:
+        module: the model.
+        names: of its layers.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self.layers = {name: module.get_submodule(name) for name in names}
+        self.biases = _biases(self.layers)  # factored layers take the parameters over
+
+    @torch.no_grad()
+    def losses(
+        self, trainer: pl.Trainer, module: pl.LightningModule, records: Sequence[LayerRecord]
+    ) -> dict[str, float]:
+        """Return by how much the validation loss rises with each layer alone replaced.
+
+        Args:
+            trainer: that validates, once and once more a layer.
+            module: in which all of them are replaced, before and after the call.
+            records: of the layers; those left dense lose nothing and are not measured.
+
+        Returns:
+            Layer name to change; empty where validation has no loss.
+        """
+        new = {name: module.get_submodule(name) for name in self.layers}
+        biases = _biases(new)
+        found: dict[str, float] = {}
+        try:
+            for name in new:
+                _put(module, name, self.layers[name], self.biases[name])
+            start = trainer_state.validate(trainer)
+            loss = loss_name(start)
+            for record in records if loss is not None else ():
+                assert loss is not None
+                name = record.name
+                if new[name] is not self.layers[name]:
+                    _put(module, name, new[name], biases[name])
+                    found[name] = trainer_state.validate(trainer)[loss] - start[loss]
+                    _put(module, name, self.layers[name], self.biases[name])
+        finally:
+            for name, layer in new.items():
+                _put(module, name, layer, biases[name])
+        return found
+
+
+def _biases(layers: Mapping[str, nn.Module]) -> dict[str, Tensor | None]:
+    held = {name: view(layer).bias for name, layer in layers.items()}
+    return {name: None if bias is None else bias.detach().clone() for name, bias in held.items()}
+
+
+def _put(module: nn.Module, name: str, layer: nn.Module, bias: Tensor | None) -> None:
+    if module.get_submodule(name) is not layer:
+        replace_(module, name, layer)
+    own = view(layer).bias
+    if own is not None and bias is not None:
+        own.copy_(bias)

@@ -1,0 +1,1 @@
+"""Observe, plan, solve, replace: the whole method on a bare ``nn.Module``."""

@@ -1,0 +1,403 @@
+"""Observe, plan, solve, replace: the whole method on a bare ``nn.Module``."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrcompress.bench.latency_ranks import Choice, allocate_faster
+from lrcompress.budget import Candidate, allocate, match_bounds
+from lrcompress.distributed import ALONE, Team
+from lrcompress.engine.distributed_solve import Found, Measured, install_, solve
+from lrcompress.engine.kronecker_shapes import Shapes, by_layer, check_layers, solver_for, unit_of
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import ObservationError, SettingError
+from lrcompress.nn import Factored, KroneckerLinear, LowRankLinear
+from lrcompress.nn.kronecker import carry_kronecker
+from lrcompress.objective import METHODS, Metric, method_named
+from lrcompress.report.record import LayerRecord, PointRecord
+from lrcompress.solvers.kronecker import KroneckerFactors, Sizes
+from lrcompress.solvers.truncation import Factors
+from lrcompress.statistics.batches import MASK, batch_decoder_mask, batch_mask, batch_terms
+from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.moments import KINDS, Statistics
+from lrcompress.statistics.views import view
+from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
+from lrcompress.structure.selection import Selection, select
+from lrcompress.structure.surgery import (
+    Carry,
+    carry_dense,
+    carry_factors,
+    carry_later,
+    replace_,
+    swap_parameters_,
+)
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def candidates(
+    model: nn.Module, names: Sequence[str], settings: Settings, measured: Mapping[str, Measured]
+) -> list[Candidate]:
+    """Return what each layer asks of the budget.
+
+    Args:
+        model: whose layers they are.
+        names: of the layers.
+        settings: what is asked for.
+        measured: the layers as far as they are solved; others cost what low-rank factors do.
+
+    Raises:
+        NoMatchError: if a pattern of ``ranks`` or ``keeps`` matches no targeted layer.
+        SettingError: if a layer has both a rank and a keep of its own.
+    """
+    ranks = by_layer("ranks", settings.ranks, names)
+    keeps = by_layer("keeps", settings.keeps, names)
+    both = sorted(ranks.keys() & keeps.keys())
+    if both:
+        raise SettingError(f"layer {both[0]!r} is given both a rank and a keep")
+    result = []
+    for name in names:
+        layer = model.get_submodule(name)
+        shape = view(layer).shape
+        one = measured.get(name)
+        unit = one.unit if one else 0
+        lowest, highest = match_bounds(settings.keep_range, *shape, unit or None)
+        if isinstance(layer, LowRankLinear):
+            highest = layer.rank if highest is None else min(highest, layer.rank)
+        result.append(
+            Candidate(
+                name,
+                *shape,
+                energies=one.curve if one else None,
+                rank=ranks.get(name),
+                keep=keeps.get(name),
+                lowest=lowest,
+                highest=highest,
+                unit=unit,
+                most=len(one.energies) if one else 0,
+            )
+        )
+    return result
+
+
+def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Selection, int]:
+    """Return the layers that would be replaced, their uniform ranks, and bytes of statistics.
+
+    Nothing is observed or changed. Global allocation shares the same budget out otherwise.
+    """
+    selection = settings.select(model)
+    check_layers(model, selection.names, settings)
+    firsts: dict[str, Sizes | None] = {}
+    if METHODS[settings.method].form == "kronecker":
+        firsts = Shapes(model, selection.names, settings).previewed(model)
+    asked = [
+        replace(c, unit=unit_of(firsts[c.name], (c.out_features, c.in_features))) if firsts else c
+        for c in candidates(model, selection.names, settings, {})
+    ]
+    ranks = allocate(asked, settings.keep, "uniform", settings.align)
+    records = [
+        LayerRecord(
+            c.name,
+            c.out_features,
+            c.in_features,
+            rank := ranks[c.name],
+            None,
+            None,
+            first=firsts.get(c.name) if rank else None,
+        )
+        for c in asked
+    ]
+    recorder = Recorder(model, selection.names, METHODS[settings.method].kinds)
+    return records, selection, recorder.nbytes
+
+
+@torch.no_grad()
+def factor_(
+    model: nn.Module,
+    statistics: Statistics,
+    settings: Settings,
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    step: int | None = None,
+    team: Team = ALONE,
+) -> PointRecord:
+    """Replace the targeted layers of ``model`` by factored ones, from statistics.
+
+    Everything is decided and solved before the first layer is touched: an error leaves the
+    model as it was. Layers that are factored already are factored again.
+
+    Args:
+        model: changed in place.
+        statistics: of the targeted layers, of the kinds the method needs.
+        settings: what to do.
+        optimizers: whose parameters and state follow.
+        step: for the record.
+        team: the processes that do the same at the same time, with the same model, statistics and
+            settings. Each solves some of the layers; all end with the same values, bit for bit.
+            Where each holds a part of the parameters, a layer at a time is made whole.
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        NoMatchError: if a pattern matches nothing.
+        LayerError: if a layer has sparse rows, or is factored as the method cannot start from.
+        ObservationError: if a layer was never seen.
+        NotFiniteError: if a statistic or a weight is not finite.
+        SettingError: if the budget cannot be met.
+
+    Cost:
+        One symmetric eigendecomposition of the smaller side per layer, and its products.
+    """
+    started = time.perf_counter()
+    names = settings.select(model).names
+    check_layers(model, names, settings)
+    dealt = solve(
+        model,
+        names,
+        statistics,
+        settings.method,
+        refit_bias=settings.refit_bias,
+        shrink=settings.shrink,
+        solver=solver_for(model, names, settings),
+        team=team,
+    )
+    measured = dealt.measured
+    asked = candidates(model, names, settings, measured)
+    choice = team.decide(lambda: _choose(model, asked, settings, statistics, team))
+    ranks = choice.ranks
+    _check_falling(model, ranks)
+    chosen = {name: rank for name, rank in ranks.items() if rank is not None}
+    before, bytes_before = dense_size(model), dense_bytes(model)
+    held = tuple(optimizers)
+
+    def put(name: str, found: Found | None) -> None:
+        _put(model, name, chosen[name], measured[name].first, found, held)
+
+    reached = install_(model, dealt, chosen, put, held)
+    layers = [
+        measured[c.name].record(
+            c.name,
+            (c.out_features, c.in_features),
+            ranks[c.name],
+            choice.notes.get(c.name, ""),
+            reached.get(c.name),
+        )
+        for c in asked
+    ]
+    return PointRecord(
+        settings.method,
+        step,
+        layers,
+        before,
+        sum(p.numel() for p in model.parameters()),
+        statistics.figures(),
+        time.perf_counter() - started,
+        bytes_before=bytes_before,
+        bytes_after=stored_bytes(model),
+        note=choice.missed,
+    )
+
+
+def _choose(
+    model: nn.Module,
+    asked: Sequence[Candidate],
+    settings: Settings,
+    statistics: Statistics,
+    team: Team,
+) -> Choice:
+    budget = settings.keep, settings.spread, settings.align
+    if not settings.keep_measured:
+        return Choice(allocate(asked, *budget))
+    seen = statistics.tokens / max(1, statistics.steps) / team.size
+    return allocate_faster(model, asked, *budget, settings.measured_tokens or max(1, round(seen)))
+
+
+def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
+    """Leave a layer alone whose factors would only grow: truncation cannot add rank."""
+    for name, rank in ranks.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, LowRankLinear) and (rank is None or rank > layer.rank):
+            ranks[name] = layer.rank
+
+
+def _put(
+    model: nn.Module,
+    name: str,
+    rank: int,
+    first: Sizes | None,
+    found: Found | None,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    """Put factors in place of a layer; without any, a layer to receive them from elsewhere."""
+    layer = model.get_submodule(name)
+    old, parts = view(layer), None
+    new: Factored
+    if first is None:
+        new = LowRankLinear.in_place_of(layer, rank)
+    else:
+        new, parts = KroneckerLinear.in_place_of(layer, rank, *first), ("first", "second")
+    carry = carry_later(new.factors)
+    if found is not None:
+        carry = _set_(new, layer, *found)
+    replace_(model, name, new)
+    tied = any(parameter is old.parameters[0] for parameter in model.parameters())
+    swap_parameters_(optimizers, old.parameters, new.factors, carry, names=parts, staying=tied)
+
+
+def _set_(
+    new: Factored, layer: nn.Module, factors: Factors | KroneckerFactors, metric: Metric
+) -> Carry:
+    """Give ``new`` its values, and return how ``layer``'s optimizer state carries over."""
+    old = view(layer)
+    for parameter, value in zip(new.factors, factors.values, strict=True):
+        parameter.copy_(value)
+    if metric.mean is not None and old.bias is not None:
+        lost = old.weight.double() - factors.product()
+        old.bias.add_((lost @ metric.mean.to(lost)).to(old.bias))
+    if isinstance(factors, KroneckerFactors):
+        return carry_kronecker(factors.first, factors.second, old.transposed)
+    if isinstance(layer, LowRankLinear):
+        held = (layer.left.weight, layer.right.weight)
+        return carry_factors(held, (factors.left, factors.right))
+    return carry_dense(factors.left, factors.right, old.transposed)
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    *,
+    method: str = "kfac",
+    kinds: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    shared: bool = False,
+    offload: str | None = None,
+) -> Iterator[Recorder]:
+    """Watch the linear layers of ``model`` while the block runs.
+
+    Args:
+        model: the module; nothing is written on it.
+        method: whose statistics to accumulate.
+        kinds: the statistics themselves, in place of a method's.
+        targets: patterns of layer names; None is every linear layer of a numbered block.
+        exclude: patterns of layers to leave out.
+        shared: allow layers that are called several times a step.
+        offload: device the sums live on; None leaves them beside the layers.
+
+    Yields:
+        A :class:`~lrcompress.statistics.capture.Recorder`: run each step inside its ``step``;
+        its ``statistics`` fill up.
+
+    Raises:
+        SettingError: if the method or a kind is unknown.
+    """
+    chosen = method_named(method).kinds if kinds is None else tuple(kinds)
+    for kind in chosen:
+        if kind not in KINDS:
+            raise SettingError(f"statistics are {', '.join(KINDS)}; got {kind!r}")
+    names = select(model, targets, exclude, shared=shared).names
+    yield Recorder(model, names, chosen, offload=offload, shared=shared)
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    mask: str | Callable[[Any], Tensor] | None = MASK,
+    examples: Callable[[Any], int] | None = None,
+    **settings: Any,
+) -> PointRecord:
+    """Factor the linear layers of ``model`` from one pass over ``batches``, without a Trainer.
+
+    The model is observed in evaluation mode, without dropout, and no ``.grad`` is touched.
+
+    Args:
+        model: changed in place.
+        batches: whatever ``loss`` understands; the passes are over all of them.
+        loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
+            predicted tokens, a scalar.
+        mask: where a batch says which positions are real: a key, a function of the batch, or
+            None if nothing is padded.
+        examples: of how many terms a batch's loss is the mean; by default of its ``labels`` that
+            are not -100, where these are whole numbers ``(examples, length)``, else the leading
+            size of its first tensor.
+        **settings: of :class:`Settings`: ``method``, ``keep``, ``targets``, …
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        ObservationError: if ``batches`` is empty, or all its losses are not finite.
+        SettingError: if a setting is not what it may be, or ``keep`` is missing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        >>> batches = [torch.randn(16, 8) for _ in range(4)]
+        >>> loss = lambda model, batch: model(batch).square().mean()
+        >>> record = compress(model, batches, loss, keep=0.5, allocation="uniform")
+        >>> [layer.rank for layer in record.layers]
+        [2, 2]
+    """
+    chosen = Settings(**settings)
+    names = chosen.select(model).names
+    method = METHODS[chosen.method]
+    if chosen.keep is None and not (chosen.ranks or chosen.keeps):
+        raise SettingError("keep is missing: give keep=, or ranks or keeps for every layer")
+    recorder = Recorder(
+        model, names, method.kinds, shared=chosen.shared, forward_only=not method.needs_gradients
+    )
+    if method.kinds:
+        with _observable(model, names, method.needs_gradients):
+            for batch in batches:
+                _watch(recorder, model, batch, loss, mask, (examples or batch_terms)(batch))
+        if not recorder.statistics.steps:
+            raise ObservationError(
+                f"nothing to learn from: {recorder.statistics.skipped} batches, "
+                "none with a finite loss"
+            )
+    return factor_(model, recorder.statistics, chosen)
+
+
+def _watch(
+    recorder: Recorder,
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    mask: str | Callable[[Any], Tensor] | None,
+    count: int,
+) -> None:
+    found, missing = batch_mask(batch, mask, "compress")
+    decoder = None if mask is None else batch_decoder_mask(batch)
+    with recorder.step(found, decoder_mask=decoder, missing=missing):
+        value = loss(model, batch)
+        finite = bool(value.isfinite())
+        recorder.commit(float(count), terms=count, finite=finite)
+        if finite and recorder.outputs and value.requires_grad:
+            torch.autograd.grad(value, recorder.outputs, allow_unused=True)
+
+
+@contextmanager
+def _observable(model: nn.Module, names: Sequence[str], gradients: bool) -> Iterator[None]:
+    """Evaluation mode, and weights that let gradients through; both as before at the end."""
+    modes = {module: module.training for module in model.modules()}
+    weights = [p for name in names for p in view(model.get_submodule(name)).parameters]
+    frozen = [p for p in weights if gradients and not p.requires_grad]
+    try:
+        model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in frozen:
+            parameter.requires_grad_(False)

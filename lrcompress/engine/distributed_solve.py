@@ -1,0 +1,299 @@
+"""Layers dealt over the processes that train together: each solves its own, all get the results.
+
+One process alone solves them all, and tells no one.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrcompress.distributed import ALONE, Team
+from lrcompress.objective import Metric, metric_of
+from lrcompress.report.record import LayerRecord
+from lrcompress.solvers.kronecker import KroneckerFactors, KroneckerSums, Sizes
+from lrcompress.solvers.truncation import Factors, Truncation, relative_error, truncate
+from lrcompress.statistics.moments import Statistics
+from lrcompress.statistics.views import view
+from lrcompress.structure.surgery import whole_or_not
+
+Found = tuple[Factors | KroneckerFactors, Metric]
+# Solves a layer of that name, with that weight, in a metric; None where nothing is smaller.
+Solver = Callable[[str, Tensor, Metric], Truncation | KroneckerSums | None]
+# Multiply-adds of a product that take as long as one of an eigendecomposition.
+_EIGEN = 25
+_SHOWN = 20  # ranks of an error curve that are kept for the report
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What all processes know of a layer that one of them has solved.
+
+    Attributes:
+        energies: of its truncation, on the CPU.
+        loss_scale: of its metric.
+        note: of its metric.
+        mean: of its metric, on the CPU.
+        unit: parameters of one rank or term; 0 is those of a column and a row.
+        first: sizes of the first factor of a sum of Kronecker products.
+    """
+
+    energies: Tensor
+    loss_scale: float | None
+    note: str
+    mean: Tensor | None
+    unit: int = 0
+    first: Sizes | None = None
+
+    @property
+    def curve(self) -> Tensor:
+        """What each further rank saves: of the loss, where the metric knows it."""
+        return self.energies * (1.0 if self.loss_scale is None else self.loss_scale)
+
+    def error(self, rank: int | None) -> float:
+        """Return the relative error of a truncation to a rank; None is the layer itself."""
+        return 0.0 if rank is None else relative_error(self.energies, rank)
+
+    def loss(self, rank: int | None) -> float | None:
+        """Return the increase of the loss that is predicted for a rank; None if it is not."""
+        if rank is None:
+            return 0.0
+        scale = self.loss_scale
+        return None if scale is None else 0.5 * scale * float(self.energies[rank:].sum())
+
+    def record(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        rank: int | None,
+        note: str = "",
+        reached: tuple[float, float] | None = None,
+    ) -> LayerRecord:
+        """Return what became of the layer at ``rank``, with some of its error curve.
+
+        Args:
+            name: of the layer.
+            shape: ``(out, in)``.
+            rank: of its factors; None if it stays dense.
+            note: what else there is to say.
+            reached: the relative error and the squared one, where they are known better than
+                from the energies.
+        """
+        most = len(self.energies)
+        shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)} if most else ()
+        # six digits: a report is read by people
+        curve = tuple((r, float(f"{self.error(r):.6g}")) for r in sorted(shown))
+        error, loss = self.error(rank), self.loss(rank)
+        if rank is not None and reached is not None:
+            error = reached[0]
+            loss = None if self.loss_scale is None else 0.5 * self.loss_scale * reached[1]
+        notes = "; ".join(filter(None, (self.note, note)))
+        first = None if rank is None else self.first
+        return LayerRecord(name, *shape, rank, error, loss, notes, curve=curve, first=first)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A layer that this process has solved.
+
+    Attributes:
+        truncation: of its weight, all ranks; None where no factors would be smaller.
+        metric: what it was measured in, as far as it is kept.
+        weight: ``(out, in)``, as it was solved.
+    """
+
+    truncation: Truncation | KroneckerSums | None
+    metric: Metric
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Layers, measured, before anything is changed.
+
+    Attributes:
+        team: the processes.
+        owner: which of them solves a layer.
+        own: the layers that this process has solved; none where parameters are parted, since
+            they would not fit.
+        measured: all layers.
+        solve: solves layers of a turn, those that this process owns.
+    """
+
+    team: Team
+    owner: Mapping[str, int]
+    own: Mapping[str, Solved]
+    measured: Mapping[str, Measured]
+    solve: Callable[[Sequence[str]], Mapping[str, Solved]]
+
+    def turns(self, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, Solved]]]:
+        """Yield layers turn by turn, each with what this process has solved of them.
+
+        The latter is to be emptied, with all that is large in it, before the next turn.
+        """
+        for turn in self.team.turns({name: self.owner[name] for name in names}):
+            yield turn, dict(self.solve(turn) if self.team.parted else self.own)
+
+
+def solve(
+    model: nn.Module,
+    names: Sequence[str],
+    statistics: Statistics,
+    method: str,
+    *,
+    refit_bias: bool,
+    shrink: tuple[float, float],
+    keep_metric: bool = False,
+    solver: Solver | None = None,
+    team: Team = ALONE,
+) -> Dealt:
+    """Measure layers in a metric and find all their truncations, each in one process.
+
+    Args:
+        model: the same in all processes.
+        names: of its layers.
+        statistics: the same in all processes.
+        method: a key of :data:`lrcompress.objective.METHODS`.
+        refit_bias: let biases take up the mean error, where there are any.
+        shrink: shares of their mean diagonal mixed into the input and the output metric.
+        keep_metric: keep the metrics themselves, the large part, too.
+        solver: of a layer; by default all low-rank truncations.
+        team: the processes.
+    """
+    owner = team.deal({name: _cost(view(model.get_submodule(name)).shape) for name in names})
+
+    def of_layer(name: str, weight: Tensor) -> Solved:
+        refit = refit_bias and view(model.get_submodule(name)).bias is not None
+        metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
+        truncation = (
+            truncate(weight, metric.output, metric.input)
+            if solver is None
+            else solver(name, weight, metric)
+        )
+        small = metric if keep_metric else replace(metric, output=None, input=None)
+        return Solved(truncation, small, weight)
+
+    def of_turn(turn: Sequence[str]) -> tuple[dict[str, Solved], dict[str, Measured]]:
+        weights: dict[str, Tensor] = {}
+        for name in turn:
+            with team.reading(model, name):
+                if owner[name] == team.index:
+                    weights[name] = view(model.get_submodule(name)).weight
+        own: dict[str, Solved] = {}
+
+        def work() -> dict[str, Measured]:
+            own.update((name, of_layer(name, weight)) for name, weight in weights.items())
+            return {name: _measured(one) for name, one in own.items()}
+
+        return own, {name: one for part in team.attempt(work) for name, one in part.items()}
+
+    own: dict[str, Solved] = {}
+    found: dict[str, Measured] = {}
+    for turn in team.turns(owner):
+        solved, measured = of_turn(turn)
+        found |= measured
+        own |= {} if team.parted else solved
+    measured = {name: found[name] for name in names}
+    return Dealt(team, owner, own, measured, lambda turn: of_turn(turn)[0])
+
+
+def _measured(one: Solved) -> Measured:
+    metric, mean = one.metric, one.metric.mean
+    mean = None if mean is None else mean.cpu()
+    known, found = (metric.loss_scale, metric.note, mean), one.truncation
+    if isinstance(found, KroneckerSums):
+        return Measured(found.energies.cpu(), *known, found.unit, found.shape)
+    if found is None:
+        return Measured(torch.zeros(0), *known, one.weight.numel())
+    return Measured(found.energies.cpu(), *known)
+
+
+def _cost(shape: tuple[int, int]) -> float:
+    """Return roughly what solving a layer takes, in multiply-adds of a product."""
+    smaller, larger = sorted(shape)
+    return float(_EIGEN * smaller**3 + 2 * math.prod(shape) * (smaller + larger))
+
+
+def install_(
+    model: nn.Module,
+    dealt: Dealt,
+    ranks: Mapping[str, int],
+    put: Callable[[str, Found | None], None],
+    optimizers: Sequence[Optimizer],
+) -> dict[str, tuple[float, float]]:
+    """Put factors in place of layers, the same in all processes.
+
+    Args:
+        model: changed in place.
+        dealt: the layers, solved.
+        ranks: of the factors of each.
+        put: puts what was found for a layer in its place; where another process has found it,
+            a layer of the same structure, whose values and optimizer state are sent.
+        optimizers: whose parameters and state follow.
+
+    Returns:
+        The relative and the squared error of each layer's factors.
+    """
+    team = dealt.team
+    reached: dict[str, tuple[float, float]] = {}
+    # where parameters are parted, a layer that was open cannot be put back
+    guard = nullcontext() if team.parted else whole_or_not(model, ranks, optimizers)
+    with guard:
+        for turn, own in dealt.turns(ranks):
+            found: dict[str, Found] = {}
+
+            def work(
+                own: Mapping[str, Solved] = own, found: dict[str, Found] = found
+            ) -> dict[str, tuple[float, float]]:
+                for name in own.keys() & ranks.keys():
+                    solved = own[name].truncation
+                    assert solved is not None, "it has been left dense"
+                    found[name] = (solved.factors(ranks[name]), own[name].metric)
+                return {name: (one.error, one.lost) for name, (one, _) in found.items()}
+
+            for part_reached in team.attempt(work):
+                reached |= part_reached
+            own.clear()
+            for part in [[name] for name in turn] if team.parted else [turn]:
+                with team.whole(model, part, optimizers):
+                    for name in part:
+                        put(name, found.get(name))
+                    share_(model, {name: dealt.owner[name] for name in part}, optimizers, team)
+    return reached
+
+
+@torch.no_grad()
+def share_(
+    model: nn.Module, owner: Mapping[str, int], optimizers: Iterable[Optimizer], team: Team
+) -> None:
+    """Give every process the parameters and optimizer state that a layer has with its owner.
+
+    Args:
+        model: of the same structure in all processes.
+        owner: layer name to the process whose values count.
+        optimizers: with state of the same kinds in all processes.
+        team: the processes.
+    """
+    if team.size == 1:
+        return
+    held = tuple(optimizers)
+    for source in range(team.size):
+        tensors: list[Tensor] = []
+        for name in (name for name, whose in owner.items() if whose == source):
+            for parameter in model.get_submodule(name).parameters():
+                tensors.append(parameter)
+                tensors += _state(held, parameter)
+        team.broadcast_(tensors, source)
+
+
+def _state(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:
+    found: list[Tensor] = []
+    for optimizer in optimizers:
+        state: dict[str, Any] = optimizer.state.get(parameter, {})
+        found += [state[key] for key in sorted(state) if isinstance(state[key], Tensor)]
+    return found

@@ -1,0 +1,70 @@
+"""What cuts of different sizes are predicted to lose, before anything is cut."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lrcompress.budget import allocate
+from lrcompress.engine.compress import candidates
+from lrcompress.engine.distributed_solve import solve
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import SettingError
+from lrcompress.objective import LOW_RANK
+from lrcompress.report.record import Forecast, sum_or_none
+from lrcompress.statistics.moments import Statistics
+
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+
+
+@torch.no_grad()
+def forecast(
+    model: nn.Module,
+    statistics: Statistics,
+    settings: Settings,
+    methods: Sequence[str],
+    keeps: Sequence[float] = KEEPS,
+) -> list[Forecast]:
+    """Return what every method would lose at every ``keep``; nothing is changed.
+
+    Each method shares ranks out as it would by default, the settings' own as they say.
+
+    Args:
+        model: whose layers ``settings`` choose.
+        statistics: of these layers, of the kinds that the methods need.
+        settings: all but the method and ``keep``.
+        methods: keys of :data:`lrcompress.objective.METHODS`, of low-rank ones.
+        keeps: shares of the targeted layers' parameters.
+
+    Raises:
+        SettingError: if the shapes of a method's factors depend on ``keep``.
+
+    Cost:
+        That of solving all layers once a method.
+    """
+    names = settings.select(model).names
+    other = [method for method in methods if method not in LOW_RANK]
+    if other:
+        raise SettingError(
+            f"a forecast takes low-rank methods, {', '.join(LOW_RANK)}; the factors of "
+            f"{other[0]!r} have other shapes at every keep"
+        )
+    found = []
+    for method in methods:
+        refit, shrink = settings.refit_bias, settings.shrink
+        dealt = solve(model, names, statistics, method, refit_bias=refit, shrink=shrink)
+        measured = dealt.measured
+        spread = settings.allocation if method == settings.method else None
+        own = replace(settings, method=method, allocation=spread, shapes={})
+        asked = candidates(model, names, own, measured)
+        for keep in keeps:
+            try:
+                ranks = allocate(asked, keep, own.spread, own.align)
+            except SettingError:  # less than the least ranks take
+                found.append(Forecast(method, keep, None, None))
+                continue
+            errors = [measured[name].error(rank) for name, rank in ranks.items()]
+            predicted = sum_or_none(measured[name].loss(rank) for name, rank in ranks.items())
+            found.append(Forecast(method, keep, sum(errors) / len(errors), predicted))
+    return found

@@ -1,0 +1,139 @@
+"""What a user may say about factoring, checked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lrcompress.budget import ALLOCATIONS, check_keep
+from lrcompress.errors import SettingError
+from lrcompress.objective import COMPARABLE, METHODS, method_named
+from lrcompress.solvers.kronecker import are_sizes
+from lrcompress.structure.selection import Selection, select
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How layers are chosen, measured and cut; every entry is checked when it is made.
+
+    Attributes:
+        method: a key of :data:`lrcompress.objective.METHODS`.
+        keep: parameters that remain / parameters before, over the targeted layers.
+        targets: patterns of layer names; None is every linear layer of a numbered block.
+        exclude: patterns of layers to leave out.
+        allocation: ``"uniform"``, or ``"global"`` for methods that predict the loss; None
+            takes global where it can be had.
+        ranks: ranks of their own for layers matching a pattern; of ``kronecker``, terms.
+        shapes: with ``kronecker``, sizes ``(rows, columns)`` of the first factors for layers
+            matching a pattern; for others the divisors that lose least.
+        keeps: shares of their own for layers matching a pattern.
+        keep_range: least and greatest keep any one layer may get; 1 allows it to stay dense.
+        align: what ranks are multiples of, as far as no budget is lost by it.
+        refit_bias: let the bias take up the mean error, where the input moment is known.
+        shrink: shares of their mean diagonal mixed into the input and the output metric.
+        shared: also factor layers used in several places, and untie tied weights.
+        keep_measured: leave layers as they are whose factors are not faster on this machine.
+        measured_tokens: that layers read at once while they are measured; None is what they
+            have read, on average, in an observed step.
+
+    Raises:
+        SettingError: if an entry is not what it may be.
+    """
+
+    method: str = "kfac"
+    keep: float | None = None
+    targets: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    allocation: str | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    keeps: Mapping[str, float] = field(default_factory=dict)
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    keep_range: tuple[float, float] = (0.0, 1.0)
+    align: int = 8
+    refit_bias: bool = True
+    shrink: tuple[float, float] = (0.0, 0.1)
+    shared: bool = False
+    keep_measured: bool = False
+    measured_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        method = method_named(self.method)
+        if self.keep is not None:
+            check_keep(self.keep)
+        for pattern, keep in self.keeps.items():
+            check_keep(keep, f"keeps[{pattern!r}]")
+        for pattern, rank in self.ranks.items():
+            _check_whole(f"ranks[{pattern!r}]", rank)
+        if self.allocation not in (None, *ALLOCATIONS):
+            raise SettingError(
+                f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
+            )
+        if self.allocation == "global" and not method.comparable:
+            raise SettingError(
+                f"allocation='global' compares predicted losses of ranks, which method "
+                f"{self.method!r} does not know; use allocation='uniform', or one of "
+                f"{', '.join(COMPARABLE)}"
+            )
+        _check_shares("keep_range", self.keep_range)
+        _check_shares("shrink", self.shrink)
+        if self.keep_range[0] > self.keep_range[1]:
+            raise SettingError(f"keep_range must rise, got {self.keep_range!r}")
+        _check_whole("align", self.align)
+        self._check_measured()
+        self._check_form(method.form)
+
+    def _check_form(self, form: str) -> None:
+        if not isinstance(self.shapes, Mapping):
+            raise SettingError(
+                "shapes are two sizes by pattern of layers, such as {'*.query': [192, 384]}, got "
+                f"{self.shapes!r}"
+            )
+        if self.shapes and form != "kronecker":
+            raise SettingError(
+                f"shapes are those of Kronecker factors, which method {self.method!r} does not "
+                "have; use method='kronecker'"
+            )
+        for pattern, first in self.shapes.items():
+            if not are_sizes(first):
+                raise SettingError(
+                    f"shapes[{pattern!r}] must be two whole sizes from 1, got {first!r}"
+                )
+        if self.keep_measured and form != "low_rank":
+            raise SettingError(
+                f"keep_measured measures low-rank factors, which method {self.method!r} does not "
+                "have; leave it out"
+            )
+
+    def _check_measured(self) -> None:
+        if self.measured_tokens is not None:
+            _check_whole("measured_tokens", self.measured_tokens)
+        elif self.keep_measured and not METHODS[self.method].kinds:
+            raise SettingError(
+                f"keep_measured: method {self.method!r} observes no steps that would tell at how "
+                "many tokens; give measured_tokens="
+            )
+
+    @property
+    def spread(self) -> str:
+        """The allocation in force."""
+        default = "global" if METHODS[self.method].comparable else "uniform"
+        return self.allocation or default
+
+    def select(self, model: nn.Module) -> Selection:
+        """Return the layers of ``model`` that are targeted."""
+        return select(model, self.targets, self.exclude, shared=self.shared)
+
+    def watched(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the layers of ``model`` that are observed."""
+        return self.select(model).names
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SettingError(f"{name} must be a whole number from 1, got {value!r}")
+
+
+def _check_shares(name: str, shares: object) -> None:
+    pair = shares if isinstance(shares, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in pair):
+        raise SettingError(f"{name} must be two shares from 0 to 1, got {shares!r}")

@@ -1,0 +1,237 @@
+"""Small trained updates beside a frozen, pruned model; and what it is once they are merged."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.distributed import ALONE, Team
+from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError, nearest
+from lrcompress.nn import Replacement, UpdatedLinear
+from lrcompress.pruning.magnitude import largest
+from lrcompress.solvers.godec import godec
+from lrcompress.statistics.views import is_linear, view
+from lrcompress.structure.selection import select
+from lrcompress.structure.surgery import replace_
+
+# What the query and value projections of attention are called, alone or with others in one.
+_QUERY_VALUE = frozenset(
+    {"query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "q", "v", "query_proj", "value_proj"}
+    | {"c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv"}
+)
+
+
+def check_update(rank: int, entries: int) -> None:
+    """Check that an update has something to train.
+
+    Raises:
+        SettingError: unless both are whole numbers from 0, and one of them above.
+    """
+    for name, value in (("rank", rank), ("entries", entries)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise SettingError(f"{name} must be a whole number from 0, got {value!r}")
+    if not rank + entries:
+        raise SettingError("rank and entries are both 0: an update needs one of them")
+
+
+def updated_names(model: nn.Module, patterns: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the layers that get an update.
+
+    Args:
+        model: to search.
+        patterns: of layer names; None is the query and value projections of numbered blocks.
+
+    Raises:
+        NoMatchError: if a pattern matches nothing, or no layer is called like one of them.
+    """
+    names = select(model, patterns, argument="updates").names
+    if patterns is not None:
+        return names
+    found = tuple(name for name in names if name.rpartition(".")[2] in _QUERY_VALUE)
+    if not found:
+        raise NoMatchError(
+            "updates: no linear layer is called query or value, q_proj or v_proj, or alike; say "
+            f"which get an update with updates=, for example: {nearest('query', names)}"
+        )
+    return found
+
+
+def trained_names(
+    model: nn.Module, patterns: Sequence[str] | None, layers: Collection[str]
+) -> tuple[str, ...]:
+    """Return the parameters that are trained besides the updates, of those that now are.
+
+    Args:
+        model: to search.
+        patterns: of parameter names; None is those of linear layers outside of numbered blocks,
+            poolers and heads, but for tied weights.
+        layers: names of those that are frozen in any case.
+
+    Raises:
+        NoMatchError: if a pattern matches no parameter.
+        SettingError: if one is the weight of such a layer.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if patterns is None:
+        return tuple(name for name in names if name in set(_outside(model)))
+    chosen: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise NoMatchError(
+                f"trained: pattern {pattern!r} matches none of the {len(names)} parameters that "
+                f"are trained now; nearest names: {nearest(pattern, names)}"
+            )
+        chosen.update(hits)
+    for name in chosen:
+        layer, _, last = name.rpartition(".")
+        if layer in layers and last != "bias":
+            raise SettingError(
+                f"trained: {name!r} is the weight of a layer that is pruned or gets an update, "
+                "which stays frozen; leave it out, or choose other updates= and pruned="
+            )
+    return tuple(name for name in names if name in chosen)
+
+
+def _outside(model: nn.Module) -> list[str]:
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    return [
+        f"{name}.{kind}"
+        for name, module in model.named_modules()
+        if is_linear(module) and not any(part.isdigit() for part in name.split("."))
+        for kind, parameter in module.named_parameters(recurse=False)
+        if holders[id(parameter)] == 1
+    ]
+
+
+@torch.no_grad()
+def attach_(
+    model: nn.Module,
+    updates: Collection[str],
+    *,
+    rank: int,
+    entries: int,
+    heads: Mapping[str, int] | None = None,
+    seed: int = 0,
+    team: Team = ALONE,
+) -> None:
+    """Give layers an update: a low-rank one, and ``entries`` single ones where GoDec finds them.
+
+    The model computes what it did. ``right`` starts uniform within ``±1/√in``, ``left`` and the
+    values of entries at zero.
+
+    Args:
+        model: changed in place.
+        updates: names of the layers.
+        rank: of each; at most the rank that the layer can have.
+        entries: of each.
+        heads: number of heads of the output projections of attention that get coefficients.
+        seed: of GoDec and of ``right``; no other random numbers are drawn.
+        team: the processes that do the same.
+
+    Raises:
+        NotFiniteError: if a weight is not finite.
+    """
+    heads = heads or {}
+    names = [name for name in dict(model.named_modules()) if name in {*updates, *heads}]
+    built: dict[str, UpdatedLinear] = {}
+    for number, name in enumerate(names):
+        layer = model.get_submodule(name)
+        sizes = (rank, entries) if name in updates else (0, 0)
+        found = godec(view(layer).weight, *sizes, seed=seed)
+        new = UpdatedLinear.in_place_of(layer, *sizes, heads.get(name, 0))
+        new.support.copy_(found.support)
+        generator = torch.Generator().manual_seed(seed + number)
+        start = torch.rand(new.right.shape, generator=generator) * 2 - 1
+        new.right.copy_(start / new.in_features**0.5)
+        built[name] = new
+    team.broadcast_([x for new in built.values() for x in (new.right, new.support)], 0)
+    for name, new in built.items():
+        replace_(model, name, new)
+
+
+def check_updatable(
+    model: nn.Module, pruned: Collection[str], updates: Collection[str], rank: int, entries: int
+) -> None:
+    """Check that layers are plain, and large enough for their updates.
+
+    Raises:
+        LayerError: if one is no plain layer.
+        ShapeError: if one has no such rank, or not so many entries.
+    """
+    for name in (*pruned, *updates):
+        layer = model.get_submodule(name)
+        if isinstance(layer, Replacement):
+            raise LayerError(
+                f"layer {name!r} is a {type(layer).__name__}; DSEE starts from plain layers: leave "
+                "it out with updates=, pruned= or exclude=, or merge it first with merge_dense()"
+            )
+    for name in updates:
+        shape = view(model.get_submodule(name)).shape
+        if rank > min(shape) or entries > math.prod(shape):
+            raise ShapeError(
+                f"layer {name!r} of shape {shape} cannot have an update of rank {rank} and "
+                f"{entries} entries; at most {min(shape)} and {math.prod(shape)}, or leave it out "
+                "with updates="
+            )
+
+
+def freeze_(model: nn.Module, trained: Collection[str]) -> None:
+    """Have the named parameters trained, and no others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+        if name not in trained:
+            parameter.grad = None
+
+
+def update_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of all updates, coefficients that are fixed left out."""
+    return tuple(
+        f"{name}.{kind}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, UpdatedLinear)
+        for kind in ("right", "left", "entries", "coefficients")
+        if getattr(layer, kind).requires_grad
+    )
+
+
+@torch.no_grad()
+def prune_(model: nn.Module, names: Sequence[str], keep: float, scope: str) -> None:
+    """Set the smallest entries of ``W + left right + S`` to zero, where they stay.
+
+    Plain layers are frozen, so that zeros in their weight remain; updated ones get a mask.
+
+    Args:
+        model: changed in place.
+        names: of the layers.
+        keep: share of their entries that stay, met exactly.
+        scope: over what magnitudes are compared; see :func:`largest`.
+    """
+    layers = {name: model.get_submodule(name) for name in names}
+    kept = largest({name: _magnitudes(x) for name, x in layers.items()}, keep, scope)
+    for name, layer in layers.items():
+        if isinstance(layer, UpdatedLinear):
+            layer.prune_(kept[name])
+        else:
+            view(layer).weight.masked_fill_(~kept[name], 0)
+
+
+def _magnitudes(layer: nn.Module) -> Tensor:
+    found = view(layer).weight.abs()
+    if isinstance(layer, UpdatedLinear) and layer.masked:
+        found[~layer.mask] = -1  # what is out must not come back before what is small
+    return found
+
+
+def merge_updates_(model: nn.Module) -> None:
+    """Replace every updated layer by a plain one of the same weight, with true zeros."""
+    updated = [n for n, layer in model.named_modules() if isinstance(layer, UpdatedLinear)]
+    for name in updated:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, UpdatedLinear)
+        replace_(model, name, layer.to_dense())

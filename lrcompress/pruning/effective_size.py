@@ -1,0 +1,148 @@
+"""What a model with updates is once they are merged: its sizes, and what is left of each layer."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lrcompress.nn import Replacement, UpdatedLinear
+from lrcompress.pruning.heads import Attention, remaining
+from lrcompress.report.record import LayerRecord, PointRecord
+from lrcompress.statistics.views import view
+from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
+
+Sides = Mapping[str, tuple[int, int]]
+
+
+def trained_size(model: nn.Module) -> int:
+    """Return how many parameters are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def update_size(model: nn.Module, names: Collection[str], rank: int, entries: int) -> int:
+    """Return how many parameters updates of these layers have."""
+    shapes = [view(model.get_submodule(name)).shape for name in names]
+    return sum(rank * sum(shape) + entries for shape in shapes)
+
+
+@torch.no_grad()
+def effective_size(model: nn.Module) -> int:
+    """Return how many parameters are not zero, each update counted as merged."""
+    updated = [layer for layer in model.modules() if isinstance(layer, UpdatedLinear)]
+    inside = {id(p) for layer in updated for p in layer.factors}
+    total = sum(int(layer.weight.count_nonzero()) for layer in updated)
+    return total + sum(int(p.count_nonzero()) for p in model.parameters() if id(p) not in inside)
+
+
+def narrower(model: nn.Module, found: Collection[Attention]) -> Sides:
+    """Return the rows and columns that projections will have once silent heads are removed."""
+    return _sides(model, {one: one.head_size * int(remaining(model, one).sum()) for one in found})
+
+
+def _sides(model: nn.Module, features: Mapping[Attention, int]) -> Sides:
+    sides = {}
+    for one, left in features.items():
+        for name in one.names:
+            rows, columns = view(model.get_submodule(name)).shape
+            sides[name] = (rows, left) if name == one.output else (left, columns)
+    return sides
+
+
+@torch.no_grad()
+def records(
+    model: nn.Module, names: Sequence[str], sides: Sides | None = None
+) -> list[LayerRecord]:
+    """Return what is left of layers, as they are or would be merged.
+
+    Args:
+        model: that holds them.
+        names: of the layers.
+        sides: rows and columns of those that will lose some.
+    """
+    found = []
+    for name in names:
+        layer = model.get_submodule(name)
+        seen = view(layer)
+        own = layer.sizes if isinstance(layer, Replacement) else None
+        shape = (own["out"], own["in"]) if own else seen.shape
+        rows, columns = (sides or {}).get(name, seen.shape)
+        left = min(int(seen.weight.count_nonzero()), rows * columns)
+        dense = LayerRecord(name, *shape, rank=None, error=0.0, predicted_loss=None)
+        found.append(dense if left == dense.before else _left(dense, rows, columns, left))
+    return found
+
+
+def outcome(
+    method: str,
+    step: int,
+    model: nn.Module,
+    names: Sequence[str],
+    found: Collection[Attention],
+    merge: bool,
+) -> PointRecord:
+    """Return what pruning left of a model whose updates are still trained.
+
+    Args:
+        method: for the record.
+        step: likewise.
+        model: pruned.
+        names: of the pruned layers.
+        found: the attention modules whose heads were pruned.
+        merge: count what will be stored after merging; else what is stored now.
+    """
+    layers = records(model, names, narrower(model, found) if merge else None)
+    whole, gone = dense_size(model), sum(x.before - x.stored for x in layers)
+    seen = sum(int(view(model.get_submodule(name)).weight.count_nonzero()) for name in names)
+    return PointRecord(
+        method,
+        step,
+        layers,
+        whole,
+        whole - gone if merge else sum(p.numel() for p in model.parameters()),
+        bytes_before=dense_bytes(model),
+        bytes_after=stored_bytes(model),
+        trained=trained_size(model),
+        effective=effective_size(model) - seen + sum(x.after for x in layers),
+    )
+
+
+def recount_(record: PointRecord, model: nn.Module) -> None:
+    """Let a record say what its layers and the model are at the end."""
+    record.layers = records(model, [layer.name for layer in record.layers])
+    record.model_after = sum(p.numel() for p in model.parameters())
+    record.bytes_after, record.effective = stored_bytes(model), effective_size(model)
+
+
+def outlook(
+    model: nn.Module, names: Sequence[str], keep: float, found: Collection[Attention] = ()
+) -> list[LayerRecord]:
+    """Return what would be left if every layer, or every attention, kept the same share.
+
+    Args:
+        model: not pruned yet.
+        names: of the layers.
+        keep: of their entries, or of their heads.
+        found: the attention modules whose heads are pruned; none where entries are.
+    """
+    left = {one: one.head_size * max(1, round(keep * one.heads)) for one in found}
+    sides = _sides(model, left)
+    result = []
+    for name in names:
+        shape = view(model.get_submodule(name)).shape
+        dense = LayerRecord(name, *shape, rank=None, error=0.0, predicted_loss=None)
+        rows, columns = sides.get(name, shape)
+        kept = rows * columns if found else round(keep * dense.before)
+        result.append(dense if kept == dense.before else _left(dense, rows, columns, kept))
+    return result
+
+
+def _left(dense: LayerRecord, rows: int, columns: int, entries: int) -> LayerRecord:
+    return replace(
+        dense,
+        rank=0,
+        error=None,
+        rows=rows,
+        parameters=rows * columns,
+        entries=None if entries == rows * columns else entries,
+    )

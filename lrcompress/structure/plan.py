@@ -1,0 +1,298 @@
+"""The structure of a compressed model as data: the one way to give a model its structure."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lrcompress.errors import CheckpointError, LayerError, NoMatchError, ShapeError, nearest
+from lrcompress.nn import KINDS, FactoredTable, LowRankEmbedding, LowRankLinear, Replacement
+from lrcompress.statistics.views import is_linear, is_table, view
+from lrcompress.structure.checkpoint import how_to_join, read_checkpoint
+from lrcompress.structure.surgery import replace_
+from lrcompress.structure.tied_weights import (
+    first_holders,
+    plain_forms,
+    restate_,
+    same_storage,
+    share_,
+)
+
+VERSION = 1
+DENSE = "dense"  # the kind of a layer that is as the architecture made it
+_SIDES = ("in", "out")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer that is not as the architecture made it.
+
+    Attributes:
+        name: its path in the model.
+        kind: a key of :data:`lrcompress.nn.KINDS`, or ``"dense"`` for one that goes back to a
+            plain layer.
+        sizes: ``in`` and ``out``, and those that the kind has of its own.
+        tied: the layer whose factors it shares, as an output head those of an embedding; or "".
+    """
+
+    name: str
+    kind: str
+    sizes: Mapping[str, int]
+    tied: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered list of layers and what stands in their place.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        >>> plan = Plan((LayerPlan("0", "low_rank", {"in": 8, "out": 8, "rank": 2}),))
+        >>> model[0].__class__.__name__, plan.apply_(model)[0].__class__.__name__
+        ('Linear', 'LowRankLinear')
+        >>> Plan.of(model) == Plan.from_dict(plan.to_dict()) == plan
+        True
+    """
+
+    layers: tuple[LayerPlan, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Plan":
+        """Return the structure that ``model`` has now."""
+        return cls(tuple(_plans_now(model, lambda module: isinstance(module, Replacement))))
+
+    @classmethod
+    def matching(cls, model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> "Plan":
+        """Return what has to change in ``model`` before it can hold the tensors of ``state``.
+
+        The keys and shapes say it all: ``name.left.weight`` beside ``name.right.weight`` stands
+        for factors, other kinds have others, and ``name.weight`` stands for a plain layer. Layers
+        are tied if their factors lie in the same memory.
+
+        Raises:
+            CheckpointError: if what should be factors are not of their form.
+        """
+        every = _plans_now(model, lambda module: is_linear(module) or is_table(module))
+        modules = dict(model.named_modules())
+        stored = [_stored(modules[x.name], x, state, f"{prefix}{x.name}.") for x in every]
+        factors = {x.name: KINDS[x.kind].told_by for x in stored if x.kind != DENSE}
+        tied = same_storage(state, factors, prefix)
+        wanted = [replace(x, tied=tied.get(x.name, "")) for x in stored]
+        return cls(tuple(x for x, now in zip(wanted, every, strict=True) if x != now))
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Give ``model`` this structure, on any device, ``meta`` included; values are not set.
+
+        Layers that have it already are left alone. Nothing is changed if anything is wrong.
+
+        Raises:
+            NoMatchError: if a named layer is not in the model.
+            ShapeError: if its sizes are not the plan's.
+            LayerError: if it is of a type that cannot be factored.
+            CheckpointError: if the plan gives it a kind that is not known, or ties it to a layer
+                that it cannot share factors with.
+        """
+        modules = dict(model.named_modules())
+        built = {layer.name: _build(layer, modules) for layer in self.layers}
+        _check_ties(self.layers, modules | built)
+        old = [modules[layer.name] for layer in self.layers if layer.kind == DENSE]
+        plain = plain_forms(module for module in old if isinstance(module, Replacement))
+        for name, new in built.items():
+            new = plain.get(new, new)  # type: ignore[call-overload]
+            if new is not modules[name]:
+                replace_(model, name, new)
+        for layer in self.layers:
+            if layer.tied:
+                share_(model.get_submodule(layer.name), model.get_submodule(layer.tied))
+        restate_(model)
+        return model
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the plan in plain types."""
+        layers = [asdict(layer) | {"sizes": dict(layer.sizes)} for layer in self.layers]
+        listed = [{k: v for k, v in layer.items() if k != "tied" or v} for layer in layers]
+        return {"version": VERSION, "layers": listed}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> "Plan":
+        """Return the plan that :meth:`to_dict` described.
+
+        Raises:
+            CheckpointError: if ``data`` is no such description, or of a later version.
+        """
+        if data.get("version") != VERSION:
+            raise CheckpointError(
+                f"expected a plan of version {VERSION}, got version {data.get('version')!r}"
+            )
+        try:
+            layers = tuple(
+                LayerPlan(
+                    str(layer["name"]),
+                    str(layer["kind"]),
+                    {str(key): int(value) for key, value in layer["sizes"].items()},
+                    str(layer.get("tied", "")),
+                )
+                for layer in data["layers"]  # type: ignore[attr-defined]
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"this is no plan: {error!r}") from error
+        return cls(layers)
+
+
+def _layer_plan(name: str, module: nn.Module) -> LayerPlan:
+    if isinstance(module, Replacement):
+        return LayerPlan(name, module.kind, module.sizes)
+    out_features, in_features = view(module, f"layer {name!r}", table=True).shape
+    return LayerPlan(name, DENSE, {"in": in_features, "out": out_features})
+
+
+def _plans_now(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[LayerPlan]:
+    found = {name: module for name, module in model.named_modules() if wanted(module)}
+    tied = first_holders(found)
+    return [replace(_layer_plan(n, m), tied=tied.get(n, "")) for n, m in found.items()]
+
+
+def _check_ties(layers: Iterable[LayerPlan], modules: Mapping[str, nn.Module]) -> None:
+    """Check that layers can share factors.
+
+    Raises:
+        CheckpointError: if they cannot.
+    """
+    for layer in layers:
+        if not layer.tied:
+            continue
+        sides = [modules.get(name) for name in (layer.name, layer.tied)]
+        kinds = {type(side) for side in sides}
+        alike = len(kinds) == 1 and isinstance(sides[0], FactoredTable)
+        if not (alike or kinds <= {LowRankLinear, LowRankEmbedding}):
+            raise CheckpointError(
+                f"layer {layer.name!r} of kind {layer.kind!r} cannot share the factors of "
+                f"{layer.tied!r}: embeddings of one kind can, and low-rank output heads"
+            )
+        sizes = [dict(side.sizes) for side in sides if isinstance(side, Replacement)]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                f"layer {layer.name!r} of sizes {sizes[0]} cannot share the factors of "
+                f"{layer.tied!r}, which has {sizes[1]}"
+            )
+
+
+def _stored(
+    module: nn.Module, now: LayerPlan, state: Mapping[str, Tensor], prefix: str
+) -> LayerPlan:
+    """Return the layer as ``state`` holds it, or as it is where ``state`` does not.
+
+    Raises:
+        CheckpointError: if its factors are not of their form.
+    """
+    for kind in KINDS.values():
+        found = {part: state[prefix + part] for part in kind.told_by if prefix + part in state}
+        if len(found) < len(kind.told_by) or not kind.takes(module):
+            continue
+        for part, axes in kind.told_by.items():
+            if not isinstance(found[part], Tensor) or found[part].ndim != axes:
+                got = tuple(getattr(found[part], "shape", ()))
+                raise CheckpointError(
+                    f"{prefix}{part} must be a tensor with {axes} axes, got shape {got}"
+                )
+        shapes = {part: tuple(value.shape) for part, value in found.items()}
+        return LayerPlan(now.name, kind.kind, kind.told_sizes(shapes))
+    if f"{prefix}weight" in state:
+        return LayerPlan(now.name, DENSE, {side: now.sizes[side] for side in _SIDES})
+    return now
+
+
+def _build(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module:
+    if layer.name not in modules:
+        raise NoMatchError(
+            f"the plan names layer {layer.name!r}, which the model does not have; nearest: "
+            f"{nearest(layer.name, modules)}"
+        )
+    old = modules[layer.name]
+    now = _layer_plan(layer.name, old)
+    sides = {side: now.sizes[side] for side in _SIDES}
+    if any(sides[side] != layer.sizes.get(side) for side in _SIDES):
+        raise ShapeError(
+            f"layer {layer.name!r} has sizes {sides}, the plan gives it {dict(layer.sizes)}"
+        )
+    if now == replace(layer, tied="") or layer.kind == DENSE:
+        return old
+    return _made(layer, old, sides)
+
+
+def _made(layer: LayerPlan, old: nn.Module, sides: Mapping[str, int]) -> nn.Module:
+    if layer.kind not in KINDS:
+        raise CheckpointError(
+            f"layer {layer.name!r} is of kind {layer.kind!r}; known: {', '.join((*KINDS, DENSE))}"
+        )
+    kind = KINDS[layer.kind]
+    if not kind.takes(old):
+        raise LayerError(
+            f"layer {layer.name!r} is a {type(old).__name__}, which cannot become {layer.kind!r}"
+        )
+    limits = kind.limits(sides)
+    for size, (least, most) in limits.items():
+        if not least <= layer.sizes.get(size, -1) <= most:
+            raise ShapeError(
+                f"layer {layer.name!r} of sizes {dict(sides)} cannot have {size} "
+                f"{layer.sizes.get(size)}; from {least} to {most} it could"
+            )
+    return kind.in_place_of(old, **{size: layer.sizes[size] for size in limits})
+
+
+def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:
+    """Give ``model`` the structure it needs to load a checkpoint.
+
+    Call it where Lightning cannot know: in a LightningModule's ``on_load_checkpoint``, for
+    ``load_from_checkpoint``, or in ``configure_model`` under sharded strategies, before anything
+    is sharded::
+
+        def on_load_checkpoint(self, checkpoint):
+            lrcompress.restore_structure(self, checkpoint)
+
+    Args:
+        model: changed in place; layers that fit already are left alone.
+        checkpoint: a Lightning checkpoint or a state dict, as a path or as loaded; or the folder
+            of a distributed checkpoint.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: if the file or its ``state_dict`` is none, or a folder holds no plan.
+    """
+    if not isinstance(checkpoint, Mapping):
+        if Path(checkpoint).is_dir():
+            return _plan_in(Path(checkpoint)).apply_(model)
+        checkpoint = read_checkpoint(checkpoint, mapped=True)
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"state_dict must be a mapping, got {type(state).__name__}")
+    return Plan.matching(model, state).apply_(model)
+
+
+def _plan_in(folder: Path) -> Plan:
+    """Return the plan that a callback has left beside the shards of a checkpoint.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    path = folder / "meta.pt"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no distributed checkpoint: it has no {path.name}")
+    states = read_checkpoint(path).get("callbacks", {})
+    for state in states.values():
+        if isinstance(state, Mapping) and "param_names" in state and "plan" in state:
+            return Plan.from_dict(state["plan"])
+    raise CheckpointError(
+        f"{path} holds no plan, since no callback of lrcompress was saved with it; make one file "
+        f"of the folder: {how_to_join(folder)}"
+    )

@@ -1,0 +1,261 @@
+"""Every run leaves a report, and tells it once: files, one table, loggers."""
+
+import copy
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+from torch import nn
+
+import lrcompress
+from lrcompress.callbacks.sensitivity import Dense
+from lrcompress.engine.compress import factor_
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import SettingError
+from lrcompress.report import Report
+from lrcompress.statistics.moments import Statistics
+
+Make = Callable[..., Any]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
+    pytest.mark.filterwarnings("ignore:You are trying to .self.log.*barebones"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks"),
+]
+
+
+def factorize(**kwargs: Any) -> lrcompress.Factorize:
+    return lrcompress.Factorize(**({"keep": 0.5, "at": 0.5, "every_n_steps": 2} | kwargs))
+
+
+def test_a_run_leaves_json_and_a_page_beside_its_logs_and_says_where(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = factorize()
+    logger = CSVLogger(tmp_path, name="logs", version=0)
+    trainer(callback, logger=logger).fit(tagger(), loader(), loader())
+    folder = tmp_path / "logs" / "version_0"
+    assert Report.load(folder) == callback.report
+    assert "<h1>version_0</h1>" in (folder / "report.html").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.count("what was lost and gained") == 1
+    steps = [step for step, _ in callback.report.history["val_loss"]]
+    assert steps == [6, 12, 18]
+    assert callback.report.final == {"val_loss": callback.report.history["val_loss"][-1][1]}
+
+
+def test_without_logs_it_is_in_the_root_folder_or_where_it_was_asked_for(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    trainer(factorize(verbose=False)).fit(tagger(), loader())
+    assert {path.name for path in tmp_path.iterdir()} >= {"report.json", "report.html"}
+    path = tmp_path / "there" / "mine.json"
+    trainer(factorize(verbose=False, report_path=str(path))).fit(tagger(), loader())
+    assert {path.name for path in path.parent.iterdir()} == {"mine.json", "mine.html"}
+
+
+@pytest.mark.parametrize(
+    ("options", "run"),
+    [
+        ({"report_path": None}, {}),
+        ({}, {"fast_dev_run": 4}),
+        ({"report_path": "mine.json"}, {"fast_dev_run": 4}),
+        ({}, {"barebones": True, "enable_progress_bar": None, "enable_model_summary": None}),
+    ],
+    ids=["None", "fast_dev_run", "fast_dev_run with a path", "barebones"],
+)
+def test_nothing_is_written_where_nothing_should_be(
+    options: dict[str, Any],
+    run: dict[str, Any],
+    tagger: Make,
+    loader: Make,
+    trainer: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    callback = factorize(verbose=False, at="step:2", window="step:2", every_n_steps=1, **options)
+    if "barebones" in run:
+        run = run | {"enable_checkpointing": None, "logger": None, "num_sanity_val_steps": None}
+    trainer(callback, **run).fit(tagger(), loader(), loader())
+    assert callback.report.points
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_is_no_json_file_is_refused() -> None:
+    with pytest.raises(
+        SettingError, match=r"report_path is a file that ends in \.json .*'x\.html'"
+    ):
+        factorize(report_path="x.html")
+
+
+def test_two_callbacks_have_one_table_and_one_report(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = factorize(targets=["blocks.0.*"], at=0.3)
+    sparse = {"keep": 0.5, "mask_every": 2, "at": 0.4}
+    second = lrcompress.LoSparse(targets=["blocks.1.*"], **sparse)
+    model = tagger()
+    trainer(first, second).fit(model, loader(), loader())
+    report = Report.load(tmp_path)
+    assert [point.method for point in report.points] == ["kfac", "LoSparse"]
+    assert len(report.layers_after(1)) == 4
+    assert report.points[1].model_after == sum(p.numel() for p in model.parameters())
+    assert set(report.seconds_per_step) == {"dense", "pruning", "factored"}
+    assert capsys.readouterr().out.count("what was lost and gained") == 1
+
+
+def test_losparse_tells_its_budget_and_the_scores_it_chose_by(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    callback = lrcompress.LoSparse(keep=0.4, mask_every=2, verbose=False)
+    trainer(callback).fit(tagger(), loader(), loader())
+    (point,) = Report.load(tmp_path).points
+    steps, kept = zip(*point.budget, strict=True)
+    assert list(steps) == sorted(steps)
+    assert steps[-1] < point.step
+    assert all(later <= before for before, later in itertools.pairwise(kept))
+    assert kept[0] > kept[-1] >= point.keep
+    for layer in point.layers:
+        count, scores = zip(*layer.importance, strict=True)
+        assert (count[0], count[-1]) == (1, layer.out_features)
+        assert list(scores) == sorted(scores, reverse=True)
+        assert scores[0] > 0
+    assert point.bytes_after == 4 * point.model_after
+
+
+def test_a_resumed_run_tells_the_same_story(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    def sparse() -> lrcompress.LoSparse:
+        return lrcompress.LoSparse(keep=0.4, mask_every=2, verbose=False)
+
+    whole = sparse()
+    trainer(whole, every_step=True).fit(tagger(), loader(), loader())
+    resumed = sparse()
+    run = trainer(resumed, default_root_dir=tmp_path / "again")
+    run.fit(tagger(), loader(), loader(), ckpt_path=tmp_path / "step=8.ckpt", weights_only=True)
+    one, other = whole.report.to_dict(), resumed.report.to_dict()
+    for told in (one, other):
+        told.pop("seconds_per_step")
+        told["points"][0].pop("seconds")  # type: ignore[index]
+    assert one == other
+    assert json.dumps(one)
+
+
+def test_training_that_stops_early_leaves_no_stale_figures(
+    tagger: Make, loader: Make, trainer: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = factorize(at="step:8", report_path=None)
+    trainer(callback, max_steps=10, max_epochs=-1).fit(tagger(), loader(), loader())
+    assert callback.report.final == {}
+    assert [step for step, _ in callback.report.history["val_loss"]] == [6]
+    assert "not validated after the last point" in capsys.readouterr().out
+
+
+def test_measured_layers_are_each_alone_and_the_model_ends_the_same(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    models = {}
+    for measure in (False, True):
+        callback = factorize(verbose=False, report_path=None, measure_layers=measure)
+        models[measure] = tagger(dropout=0.0)
+        trainer(callback).fit(models[measure], loader(), loader())
+    one, other = (model.state_dict() for model in models.values())
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    (point,) = callback.report.points
+    measured = [layer.measured_loss for layer in point.layers if layer.rank]
+    assert len(measured) >= 3
+    assert all(isinstance(value, float) for value in measured)
+
+
+def test_what_a_layer_loses_alone_is_the_loss_of_the_dense_model_with_that_layer(
+    tagger: Make, loader: Make, trainer: Make, batches: Make
+) -> None:
+    def loss(model: nn.Module) -> float:
+        model.eval()
+        with torch.no_grad():
+            losses = [nn.functional.cross_entropy(model(x), x["labels"]) for x in batches()]
+        return float(torch.stack(losses).mean())
+
+    found: dict[str, float] = {}
+    expected: dict[str, float] = {}
+
+    class Measure(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            settings = Settings(method="svd", keep=0.4)
+            start = copy.deepcopy(pl_module)
+            dense = Dense(pl_module, settings.select(pl_module).names)
+            record = factor_(pl_module, Statistics(), settings)
+            for name in dense.layers:  # biases are refitted by the methods that know the inputs
+                pl_module.get_submodule(name).bias.data.add_(0.1)
+            end = copy.deepcopy(pl_module)
+            found.update(dense.losses(trainer, pl_module, record.layers))
+            for name in dense.layers:
+                alone = copy.deepcopy(start)
+                alone.get_submodule(name).load_state_dict(
+                    {x: getattr(end.get_submodule(name), x) for x in ("weight", "bias")}
+                )
+                expected[name] = loss(alone) - loss(start)
+            now, then = pl_module.state_dict(), end.state_dict()
+            assert all(torch.equal(now[key], then[key]) for key in then)
+            assert now.keys() == then.keys()
+
+    trainer(Measure(), max_steps=1).fit(tagger(), loader(), loader())
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert len(found) == 4
+    assert min(map(abs, found.values())) > 1e-4
+
+
+class Album(Logger):
+    """A logger with a writer that takes images as TensorBoard's does."""
+
+    name, version = "album", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: dict[str, tuple[Any, int, str]] = {}
+
+    @property
+    def experiment(self) -> "Album":
+        return self
+
+    def add_image(self, name: str, image: Any, step: int, dataformats: str) -> None:
+        self.images[name] = (image, step, dataformats)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
+
+    log_hyperparams = log_metrics
+
+
+def test_a_logger_that_takes_images_gets_the_figures(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    album = Album()
+    callback = factorize(verbose=False, report_path=None)
+    trainer(callback, logger=album).fit(tagger(), loader(), loader())
+    assert {"lrcompress/ranks", "lrcompress/budget", "lrcompress/curves0"} <= album.images.keys()
+    for image, step, order in album.images.values():
+        assert (image.shape[1:], str(image.dtype)) == ((500, 3), "uint8")
+        assert (step, order) == (18, "HWC")
+
+
+def test_tensorboard_has_the_figures(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboardX", reason="an optional logger, not among the test tools")
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    callback = factorize(verbose=False)
+    trainer(callback, logger=logger).fit(tagger(), loader(), loader())
+    assert (tmp_path / "report.html").exists()
+    (events,) = tmp_path.glob("events.*")
+    data = events.read_bytes()
+    assert b"lrcompress/ranks" in data
+    assert data.count(b"\x89PNG") >= 5

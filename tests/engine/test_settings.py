@@ -1,0 +1,58 @@
+"""Settings that are checked when they are made; most are in test_engine.py, where they act."""
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from lrcompress.engine.compress import compress
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import SettingError
+from lrcompress.report.tables import point_table
+
+
+def test_tokens_to_measure_at_are_known_or_given() -> None:
+    assert Settings(method="svd", keep_measured=True, measured_tokens=5).measured_tokens == 5
+    assert Settings(method="drone", keep_measured=True).measured_tokens is None
+    for given in (0, 2.5, True):
+        with pytest.raises(SettingError, match="measured_tokens must be a whole number from 1"):
+            Settings(measured_tokens=given)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"'svd' observes no steps .* give measured_tokens="):
+        Settings(method="svd", keep_measured=True)
+
+
+def test_layers_are_measured_at_the_tokens_of_a_step() -> None:
+    tiny = [nn.Linear(8, 8) for _ in range(100)]
+    model = nn.Sequential(nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 8), *tiny)
+    batches = [torch.randn(count, 1024) for count in (60, 68)]
+    record = compress(
+        model,
+        batches,
+        lambda model, batch: model(batch).square().mean(),
+        method="drone",
+        targets=["*"],
+        align=1,
+        keep=0.3,
+        keep_measured=True,
+    )
+    wide, *others = record.layers
+    staying = [layer for layer in others if "stays as it is" in layer.note]
+    assert staying
+    assert all(layer.rank is None for layer in staying)
+    assert all(layer.note.endswith("× its time at 64 tokens") for layer in staying)
+    assert wide.rank is not None
+    assert "stays" not in wide.note
+    assert record.note == ""
+    assert record.keep <= 0.3
+
+
+def test_a_keep_that_is_missed_is_in_the_report() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    settings = {"method": "svd", "keep": 0.5, "keep_measured": True, "measured_tokens": 4}
+    record = compress(model, [], lambda model, batch: model(batch).mean(), **settings)
+    assert [layer.rank for layer in record.layers] == [None, None]
+    console = Console(width=150, color_system=None)
+    with console.capture() as capture:
+        console.print(point_table(record))
+    assert "keep=0.5 is missed, 1.000 remains: 2 of 2 layers" in capture.get()
+    assert "2: stays as it is: a rank of 4 takes" in capture.get()
