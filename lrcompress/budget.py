@@ -313,7 +313,7 @@ def match_bounds(
     return lowest, None if greatest >= 1 else max(1, int(greatest * scale + 1e-9))
 
 
-def shares(candidates: Sequence[Candidate], ranks: Mapping[str, int | None]) -> float:
+def kept_share(candidates: Sequence[Candidate], ranks: Mapping[str, int | None]) -> float:
     """Return the keep that ``ranks`` amount to over all ``candidates``."""
     return sum(cost(c, ranks[c.name]) for c in candidates) / sum(c.dense for c in candidates)
 
@@ -361,7 +361,7 @@ def kept_units(
     return dict(zip(scores, torch.split(kept, sizes), strict=True))
 
 
-def divide(
+def allocate_ranks_and_rows(
     row_losses: Mapping[str, Tensor], units: Mapping[str, int], budget: int
 ) -> dict[str, int]:
     """Return the rank of every layer that shares one budget best between ranks and rows.

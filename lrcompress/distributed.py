@@ -21,7 +21,7 @@ BUCKET = 1 << 23  # values sent at once
 
 
 @dataclass(frozen=True)
-class Team:
+class Processes:
     """The processes of a group, seen by one of them. One alone never communicates.
 
     All methods but :meth:`deal` and :meth:`turns` are collective: every process calls them in the
@@ -33,16 +33,16 @@ class Team:
         index: the number of this process.
         size: how many there are.
         group: their process group; None is the default one.
-        parted: whether each process holds a part of every parameter.
+        sharded: whether each process holds a part of every parameter.
     """
 
-    parted: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
     index: int = 0
     size: int = 1
     group: Any = None
 
     @classmethod
-    def of(cls, group: Any = None) -> "Team":
+    def of(cls, group: Any = None) -> "Processes":
         """Return the processes of a group; this one alone where nothing is initialised."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
@@ -55,16 +55,16 @@ class Team:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the plain object of every process, in their order."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._reaching():
+        with self._explain_failure():
             dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def attempt(self, work: Callable[[], T]) -> list[T]:
+    def run_on_all(self, work: Callable[[], T]) -> list[T]:
         """Return what ``work`` gives in every process; if it fails in one, fail in all.
 
         Args:
@@ -82,7 +82,7 @@ class Team:
             if self.size == 1:
                 raise
             failure = error
-        told = self.gather((value, None if failure is None else _told(failure)))
+        told = self.all_gather((value, None if failure is None else _described_error(failure)))
         if failure is not None:
             raise failure
         for number, (_, error_told) in enumerate(told):
@@ -91,9 +91,9 @@ class Team:
                 raise kind(f"process {number}: {message}")
         return [one for one, _ in told]
 
-    def decide(self, work: Callable[[], T]) -> T:
+    def run_on_first(self, work: Callable[[], T]) -> T:
         """Return what ``work`` gives in the first process, in all of them."""
-        return self.attempt(lambda: work() if self.index == 0 else None)[0]  # type: ignore[return-value]
+        return self.run_on_all(lambda: work() if self.index == 0 else None)[0]  # type: ignore[return-value]
 
     def broadcast_(self, tensors: Sequence[Tensor], source: int) -> None:
         """Give ``tensors`` the values they have in the process ``source``."""
@@ -103,24 +103,24 @@ class Team:
         source = dist.get_global_rank(group, source)
         for part in _parts(tensors):
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in part]).to(self.device)
-            with self._reaching():
+            with self._explain_failure():
                 dist.broadcast(flat, source, group=self.group)
             received = torch.split(flat, [tensor.numel() for tensor in part])
             for tensor, values in zip(part, received, strict=True):
                 tensor.detach().copy_(values.view(tensor.shape))
 
-    def sum_(self, flat: Tensor) -> None:
+    def all_reduce_(self, flat: Tensor) -> None:
         """Add up a contiguous tensor over all processes, in place."""
         if self.size == 1:
             return
         there = flat.to(self.device)
-        with self._reaching():
+        with self._explain_failure():
             dist.all_reduce(there, group=self.group)
         if there is not flat:
             flat.copy_(there)
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _explain_failure(self) -> Iterator[None]:
         """Say what a process that dies or hangs means for the others.
 
         Raises:
@@ -135,14 +135,14 @@ class Team:
                 "last checkpoint, with ckpt_path="
             ) from error
 
-    def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
+    def assign(self, costs: Mapping[str, float]) -> dict[str, int]:
         """Return which process does what, so that the busiest has as little as possible.
 
         The greatest go first, each to the process with the least so far: at most a third more
         than the best there is.
 
         Example:
-            >>> Team(0, 2).deal({"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0})
+            >>> Processes(0, 2).assign({"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0})
             {'a': 0, 'b': 1, 'c': 1, 'd': 0}
         """
         load, owner = [0.0] * self.size, dict.fromkeys(costs, 0)
@@ -151,23 +151,23 @@ class Team:
             load[owner[name]] += costs[name]
         return owner
 
-    def turns(self, owner: Mapping[str, int]) -> list[list[str]]:
+    def rounds(self, owner: Mapping[str, int]) -> list[list[str]]:
         """Return layers in the turns in which their owners work on them: all at once.
 
-        Where parameters are parted, at most one layer of every owner is whole at a time.
+        Where parameters are sharded, at most one layer of every owner is whole at a time.
         """
         return [list(owner)]
 
-    def lay_down(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         """Have ``model`` hold its own parameters, not what a forward pass has gathered."""
 
     @contextmanager
-    def reading(self, model: nn.Module, name: str) -> Iterator[None]:  # noqa: ARG002
+    def gathered(self, model: nn.Module, name: str) -> Iterator[None]:  # noqa: ARG002
         """Have a layer's parameters whole inside the block, to be read and not changed."""
         yield
 
     @contextmanager
-    def whole(
+    def unsharded(
         self,
         model: nn.Module,  # noqa: ARG002
         names: Sequence[str],  # noqa: ARG002
@@ -175,17 +175,17 @@ class Team:
     ) -> Iterator[None]:
         """Have layers and their optimizer state whole inside the block, which may replace them.
 
-        Afterwards what then stands under these names is parted as before. Values have to be the
+        Afterwards what then stands under these names is sharded as before. Values have to be the
         same in all processes at the end of the block.
         """
         yield
 
-    def unite_(self, parts: Tensor) -> None:
-        """Add up what each process found in :func:`own_rows`; here each has found it all."""
+    def sum_rows_(self, parts: Tensor) -> None:
+        """Add up what each process found in :func:`local_rows`; here each has found it all."""
 
-    def differing(self, values: Mapping[str, object]) -> tuple[str, list[object]] | None:
+    def first_difference(self, values: Mapping[str, object]) -> tuple[str, list[object]] | None:
         """Return the first name whose value is not the same in all processes, and its values."""
-        told = self.gather(dict(values))
+        told = self.all_gather(dict(values))
         names = dict.fromkeys(name for one in told for name in one)
         for name in names:
             found = [one.get(name) for one in told]
@@ -194,16 +194,16 @@ class Team:
         return None
 
 
-ALONE = Team()
+ONE_PROCESS = Processes()
 
 
-def own_rows(tensor: Tensor) -> tuple[Tensor, slice]:
+def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
     """Return the rows of a parameter, or of what is as it is, that this process holds.
 
     Of a plain tensor these are all. They share the tensor's memory; to be called without grad.
 
     Example:
-        >>> own_rows(torch.zeros(3, 2))[1]
+        >>> local_rows(torch.zeros(3, 2))[1]
         slice(0, 3, None)
     """
     if not hasattr(tensor, "to_local"):
@@ -214,7 +214,7 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, slice]:
     return local, slice(start, start + len(local))
 
 
-def _told(error: Exception) -> tuple[type[LRCompressError], str]:
+def _described_error(error: Exception) -> tuple[type[LRCompressError], str]:
     if isinstance(error, LRCompressError):
         return type(error), str(error)
     return PlatformError, f"{type(error).__name__}: {error}"

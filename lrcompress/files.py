@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a place to write a file to, which becomes ``path`` once it is complete.
 
     If writing fails, what was at ``path`` before stays there, and nothing else is left. The

@@ -12,12 +12,12 @@ from lrcompress.budget import (
     ALLOCATIONS,
     Candidate,
     allocate,
+    allocate_ranks_and_rows,
     check_keep,
     cost,
-    divide,
+    kept_share,
     kept_units,
     match_bounds,
-    shares,
 )
 from lrcompress.errors import SettingError
 
@@ -205,7 +205,7 @@ def test_a_layer_whose_factors_are_not_smaller_stays_dense(allocation: str) -> N
     ranks = allocate(layers, 0.5, allocation)
     assert ranks["narrow"] is None
     assert ranks["wide"] is not None
-    assert shares(layers, ranks) <= 0.5
+    assert kept_share(layers, ranks) <= 0.5
 
 
 @each_allocation
@@ -330,7 +330,7 @@ def test_useful_ranks_are_those_whose_factors_are_smaller() -> None:
 
 def test_shares_are_parameters_after_over_before() -> None:
     layers = [Candidate("a", 40, 40), Candidate("b", 10, 20)]
-    assert shares(layers, {"a": 5, "b": None}) == pytest.approx((400 + 200) / 1800)
+    assert kept_share(layers, {"a": 5, "b": None}) == pytest.approx((400 + 200) / 1800)
 
 
 # Units
@@ -482,7 +482,7 @@ def test_ranks_and_rows_are_the_best_of_all_for_what_they_spend(seed: int, count
     hull = lower_hull(points)
     least, most = sum(units.values()), max(cost for cost, _ in points)
     for budget in range(least, most + 3, 2):
-        ranks = divide(losses, units, budget)
+        ranks = allocate_ranks_and_rows(losses, units, budget)
         assert list(ranks) == list(losses)
         within = [p for p in every_choice(losses, units, widths, ranks) if p[0] <= budget]
         assert within, "the ranks alone are within the budget"
@@ -508,7 +508,7 @@ def test_what_ranks_take_never_exceeds_the_budget(seed: int) -> None:
         units[f"{i}"] = out + width
     for share in (1.0, 1.1, 2.0, 5.0, 100.0):
         budget = int(share * sum(units.values()))
-        ranks = divide(losses, units, budget)
+        ranks = allocate_ranks_and_rows(losses, units, budget)
         assert sum(rank * units[name] for name, rank in ranks.items()) <= budget
         assert all(1 <= rank <= 7 for rank in ranks.values())
 
@@ -517,36 +517,36 @@ def test_where_ranks_save_more_than_rows_all_goes_to_ranks() -> None:
     # 80 parameters: a rank saves 40·(2(10 − r) − 1), two rows at most 2·(10 − r)²
     loss = (10 - torch.arange(21.0)).clamp(min=0).square()[:, None].expand(21, 40)
     for rank in range(1, 11):
-        assert divide({"a": loss}, {"a": 80}, 80 * rank) == {"a": rank}
-        assert divide({"a": loss}, {"a": 80}, 80 * rank + 79) == {"a": rank}
-    assert divide({"a": loss}, {"a": 80}, 10**6) == {"a": 10}
+        assert allocate_ranks_and_rows({"a": loss}, {"a": 80}, 80 * rank) == {"a": rank}
+        assert allocate_ranks_and_rows({"a": loss}, {"a": 80}, 80 * rank + 79) == {"a": rank}
+    assert allocate_ranks_and_rows({"a": loss}, {"a": 80}, 10**6) == {"a": 10}
 
 
 def test_where_a_few_rows_hold_the_loss_all_goes_to_rows() -> None:
     loss = torch.zeros(21, 40)
     loss[:, :5] = 100.0
-    assert divide({"a": loss}, {"a": 80}, 80 + 5 * 40) == {"a": 1}
+    assert allocate_ranks_and_rows({"a": loss}, {"a": 80}, 80 + 5 * 40) == {"a": 1}
 
 
 def test_layers_that_lose_nothing_have_one_rank() -> None:
     losses = {"a": torch.zeros(6, 4), "b": torch.rand(6, 4).cumprod(0)}
-    assert divide(losses, {"a": 10, "b": 10}, 60)["a"] == 1
-    assert divide({"a": losses["a"]}, {"a": 10}, 60) == {"a": 1}
+    assert allocate_ranks_and_rows(losses, {"a": 10, "b": 10}, 60)["a"] == 1
+    assert allocate_ranks_and_rows({"a": losses["a"]}, {"a": 10}, 60) == {"a": 1}
 
 
 def test_the_currency_of_the_losses_does_not_matter() -> None:
     torch.manual_seed(0)
     losses, units, _ = some_losses(random.Random(3), 3)
     budget = 2 * sum(units.values())
-    plain = divide(losses, units, budget)
+    plain = allocate_ranks_and_rows(losses, units, budget)
     for scale in (1e-12, 1e12):
         scaled = {name: scale * loss for name, loss in losses.items()}
-        assert divide(scaled, units, budget) == plain
+        assert allocate_ranks_and_rows(scaled, units, budget) == plain
 
 
 def test_a_budget_below_one_rank_a_layer_is_refused() -> None:
     losses, units = {"a": torch.rand(3, 600), "b": torch.rand(3, 4)}, {"a": 1000, "b": 10}
-    assert divide(losses, units, 1010) == {"a": 1, "b": 1}
+    assert allocate_ranks_and_rows(losses, units, 1010) == {"a": 1, "b": 1}
     message = "the budget of 1,009 parameters is below one rank a layer, 1,010"
     with pytest.raises(SettingError, match=message):
-        divide(losses, units, 1009)
+        allocate_ranks_and_rows(losses, units, 1009)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrcompress.distributed import ALONE, Team, checksums
+from lrcompress.distributed import ONE_PROCESS, Processes, checksums
 from lrcompress.errors import ShapeError
 
 Launch = Callable[..., list[str]]
@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from lrcompress.errors import LRCompressError, ObservationError, PlatformError, ShapeError
-from lrcompress.distributed import Team, checksums
+from lrcompress.distributed import Processes, checksums
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import KINDS, Statistics
-from lrcompress.statistics.reduction import all_reduce_, fold_, reduced_bytes
+from lrcompress.statistics.reduction import all_reduce_, reduce_to_first_, reduced_bytes
 
 dist.init_process_group("gloo")
-world = Team.of()
+world = Processes.of()
 pair = dist.new_group([0, 1])
 SIZES = (2, 5, 1, 4)  # of the batches of each process, in each of three steps
 
@@ -83,14 +83,14 @@ def counted(tensor, *args, **kwargs):
     return plain(tensor, *args, **kwargs)
 
 
-for team, numbers in ((world, range(4)), (Team.of(pair), range(2))):
-    if team.index < 0:
+for processes, numbers in ((world, range(4)), (Processes.of(pair), range(2))):
+    if processes.index < 0:
         continue
     for accumulate in (1, 2):
-        mine = observed([team.index], accumulate)
+        mine = observed([processes.index], accumulate)
         whole = observed(list(numbers))
         dist.all_reduce, before = counted, len(calls)
-        all_reduce_(mine, team, bucket=1000)
+        all_reduce_(mine, processes, bucket=1000)
         dist.all_reduce = plain
         assert sum(calls[before:]) == reduced_bytes(mine), (calls, reduced_bytes(mine))
         assert max(calls[before:]) <= 4000 and len(calls) - before > 3
@@ -108,7 +108,7 @@ for team, numbers in ((world, range(4)), (Team.of(pair), range(2))):
                 for kind in sums.values:
                     torch.testing.assert_close(
                         held[name].moment(kind), sums.moment(kind), rtol=1e-4, atol=1e-5)
-        same = team.gather({n: s.state_dict() for n, s in mine.inputs.items()})
+        same = processes.all_gather({n: s.state_dict() for n, s in mine.inputs.items()})
         assert all(torch.equal(a["q"][k].triu() if a["q"][k].ndim == 2 else a["q"][k],
                                same[0]["q"][k].triu() if a["q"][k].ndim == 2 else same[0]["q"][k])
                    for a in same for k in a["q"])
@@ -116,7 +116,7 @@ for team, numbers in ((world, range(4)), (Team.of(pair), range(2))):
 # processes that saw other layers, or nothing at all; folded onto the first
 mine = observed([world.index], idle=[2]) if world.index != 3 else Statistics()
 ours, theirs = observed([0, 1]), observed([2], idle=[2])
-fold_(mine, world)
+reduce_to_first_(mine, world)
 if world.index == 0:
     for name in ("q", "down"):
         total = sum(x.outputs[name].moment("output_moment") for x in (ours, theirs))
@@ -145,28 +145,28 @@ def fails():
         raise ShapeError("no")
     return world.index
 told = "no" if world.index == 2 else "process 2: no"
-assert raised(lambda: world.attempt(fails)) == (ShapeError, told)
+assert raised(lambda: world.run_on_all(fails)) == (ShapeError, told)
 def breaks():
     if world.index == 0:
         raise KeyError("x")
 try:
-    world.attempt(breaks)
+    world.run_on_all(breaks)
 except (PlatformError, KeyError) as error:
     assert (type(error) is KeyError) == (world.index == 0)
     assert world.index == 0 or str(error) == "process 0: KeyError: 'x'"
-assert world.attempt(lambda: world.index) == [0, 1, 2, 3]
-assert world.decide(lambda: world.index + 10) == 10
+assert world.run_on_all(lambda: world.index) == [0, 1, 2, 3]
+assert world.run_on_first(lambda: world.index + 10) == 10
 
 tensors = [torch.full(shape, float(world.index)) for shape in ((3,), (2, 2), ())]
 tensors.append(torch.full((2,), world.index))
 world.broadcast_(tensors, 3)
 assert all(bool((t == 3).all()) for t in tensors)
-if team.size == 2:
-    tensors = [torch.full((3,), float(team.index))]
-    team.broadcast_(tensors, 1)
+if processes.size == 2:
+    tensors = [torch.full((3,), float(processes.index))]
+    processes.broadcast_(tensors, 1)
     assert tensors[0][0] == 1
-assert world.differing({"a": 1, "b": world.index // 3}) == ("b", [0, 0, 0, 1])
-assert world.differing({"a": 1}) is None
+assert world.first_difference({"a": 1, "b": world.index // 3}) == ("b", [0, 0, 0, 1])
+assert world.first_difference({"a": 1}) is None
 print("ok", world.index)
 """
 
@@ -180,14 +180,14 @@ def test_four_processes_know_what_one_would(launch: Launch, tmp_path: Path) -> N
 
 def test_one_alone_tells_no_one() -> None:
     tensor = torch.ones(2)
-    ALONE.broadcast_([tensor], 0)
-    ALONE.sum_(tensor)
-    assert Team.of() == ALONE
-    assert ALONE.gather(3) == [3]
-    assert ALONE.differing({"a": 1}) is None
+    ONE_PROCESS.broadcast_([tensor], 0)
+    ONE_PROCESS.all_reduce_(tensor)
+    assert Processes.of() == ONE_PROCESS
+    assert ONE_PROCESS.all_gather(3) == [3]
+    assert ONE_PROCESS.first_difference({"a": 1}) is None
     assert tensor.tolist() == [1, 1]
     with pytest.raises(ShapeError, match=r"^no$"):
-        ALONE.attempt(_fail)
+        ONE_PROCESS.run_on_all(_fail)
 
 
 def _fail() -> None:
@@ -196,10 +196,10 @@ def _fail() -> None:
 
 def test_work_is_dealt_evenly() -> None:
     costs = {f"layer{i}": float(cost) for i, cost in enumerate([9, 7, 6, 5, 5, 4, 3, 1])}
-    owner = Team(0, 3).deal(costs)
+    owner = Processes(0, 3).assign(costs)
     loads = [sum(costs[n] for n, who in owner.items() if who == i) for i in range(3)]
     assert max(loads) <= 14
-    assert owner == Team(2, 3).deal(costs)
+    assert owner == Processes(2, 3).assign(costs)
     assert list(owner) == list(costs)
 
 

@@ -8,17 +8,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from lrcompress.bench.models import Batch, Subject, TorchSubject
-from lrcompress.bench.onnx import OnnxSubject
+from lrcompress.bench.models import Batch, BenchModel, TorchModel
+from lrcompress.bench.onnx import OnnxModel
 from lrcompress.bench.record import LayerTime, Run, Speed, ideal_speedup
 from lrcompress.bench.timing import interleaved, ratio, timed_layers
 from lrcompress.errors import SettingError
-from lrcompress.nn import Factored
+from lrcompress.nn import FactoredLinear
 from lrcompress.statistics.views import is_linear, view
 
 
 def compare(
-    subject: Subject, reference: Subject | None, batch: Batch, *, device: str, rounds: int
+    subject: BenchModel, reference: BenchModel | None, batch: Batch, *, device: str, rounds: int
 ) -> Run:
     """Measure one model, or two in turns; where both are modules, their layers too.
 
@@ -38,11 +38,11 @@ def compare(
     work: dict[str, Callable[[], object]] = {one.name: partial(one.call, batch) for one in subjects}
     layers: list[LayerTime] = []
     ideal = None
-    if isinstance(subject, TorchSubject) and isinstance(reference, TorchSubject):
+    if isinstance(subject, TorchModel) and isinstance(reference, TorchModel):
         taken, layers, ideal = _with_layers(subject, reference, work, batch, rounds)
     else:
         taken = interleaved(work, rounds)
-    if isinstance(subject, OnnxSubject) and isinstance(reference, OnnxSubject):
+    if isinstance(subject, OnnxModel) and isinstance(reference, OnnxModel):
         now, before = (one.products(batch) for one in (subject, reference))
         ideal = ideal_speedup(before.share, now.size / before.size)
     size, length = next(iter(batch.values())).shape[:2]
@@ -55,8 +55,8 @@ def compare(
 
 
 def _with_layers(
-    subject: TorchSubject,
-    reference: TorchSubject,
+    subject: TorchModel,
+    reference: TorchModel,
     work: Mapping[str, Callable[[], object]],
     batch: Batch,
     rounds: int,
@@ -65,7 +65,7 @@ def _with_layers(
     names = _factored_in_one(subject.model, reference.model)
     seen: dict[str, list[dict[str, float]]] = {subject.name: [], reference.name: []}
 
-    def layers_of(one: TorchSubject) -> None:
+    def layers_of(one: TorchModel) -> None:
         with torch.no_grad(), timed_layers(one.model, names) as spent:
             one.model(**batch)
         seen[one.name].append(spent)
@@ -96,7 +96,7 @@ def _layer_time(
     whole: Sequence[float],
 ) -> LayerTime:
     layer, plain = model.get_submodule(name), [row[name] for row in rows]
-    assert isinstance(layer, Factored)
+    assert isinstance(layer, FactoredLinear)
     found = view(layer)
     return LayerTime(
         name,
@@ -112,11 +112,11 @@ def _layer_time(
 
 def _factored_in_one(model: nn.Module, reference: nn.Module) -> list[str]:
     """Return the layers that are factored in ``model`` and plain in ``reference``."""
-    plain = {n: m for n, m in reference.named_modules() if not isinstance(m, Factored)}
+    plain = {n: m for n, m in reference.named_modules() if not isinstance(m, FactoredLinear)}
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, Factored)
+        if isinstance(module, FactoredLinear)
         and name in plain
         and is_linear(plain[name])
         and view(plain[name]).shape == view(module).shape

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from lrcompress.bench.timing import interleaved, ratio
-from lrcompress.budget import Candidate, allocate, shares
+from lrcompress.budget import Candidate, allocate, kept_share
 from lrcompress.errors import SettingError
 from lrcompress.nn import LowRankLinear
 from lrcompress.statistics.views import view
 
 
 @dataclass(frozen=True)
-class Choice:
+class RankChoice:
     """What each layer gets.
 
     Attributes:
@@ -28,14 +28,14 @@ class Choice:
     missed: str = ""
 
 
-def allocate_faster(
+def allocate_by_latency(
     model: nn.Module,
     asked: Sequence[Candidate],
     keep: float | None,
     allocation: str,
     align: int,
     tokens: int,
-) -> Choice:
+) -> RankChoice:
     """Share a budget out, and leave layers as they are whose factors are not faster here.
 
     Each layer is measured at the rank it would get. What those that stay take of the budget,
@@ -62,19 +62,19 @@ def allocate_faster(
     while new := _not_faster(model, free, ranks, tokens, times):
         notes |= new
         free = [one for one in free if one.name not in notes]
-        held = [_held(one, model) if one.name in notes else one for one in asked]
+        held = [_candidate_as_is(one, model) if one.name in notes else one for one in asked]
         try:
             ranks = allocate(held, keep, allocation, align)
         except SettingError:
             ranks = first | allocate([one for one in held if one.name in notes], None)
             break
-    kept, missed = shares(asked, ranks), ""
+    kept, missed = kept_share(asked, ranks), ""
     if keep is not None and notes and kept > keep + 1e-9:
         missed = (
             f"keep={keep:g} is missed, {kept:.3f} remains: {len(notes)} of {len(asked)} layers "
             "are not faster with factors and stay as they are"
         )
-    return Choice(ranks, notes, missed)
+    return RankChoice(ranks, notes, missed)
 
 
 def _not_faster(
@@ -101,7 +101,7 @@ def _not_faster(
     return found
 
 
-def _held(one: Candidate, model: nn.Module) -> Candidate:
+def _candidate_as_is(one: Candidate, model: nn.Module) -> Candidate:
     """Return a layer that asks for what it has."""
     layer = model.get_submodule(one.name)
     if isinstance(layer, LowRankLinear):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 Batch = Mapping[str, Tensor]
 
 
-class Subject(ABC):
+class BenchModel(ABC):
     """A model as something that can be called.
 
     Attributes:
@@ -43,7 +43,7 @@ class Subject(ABC):
         return None
 
 
-class TorchSubject(Subject):
+class TorchModel(BenchModel):
     """A module in evaluation mode.
 
     Args:

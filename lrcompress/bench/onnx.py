@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lrcompress.bench.models import Batch, Subject
+from lrcompress.bench.models import Batch, BenchModel
 from lrcompress.errors import SettingError
 
 
@@ -27,7 +27,7 @@ class Products:
     size: int
 
 
-class OnnxSubject(Subject):
+class OnnxModel(BenchModel):
     """A file run by onnxruntime on the CPU.
 
     Args:

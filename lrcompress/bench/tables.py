@@ -6,21 +6,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lrcompress.bench.models import Subject
+from lrcompress.bench.models import BenchModel
 from lrcompress.bench.record import LayerTime, Run
 from lrcompress.report.tables import plain_table
 
 _MANY = 6  # names in one warning
 
 
-def bench_table(subjects: Sequence[Subject], runs: Sequence[Run], title: str) -> RenderableType:
+def bench_table(subjects: Sequence[BenchModel], runs: Sequence[Run], title: str) -> RenderableType:
     """Return how large the models are, how fast each run was, and what layers gained nothing."""
     layers = [_layers(runs)] if any(run.layers for run in runs) else []
     warnings = [Text(line, style="yellow") for run in runs for line in _slower(run)]
     return Group(Text(title, style="bold"), _sizes(subjects), _runs(runs), *layers, *warnings)
 
 
-def _sizes(subjects: Sequence[Subject]) -> Table:
+def _sizes(subjects: Sequence[BenchModel]) -> Table:
     table = plain_table("")
     table.add_column("model", no_wrap=True)
     table.add_column("parameters", justify="right")

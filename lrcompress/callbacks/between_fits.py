@@ -13,12 +13,12 @@ from typing_extensions import override
 
 from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.factorize import Factorize
-from lrcompress.callbacks.warmup import Restart, check_restart
+from lrcompress.callbacks.warmup import LearningRateWarmup, check_warmup
 from lrcompress.errors import CheckpointError, PlatformError, SettingError
-from lrcompress.files import whole
+from lrcompress.files import atomic_write
 from lrcompress.report import Report
 from lrcompress.schedules import Warmup
-from lrcompress.structure.checkpoint import read_lightning
+from lrcompress.structure.checkpoint import read_lightning_checkpoint
 from lrcompress.structure.plan import restore_structure
 
 VERSION = 1
@@ -47,12 +47,12 @@ class StartFrom(pl.Callback):
         self, checkpoint: str, restart_steps: float = 0.05, restart_scale: float = 1.0
     ) -> None:
         super().__init__()
-        check_restart(restart_steps, restart_scale)
+        check_warmup(restart_steps, restart_scale)
         self.checkpoint = checkpoint
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
         self.report = Report()
         self._taken = 0
-        self._restart: Restart | None = None
+        self._warmup: LearningRateWarmup | None = None
         self._hooks = ExitStack()
 
     @property
@@ -62,7 +62,7 @@ class StartFrom(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        held = read_lightning(self.checkpoint)
+        held = read_lightning_checkpoint(self.checkpoint)
         state = held.get("callbacks", {}).get(STATE)
         if state is None:
             raise CheckpointError(
@@ -72,7 +72,7 @@ class StartFrom(pl.Callback):
         self.load_state_dict(state)
         self._taken = 0
         if stage == "fit":
-            load_(pl_module, held, self.checkpoint)
+            load_weights_(pl_module, held, self.checkpoint)
         else:  # what is validated may have been trained since
             restore_structure(pl_module, held)
 
@@ -80,7 +80,7 @@ class StartFrom(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = self.restart_steps
         if 0 < steps < 1:
-            total, _ = trainer_state.lengths(trainer)
+            total, _ = trainer_state.run_lengths(trainer)
             if total == float("inf"):
                 raise SettingError(
                     f"restart_steps={steps} is a share of a length that is not known in advance; "
@@ -95,12 +95,12 @@ class StartFrom(pl.Callback):
                 f"StartFrom lets the learning rate of torch optimizers rise, and {strange[0]} is "
                 "none; set restart_steps=0 and restart_scale=1, and let your schedule begin low"
             )
-        self._restart = Restart(Warmup(int(steps), self.restart_scale), self._taken)
-        self._restart.attach(trainer.optimizers, self._hooks)
+        self._warmup = LearningRateWarmup(Warmup(int(steps), self.restart_scale), self._taken)
+        self._warmup.attach(trainer.optimizers, self._hooks)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        taken = self._taken if self._restart is None else self._restart.taken
+        taken = self._taken if self._warmup is None else self._warmup.taken
         return {"version": VERSION, "taken": taken, "report": self.report.to_dict()}
 
     @override
@@ -122,7 +122,7 @@ class StartFrom(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._taken = self.state_dict()["taken"]
-        self._restart = None
+        self._warmup = None
         self._hooks.close()
 
 
@@ -160,8 +160,8 @@ def factor_checkpoint(
         CheckpointError: if the checkpoint cannot be read, or is not of the module.
         SettingError: if ``point`` or ``batches`` is not what it may be.
     """
-    once = callback.at_boundary(point, batches)
-    load_(module, read_lightning(checkpoint), checkpoint)
+    once = callback.between_fits(point, batches)
+    load_weights_(module, read_lightning_checkpoint(checkpoint), checkpoint)
     modes = {name: part.training for name, part in module.named_modules()}
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -180,18 +180,18 @@ def factor_checkpoint(
     with ExitStack() as after, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*in eval mode at the start of training")
         after.callback(vars(module).pop, "configure_optimizers", None)
-        module.configure_optimizers = lambda: _Still(module.parameters())  # type: ignore[method-assign]
+        module.configure_optimizers = lambda: _NoUpdate(module.parameters())  # type: ignore[method-assign]
         trainer.fit(module.eval(), data)
     for name, part in module.named_modules():
         part.training = modes.get(name, module.training)
-    held = trainer_state.weights(trainer)
+    held = trainer_state.weights_checkpoint(trainer)
     state = {"version": VERSION, "taken": 0, "report": once.report.to_dict()}
-    with whole(out) as passing:
+    with atomic_write(out) as passing:
         torch.save({**held, "callbacks": {STATE: state}}, passing)
     return once.report
 
 
-def load_(module: pl.LightningModule, held: Mapping[str, Any], source: str | Path) -> None:
+def load_weights_(module: pl.LightningModule, held: Mapping[str, Any], source: str | Path) -> None:
     """Give a module the structure and the weights of a checkpoint.
 
     Raises:
@@ -207,7 +207,7 @@ def load_(module: pl.LightningModule, held: Mapping[str, Any], source: str | Pat
         ) from error
 
 
-class _Still(Optimizer):
+class _NoUpdate(Optimizer):
     """Runs the closure, and moves nothing."""
 
     def __init__(self, params: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-from lrcompress.files import whole
+from lrcompress.files import atomic_write
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -27,5 +27,5 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return
         held = io.BytesIO()  # torch says less of a full disk than the file system does
         torch.save(checkpoint, held)
-        with whole(path) as passing:
+        with atomic_write(path) as passing:
             passing.write_bytes(held.getbuffer())

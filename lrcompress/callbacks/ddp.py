@@ -8,41 +8,41 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lrcompress.callbacks import fsdp
-from lrcompress.callbacks.trainer_state import is_sharding, steps_done
-from lrcompress.distributed import ALONE, Team, checksums
+from lrcompress.callbacks.trainer_state import steps_done, uses_fsdp2
+from lrcompress.distributed import ONE_PROCESS, Processes, checksums
 from lrcompress.errors import PlatformError
 from lrcompress.nn import Replacement
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
 
 
-def team(trainer: pl.Trainer) -> Team:
+def processes_of(trainer: pl.Trainer) -> Processes:
     """Return the processes that train together."""
-    if is_sharding(trainer):
-        return fsdp.ShardedTeam.of()
-    return Team.of() if trainer.world_size > 1 else ALONE
+    if uses_fsdp2(trainer):
+        return fsdp.ShardedProcesses.of()
+    return Processes.of() if trainer.world_size > 1 else ONE_PROCESS
 
 
-def check_layers(module: nn.Module, names: Sequence[str], team: Team, owner: str) -> None:
+def check_layers(module: nn.Module, names: Sequence[str], processes: Processes, owner: str) -> None:
     """Refuse layers that are sharded in a way that cannot be followed.
 
     Raises:
         PlatformError: with the way out.
     """
-    if team.parted:
+    if processes.sharded:
         fsdp.check_units(module)
-        fsdp.check_layers(module, names, team, owner)
+        fsdp.check_layers(module, names, processes, owner)
 
 
-def check_same_module(module: nn.Module, team: Team) -> None:
+def check_same_module(module: nn.Module, processes: Processes) -> None:
     """Refuse processes that start from different modules.
 
     Raises:
         PlatformError: naming the first parameter that differs.
     """
-    if team.size == 1:
+    if processes.size == 1:
         return
-    found = team.differing(
+    found = processes.first_difference(
         {
             name: f"{tuple(p.shape)} {'trained' if p.requires_grad else 'frozen'}"
             for name, p in module.named_parameters()
@@ -55,15 +55,15 @@ def check_same_module(module: nn.Module, team: Team) -> None:
         )
 
 
-def check_same_lengths(trainer: pl.Trainer, team: Team) -> None:
+def check_same_lengths(trainer: pl.Trainer, processes: Processes) -> None:
     """Refuse processes that would reach a point at different steps.
 
     Raises:
         PlatformError: with the batches that each has.
     """
-    if team.size == 1:
+    if processes.size == 1:
         return
-    found = team.differing(
+    found = processes.first_difference(
         {
             "batches": float(trainer.num_training_batches),
             "epochs": trainer.max_epochs,
@@ -78,14 +78,14 @@ def check_same_lengths(trainer: pl.Trainer, team: Team) -> None:
         )
 
 
-def check_same_checkpoint(state: Mapping[str, Any], team: Team) -> None:
+def check_same_checkpoint(state: Mapping[str, Any], processes: Processes) -> None:
     """Refuse processes that go on from different points of a run, as nodes with disks of their own.
 
     Raises:
         PlatformError: with what differs.
     """
     held = {"points that are done": state["stage"], "layers": str(state["plan"])}
-    found = team.differing(held | {"observed": state["observation"]["folded"]})
+    found = processes.first_difference(held | {"observed": state["observation"]["folded"]})
     if found is not None:
         raise PlatformError(
             f"the processes were given different checkpoints: {found[0]} {_each(found[1])}; keep "
@@ -93,7 +93,7 @@ def check_same_checkpoint(state: Mapping[str, Any], team: Team) -> None:
         )
 
 
-def check_identical(module: nn.Module, team: Team) -> None:
+def check_same_parameters(module: nn.Module, processes: Processes) -> None:
     """Compare all parameters and the structure over the processes.
 
     Of a parameter of which each process holds a part, its shape is compared; it was compared
@@ -102,22 +102,22 @@ def check_identical(module: nn.Module, team: Team) -> None:
     Raises:
         PlatformError: naming the first parameter that differs.
     """
-    if team.parted:
-        team.attempt(lambda: fsdp.check_units(module))
-    if team.size == 1:
+    if processes.sharded:
+        processes.run_on_all(lambda: fsdp.check_units(module))
+    if processes.size == 1:
         return
     ignored = set(getattr(module, _IGNORED, ()))
     tensors = dict(module.named_parameters()) | dict(_structure_buffers(module))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    parted = {n: tuple(t.shape) for n, t in tensors.items() if hasattr(t, "full_tensor")}
-    alike: dict[str, object] = dict(parted)
-    alike |= checksums({n: t for n, t in tensors.items() if n not in parted})
-    found = team.differing(alike)
+    sharded = {n: tuple(t.shape) for n, t in tensors.items() if hasattr(t, "full_tensor")}
+    alike: dict[str, object] = dict(sharded)
+    alike |= checksums({n: t for n, t in tensors.items() if n not in sharded})
+    found = processes.first_difference(alike)
     if found is not None:
         name, sums = found
         same = [str(number) for number, one in enumerate(sums) if one == sums[0]]
         raise PlatformError(
-            f"{name!r} is not the same in all {team.size} processes: those like the first are "
+            f"{name!r} is not the same in all {processes.size} processes: those like the first are "
             f"{', '.join(same)}; something has changed it in one of them only"
         )
 
@@ -132,7 +132,7 @@ def _structure_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from child.named_buffers(prefix)
 
 
-def rewrap_(trainer: pl.Trainer) -> None:
+def rebuild_ddp_(trainer: pl.Trainer) -> None:
     """Let DDP follow a change of structure: a new wrapper, with the strategy's own settings.
 
     The old one's hooks come off, and gradients, which may be views of its buckets, are dropped.
@@ -146,7 +146,7 @@ def rewrap_(trainer: pl.Trainer) -> None:
     module = strategy.model = strategy.lightning_module
     for parameter in module.parameters():
         parameter.grad = None
-    _forget_buckets(strategy._ddp_comm_state)
+    _reset_communication_hook(strategy._ddp_comm_state)
     strategy._pl_static_graph_delay_done = False
     ignored = getattr(module, _IGNORED, None)
     # indices and masks are the same everywhere; DDP would send them with every forward pass
@@ -161,7 +161,7 @@ def rewrap_(trainer: pl.Trainer) -> None:
             setattr(module, _IGNORED, ignored)
 
 
-def _forget_buckets(state: Any) -> None:
+def _reset_communication_hook(state: Any) -> None:
     """Let a communication hook with a memory, as PowerSGD is, start anew with new buckets."""
     for name in ("error_dict", "p_memory_dict", "q_memory_dict"):
         getattr(state, name, {}).clear()

@@ -1,4 +1,4 @@
-"""A fit that takes no step: what would refuse the real one refuses this one too."""
+"""Dry runs: start a fit and stop before its first step, or observe without training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,22 +15,22 @@ from lrcompress.engine.settings import Settings
 from lrcompress.statistics.moments import Statistics
 
 # By name: of both Lightnings, and of the command line's own. What only shows or saves.
-_SILENT = {"Checkpoint", "ProgressBar", "ModelSummary", "SaveConfigCallback"}
+_ONLY_SHOW_OR_SAVE = {"Checkpoint", "ProgressBar", "ModelSummary", "SaveConfigCallback"}
 
 
-class _EnoughError(Exception):
-    """The rehearsal is over."""
+class _DryRunEndError(Exception):
+    """The dry run has got as far as it is to."""
 
 
-class _Stop(pl.Callback):
+class _StopBeforeFirstStep(pl.Callback):
     """Ends a fit where its first step would begin."""
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        raise _EnoughError
+        raise _DryRunEndError
 
 
-class _Look(pl.Callback):
+class _ObserveOnly(pl.Callback):
     """Observes training batches and lets no optimizer step change anything."""
 
     def __init__(self, settings: Settings, sampling: Sampling, num_batches: int) -> None:
@@ -46,7 +46,7 @@ class _Look(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._left:
-            raise _EnoughError
+            raise _DryRunEndError
         self._left -= 1
         self.observation.open_step(batch)
 
@@ -81,7 +81,7 @@ class _Look(pl.Callback):
         self.observation.close_step()
 
 
-def rehearse(trainer: pl.Trainer, module: pl.LightningModule, **fit: Any) -> None:
+def dry_run(trainer: pl.Trainer, module: pl.LightningModule, **fit: Any) -> None:
     """Let a fit begin and end it before its first step, so that all its checks are made.
 
     Nothing is trained, shown, logged or saved; data and optimizers are set up.
@@ -91,10 +91,10 @@ def rehearse(trainer: pl.Trainer, module: pl.LightningModule, **fit: Any) -> Non
         module: as for ``trainer.fit``.
         **fit: as for ``trainer.fit``.
     """
-    _fit(trainer, module, [*_loud(trainer), _Stop()], fit)
+    _fit_with(trainer, module, [*_callbacks_that_check(trainer), _StopBeforeFirstStep()], fit)
 
 
-def look(
+def observe_batches(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     settings: Settings,
@@ -115,18 +115,22 @@ def look(
     Raises:
         ObservationError: if no batch had a finite loss.
     """
-    looking = _Look(settings, sampling, num_batches)
-    _fit(trainer, module, [looking], fit)
+    looking = _ObserveOnly(settings, sampling, num_batches)
+    _fit_with(trainer, module, [looking], fit)
     looking.observation.check("of this pass")
     return looking.observation.statistics
 
 
-def _loud(trainer: pl.Trainer) -> list[pl.Callback]:
+def _callbacks_that_check(trainer: pl.Trainer) -> list[pl.Callback]:
     held: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in held if not _SILENT & {kind.__name__ for kind in type(one).__mro__}]
+    return [
+        one
+        for one in held
+        if not _ONLY_SHOW_OR_SAVE & {kind.__name__ for kind in type(one).__mro__}
+    ]
 
 
-def _fit(
+def _fit_with(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     callbacks: list[pl.Callback],
@@ -138,7 +142,7 @@ def _fit(
     trainer.num_sanity_val_steps = 0
     try:
         trainer.fit(module, **fit)
-    except _EnoughError:
+    except _DryRunEndError:
         pass
     finally:
         trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps = held  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from lrcompress.budget import check_keep
 from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
-from lrcompress.callbacks.scheduled import Course
+from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import CheckpointError, LayerError, PlatformError, SettingError
 from lrcompress.pruning import dsee, effective_size, heads
@@ -28,7 +28,7 @@ _PRUNE_AT = 1 / 3  # of the way from `at` to the end
 _MOMENTS = 20  # at which gradual pruning goes on
 
 
-class DSEE(Course):
+class DSEE(CompressionCallback):
     """Train sparse low-rank updates beside a frozen backbone, prune it, and merge both.
 
     At ``at`` some matrices get an update, ``W + left right + S``, of low rank and with a few
@@ -154,7 +154,7 @@ class DSEE(Course):
         self._before: dict[str, Any] = {"groups": [], "frozen": []}
         self._merged = False
 
-    # What a course is asked
+    # What the base class asks
 
     @property
     @override
@@ -189,13 +189,15 @@ class DSEE(Course):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer_state.is_sharding(trainer):
+        if stage == "fit" and trainer_state.uses_fsdp2(trainer):
             raise PlatformError(
                 "DSEE freezes and prunes single entries of layers of which each process has only "
                 "some under FSDP2; use strategy='ddp', or Trainer(devices=1): with a frozen "
                 "backbone gradients and optimizer take little memory"
             )
-        others = [type(one).__name__ for one in self._courses(trainer) if one is not self]
+        others = [
+            type(one).__name__ for one in self._compression_callbacks(trainer) if one is not self
+        ]
         if stage == "fit" and others:
             raise SettingError(
                 f"DSEE freezes the whole model and holds on to its optimizer's groups, {others[0]} "
@@ -229,7 +231,7 @@ class DSEE(Course):
                         "or resume from a checkpoint before that"
                     )
             dsee.freeze_(module, own["trained"])
-            trainer_state.regroup_(module, optimizers, state["param_names"])
+            trainer_state.regroup_parameters_(module, optimizers, state["param_names"])
         self._before, self._merged = dict(own["before"]), own["merged"]
         super()._resume(module, optimizers, state)
 
@@ -246,11 +248,11 @@ class DSEE(Course):
         }
         return state | {"dsee": own}
 
-    # The course of a fit
+    # During the fit
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._merged and trainer_state.steps_done(trainer) < self._lengths(trainer)[0]:
+        if self._merged and trainer_state.steps_done(trainer) < self._run_lengths(trainer)[0]:
             raise CheckpointError(
                 "the checkpoint was written after the updates were merged, at the end of a run; "
                 "resume from one before that, or leave ckpt_path out and start from its weights"
@@ -259,7 +261,7 @@ class DSEE(Course):
             named = (self._pruned, self._updates)
             dsee.check_updatable(pl_module, *named, self.rank, self.entries)
         if self.keep < 1:
-            self._place(*self._lengths(trainer))
+            self._place(*self._run_lengths(trainer))
         super().on_train_start(trainer, pl_module)
 
     def _place(self, total: float, per_epoch: float) -> None:
@@ -293,7 +295,7 @@ class DSEE(Course):
         now = trainer_state.steps_done(trainer)
         if self._stage == 1 and now in self._moments and trainer_state.between_steps(trainer):
             dsee.prune_(pl_module, self._pruned, self._schedule(now), self.scope)
-            trainer_state.log(trainer, {"keep": self._schedule(now)})
+            trainer_state.log_figures(trainer, {"keep": self._schedule(now)})
 
     @override
     def on_before_optimizer_step(
@@ -305,21 +307,21 @@ class DSEE(Course):
         heads.penalise_(pl_module, self._attentions, optimizer, self.l1 / scale)
 
     @override
-    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+    def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         last = self._stage == len(self.points) - 1
-        before = trainer_state.validate(trainer) if last and now and self.validate else {}
+        before = trainer_state.run_validation(trainer) if last and now and self.validate else {}
         started = time.perf_counter()
         if self._stage == 0:
             self._attach(trainer, module)
         else:
             self._prune(trainer, module)
-        self._settle(trainer, module)
+        self._sync_structure(trainer, module)
         if last:
             seconds = time.perf_counter() - started
-            after = trainer_state.validate(trainer) if self.validate else {}
+            after = trainer_state.run_validation(trainer) if self.validate else {}
             method = f"DSEE, {self.structure}" if self._pruned else "DSEE"
             layers = self._pruned or self._updates
-            record = effective_size.outcome(
+            record = effective_size.pruning_record(
                 method, now, module, layers, self._attentions, self.merge
             )
             record.seconds, record.metrics = seconds, {"before": before, "after": after}
@@ -327,7 +329,7 @@ class DSEE(Course):
                 f"{len(self._updates)} layers were updated, each by rank {self.rank} and "
                 f"{self.entries} entries"
             )
-            self._record(trainer, record)
+            self._record_point(trainer, record)
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         optimizers = trainer.optimizers
@@ -353,7 +355,7 @@ class DSEE(Course):
             entries=self.entries,
             heads=outputs,
             seed=self.seed,
-            team=self._team,
+            processes=self._processes,
         )
         coming: dict[str, list[str]] = {}
         for name in dsee.update_parameters(module):
@@ -361,7 +363,7 @@ class DSEE(Course):
         for name in (*trained, ""):
             coming[name] = [name]
         dsee.freeze_(module, {name for names in coming.values() for name in names})
-        trainer_state.regroup_(module, optimizers, _replaced(groups, coming))
+        trainer_state.regroup_parameters_(module, optimizers, _replaced(groups, coming))
 
     def _prune(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not self._attentions:
@@ -372,7 +374,7 @@ class DSEE(Course):
         groups = trainer_state.parameter_names(module, trainer.optimizers)
         fixed = {f"{name}.coefficients" for name in kept}
         stay = {n: [n] for one in groups for names in one for n in names if n not in fixed}
-        trainer_state.regroup_(module, trainer.optimizers, _replaced(groups, stay))
+        trainer_state.regroup_parameters_(module, trainer.optimizers, _replaced(groups, stay))
 
     @override
     def on_train_batch_end(
@@ -395,9 +397,9 @@ class DSEE(Course):
         dsee.merge_updates_(module)
         names = dict(module.named_parameters())
         dsee.freeze_(module, names.keys() - set(self._before["frozen"]))
-        trainer_state.regroup_(module, trainer.optimizers, self._before["groups"])
+        trainer_state.regroup_parameters_(module, trainer.optimizers, self._before["groups"])
         self._merged = True
-        self._settle(trainer, module)
+        self._sync_structure(trainer, module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -415,7 +417,7 @@ class DSEE(Course):
         dsee.check_updatable(model, self._pruned, self._updates, self.rank, self.entries)
         chosen = {*self._pruned, *self._updates}
         others = set(dsee.trained_names(model, self.trained, chosen))
-        layers = effective_size.outlook(
+        layers = effective_size.preview(
             model, self._pruned or self._updates, self.keep, self._attentions
         )
         trained = effective_size.update_size(model, self._updates, self.rank, self.entries)
@@ -428,8 +430,8 @@ class DSEE(Course):
             "what is pruned is shown uniform; training shares it out by size"
             + ("" if self._attentions or not self._pruned else "; zeros are stored"),
         ]
-        if self._at_steps:
-            steps = ", pruned at ".join(f"{step:,}" for step in self._at_steps)
+        if self._point_steps:
+            steps = ", pruned at ".join(f"{step:,}" for step in self._point_steps)
             notes.append(f"updates attached at step {steps}, of {self._total:,.0f} steps")
         title = f"DSEE: {self.structure}, keep {self.keep}, at {self.at}"
         return plan_table(layers, title, whole, 0, notes)

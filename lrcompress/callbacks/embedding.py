@@ -12,9 +12,9 @@ from typing_extensions import override
 from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
-from lrcompress.callbacks.scheduled import Course
-from lrcompress.callbacks.warmup import check_restart
-from lrcompress.embedding import Table, TableSettings, factor_tables_, record_of
+from lrcompress.callbacks.scheduled import CompressionCallback
+from lrcompress.callbacks.warmup import check_warmup
+from lrcompress.embedding import EmbeddingSettings, EmbeddingTable, factor_tables_, record_of
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Point, parse_points
@@ -23,7 +23,7 @@ from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import TABLE_KINDS
 
 
-class FactorizeEmbedding(Course):
+class FactorizeEmbedding(CompressionCallback):
     """Replace embeddings by narrow ones and what widens their rows, during an ordinary fit.
 
     Before each point it counts which tokens training reads; at the point a table becomes one of
@@ -109,7 +109,7 @@ class FactorizeEmbedding(Course):
     ) -> None:
         self.keep, self.rank, self.at, self.window = keep, rank, at, window
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
-        check_restart(restart_steps, restart_scale)
+        check_warmup(restart_steps, restart_scale)
         points, keeps = parse_points(at, keep)
         if len(points) > 1 and method != "low_rank":
             raise SettingError(
@@ -117,7 +117,7 @@ class FactorizeEmbedding(Course):
                 f"got at={at!r}"
             )
         self.settings = [
-            TableSettings(
+            EmbeddingSettings(
                 method=method,
                 keep=share,
                 rank=rank,
@@ -151,12 +151,12 @@ class FactorizeEmbedding(Course):
         )
 
     @override
-    def settings_at(self, stage: int) -> TableSettings:
+    def settings_at(self, stage: int) -> EmbeddingSettings:
         return self.settings[stage]
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer_state.is_sharding(trainer):
+        if stage == "fit" and trainer_state.uses_fsdp2(trainer):
             raise PlatformError(
                 "FactorizeEmbedding replaces tables that other layers may hold too, which sharding "
                 "cannot follow; use strategy='ddp', or factor in a fit on one device first and "
@@ -182,18 +182,18 @@ class FactorizeEmbedding(Course):
         super().on_fit_start(trainer, pl_module)
 
     @override
-    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+    def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         settings, statistics = self.settings[self._stage], self._observation.statistics
-        before = trainer_state.validate(trainer) if self.validate else {}
-        optimizers, team = trainer.optimizers, self._team
+        before = trainer_state.run_validation(trainer) if self.validate else {}
+        optimizers, processes = trainer.optimizers, self._processes
         record = factor_tables_(
-            module, statistics, settings, optimizers=optimizers, step=now, team=team
+            module, statistics, settings, optimizers=optimizers, step=now, processes=processes
         )
-        self._settle(trainer, module)
-        after = trainer_state.validate(trainer) if self.validate else {}
+        self._sync_structure(trainer, module)
+        after = trainer_state.run_validation(trainer) if self.validate else {}
         record.metrics = {"before": before, "after": after}
-        self._record(trainer, record)
-        self._rise(self.restart_steps, self.restart_scale)
+        self._record_point(trainer, record)
+        self._warm_up(self.restart_steps, self.restart_scale)
 
     @override
     def preview(self, model: nn.Module) -> RenderableType:
@@ -208,14 +208,14 @@ class FactorizeEmbedding(Course):
         notes: list[Any] = [f"{x.name}: {x.note}" for x in records if x.note]
         notes += untied + [
             f"point {point} is step {step:,} of {self._total:,.0f}"
-            for point, step in zip(self.points, self._at_steps, strict=False)
+            for point, step in zip(self.points, self._point_steps, strict=False)
         ]
         whole = sum(p.numel() for p in model.parameters())
         kept = sum(math.prod(x.shape) for x in tables if x.heads and settings.heads == "untied")
         return plan_table(records, title, whole, recorder.nbytes, notes, kept)
 
 
-def _cost(table: Table) -> str:
+def _cost(table: EmbeddingTable) -> str:
     return (
         f"heads='untied': {table.heads[0]!r} keeps the {math.prod(table.shape):,} parameters of "
         f"{table.name!r} for itself, so the model grows by those of the factors"

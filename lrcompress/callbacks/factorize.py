@@ -13,9 +13,9 @@ from typing_extensions import override
 from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
-from lrcompress.callbacks.scheduled import Course
-from lrcompress.callbacks.sensitivity import Dense
-from lrcompress.callbacks.warmup import check_restart
+from lrcompress.callbacks.scheduled import CompressionCallback
+from lrcompress.callbacks.sensitivity import DenseLayers
+from lrcompress.callbacks.warmup import check_warmup
 from lrcompress.engine.compress import factor_, preview
 from lrcompress.engine.kronecker_shapes import check_layers
 from lrcompress.engine.settings import Settings
@@ -26,7 +26,7 @@ from lrcompress.schedules import Point, parse_points
 from lrcompress.statistics.batches import MASK
 
 
-class Factorize(Course):
+class Factorize(CompressionCallback):
     """Replace linear layers by low-rank ones at chosen points of an ordinary fit.
 
     Before each point it accumulates statistics in some of the training steps; at the point it
@@ -133,7 +133,7 @@ class Factorize(Course):
         self.keep, self.at, self.method, self.window = keep, at, method, window
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
         self.measure_layers = measure_layers
-        check_restart(restart_steps, restart_scale)
+        check_warmup(restart_steps, restart_scale)
         if keep is None and not (ranks or keeps):
             raise SettingError("keep is missing: the share of parameters that remains, e.g. 0.3")
         points, keeps_at = parse_points(at, keep)
@@ -182,7 +182,7 @@ class Factorize(Course):
             verbose=verbose,
         )
 
-    def at_boundary(self, number: int, batches: int) -> "Factorize":
+    def between_fits(self, number: int, batches: int) -> "Factorize":
         """Return a callback that does once what this one does at a point, between two fits.
 
         Args:
@@ -199,7 +199,7 @@ class Factorize(Course):
         made, when = copy.copy(self), Point("step", batches)
         made.settings = [self.settings[number - 1]]
         made.restart_steps, made.restart_scale = 0, 1
-        Course.__init__(
+        CompressionCallback.__init__(
             made,
             [when],
             replace(self.sampling, every_n_steps=1),
@@ -238,7 +238,7 @@ class Factorize(Course):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._team.parted and self.measure_layers:
+        if self._processes.sharded and self.measure_layers:
             raise PlatformError(
                 "measure_layers=True puts layers back in turn, of which each process has only a "
                 "part under FSDP2; leave it out, or use strategy='ddp'"
@@ -252,20 +252,22 @@ class Factorize(Course):
         super().on_fit_start(trainer, pl_module)
 
     @override
-    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+    def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         settings, statistics = self.settings[self._stage], self._observation.statistics
-        before = trainer_state.validate(trainer) if self.validate else {}
-        dense = Dense(module, settings.select(module).names) if self.measure_layers else None
-        optimizers, team = trainer.optimizers, self._team
-        record = factor_(module, statistics, settings, optimizers=optimizers, step=now, team=team)
-        self._settle(trainer, module)
-        after = trainer_state.validate(trainer) if self.validate else {}
+        before = trainer_state.run_validation(trainer) if self.validate else {}
+        dense = DenseLayers(module, settings.select(module).names) if self.measure_layers else None
+        optimizers, processes = trainer.optimizers, self._processes
+        record = factor_(
+            module, statistics, settings, optimizers=optimizers, step=now, processes=processes
+        )
+        self._sync_structure(trainer, module)
+        after = trainer_state.run_validation(trainer) if self.validate else {}
         record.metrics = {"before": before, "after": after}
         if dense is not None:
-            lost = dense.losses(trainer, module, record.layers)
+            lost = dense.loss_increases(trainer, module, record.layers)
             record.layers = [replace(x, measured_loss=lost.get(x.name)) for x in record.layers]
-        self._record(trainer, record)
-        self._rise(self.restart_steps, self.restart_scale)
+        self._record_point(trainer, record)
+        self._warm_up(self.restart_steps, self.restart_scale)
 
     @override
     def preview(self, model: nn.Module) -> RenderableType:
@@ -278,7 +280,7 @@ class Factorize(Course):
             notes.append("ranks are shown uniform; global allocation shares them out at the point")
         notes += [
             f"point {point} is step {step:,} of {self._total:,.0f}"
-            for point, step in zip(self.points, self._at_steps, strict=False)
+            for point, step in zip(self.points, self._point_steps, strict=False)
         ]
         if settings.method == "kronecker":
             notes.append("shapes are those that the weights alone would get; measured at the point")

@@ -21,40 +21,41 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.distributed import Team, checksums, own_rows
+from lrcompress.distributed import Processes, checksums, local_rows
 from lrcompress.errors import PlatformError
 
 T = TypeVar("T")
-Owners = Mapping[int, tuple[Any, Any]]  # a parameter's identity -> its unit's group, its manager
+# A parameter's identity -> the parameter group of its unit, and what manages it there.
+FSDPParams = Mapping[int, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
-class ShardedTeam(Team):
+class ShardedProcesses(Processes):
     """Processes that each hold some rows of every parameter.
 
     A layer is gathered by all and worked on by its owner. While layers are solved no process
     holds more than two weights whole, while they are replaced one with its optimizer state.
     """
 
-    parted: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
 
     @override
-    def turns(self, owner: Mapping[str, int]) -> list[list[str]]:
+    def rounds(self, owner: Mapping[str, int]) -> list[list[str]]:
         queues = [[name for name in owner if owner[name] == i] for i in range(self.size)]
         return [[name for name in turn if name is not None] for turn in zip_longest(*queues)]
 
     @override
-    def lay_down(self, model: nn.Module) -> None:
-        lay_down(model)
+    def reshard(self, model: nn.Module) -> None:
+        reshard(model)
 
     @override
     @contextmanager
-    def reading(self, model: nn.Module, name: str) -> Iterator[None]:
-        self.lay_down(model)
+    def gathered(self, model: nn.Module, name: str) -> Iterator[None]:
+        self.reshard(model)
         held = list(_sharded_in(model.get_submodule(name)))
         try:
             for module, key, parameter in held:
-                module._parameters[key] = _whole_parameter(parameter)
+                module._parameters[key] = _full_parameter(parameter)
             yield
         finally:
             for module, key, parameter in held:
@@ -62,7 +63,7 @@ class ShardedTeam(Team):
 
     @override
     @contextmanager
-    def whole(
+    def unsharded(
         self, model: nn.Module, names: Sequence[str], optimizers: Sequence[Optimizer] = ()
     ) -> Iterator[None]:
         """Have layers whole inside the block.
@@ -70,19 +71,19 @@ class ShardedTeam(Team):
         Raises:
             PlatformError: if at its end they are not the same in all processes.
         """
-        self.lay_down(model)
-        opened = {name: _Opened(model.get_submodule(name), optimizers) for name in names}
+        self.reshard(model)
+        opened = {name: _UnshardedLayer(model.get_submodule(name), optimizers) for name in names}
         try:
             for one in opened.values():
-                one.open_(_owners(model))
+                one.unshard_(_fsdp_params(model))
             yield
             now = {
                 n: p for name in names for n, p in model.get_submodule(name).named_parameters(name)
             }
-            found = self.differing(checksums(now))
+            found = self.first_difference(checksums(now))
         finally:
             for name, one in opened.items():
-                one.close_(model.get_submodule(name), name)
+                one.reshard_(model.get_submodule(name), name)
         if found is not None:
             raise PlatformError(
                 f"{found[0]!r} was not the same in all {self.size} processes when it was to be "
@@ -90,11 +91,11 @@ class ShardedTeam(Team):
             )
 
     @override
-    def unite_(self, parts: Tensor) -> None:
-        self.sum_(parts)
+    def sum_rows_(self, parts: Tensor) -> None:
+        self.all_reduce_(parts)
 
 
-class _Opened:
+class _UnshardedLayer:
     """One layer, whole for as long as it is worked on."""
 
     def __init__(self, layer: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -103,7 +104,7 @@ class _Opened:
         self.place = 0
         self.parts: list[tuple[nn.Module, str, DTensor]] = []
 
-    def open_(self, owners: Owners) -> None:
+    def unshard_(self, owners: FSDPParams) -> None:
         for module, key, parameter in list(_sharded_in(self.layer)):
             group, manager = owners[id(parameter)]
             if self.group is None:
@@ -111,10 +112,10 @@ class _Opened:
             group.fsdp_params.remove(manager)
             manager._post_load_hook_handle.remove()  # which would keep the old layer alive
             self.parts.append((module, key, parameter))
-            made = module._parameters[key] = _whole_parameter(parameter)
-            _hand_over(self.optimizers, parameter, made, whole)
+            made = module._parameters[key] = _full_parameter(parameter)
+            _swap_parameter_(self.optimizers, parameter, made, full_tensor)
 
-    def close_(self, layer: nn.Module, name: str) -> None:
+    def reshard_(self, layer: nn.Module, name: str) -> None:
         """Shard what stands in the layer's place now, and what the optimizers know of it."""
         if self.group is None:
             return
@@ -123,10 +124,11 @@ class _Opened:
             for key, whole in list(module._parameters.items()):
                 if whole is None or isinstance(whole, DTensor):
                     continue
-                manager = _manager(self.group, module, key, whole)
+                manager = _make_fsdp_param(self.group, module, key, whole)
                 manager._param_fqn = f"{path}.{key}"
                 made.append(manager)
-                _hand_over(self.optimizers, whole, manager.sharded_param, _like(manager))
+                sharded = _state_sharder(manager)
+                _swap_parameter_(self.optimizers, whole, manager.sharded_param, sharded)
             module._is_fsdp_managed_module = True
             module._fsdp_use_orig_params = True
         staying = set(layer.modules())
@@ -135,7 +137,7 @@ class _Opened:
                 module._parameters[key] = parameter  # type: ignore[assignment]
         if made:
             self.group.fsdp_params[self.place : self.place] = made
-            _follow_modules(self.group)
+            _renew_state_dict_hooks(self.group)
 
 
 def _sharded_in(
@@ -148,16 +150,16 @@ def _sharded_in(
 
 
 @torch.no_grad()
-def whole(value: T) -> T:
+def full_tensor(value: T) -> T:
     """Return a tensor that is sharded whole, which all processes have to ask for together."""
     return value.full_tensor() if isinstance(value, DTensor) else value  # type: ignore[return-value]
 
 
-def _whole_parameter(parameter: DTensor) -> nn.Parameter:
-    return nn.Parameter(whole(parameter.detach()), requires_grad=parameter.requires_grad)
+def _full_parameter(parameter: DTensor) -> nn.Parameter:
+    return nn.Parameter(full_tensor(parameter.detach()), requires_grad=parameter.requires_grad)
 
 
-def _like(manager: Any) -> Callable[[object], object]:
+def _state_sharder(manager: Any) -> Callable[[object], object]:
     """Return what shards an optimizer's state as its parameter is, where it has its shape."""
     parameter = manager.sharded_param
 
@@ -173,7 +175,7 @@ def _like(manager: Any) -> Callable[[object], object]:
 @torch.no_grad()
 def sharded_like(parameter: DTensor, whole: Tensor) -> DTensor:
     """Return a tensor that every process has whole, sharded as ``parameter`` is."""
-    local, rows = own_rows(parameter)
+    local, rows = local_rows(parameter)
     device = local.device if local.device.type != "meta" else parameter.device_mesh.device_type
     return DTensor.from_local(
         whole[rows].to(device, copy=True),
@@ -185,7 +187,7 @@ def sharded_like(parameter: DTensor, whole: Tensor) -> DTensor:
     )
 
 
-def _hand_over(
+def _swap_parameter_(
     optimizers: Iterable[Optimizer],
     old: Tensor,
     new: Tensor,
@@ -205,7 +207,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def lay_down(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Have units hold their shards, not what a forward pass has gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -216,7 +218,7 @@ def lay_down(model: nn.Module) -> None:
 
 
 @contextmanager
-def copying(model: nn.Module) -> Iterator[dict[int, Any]]:
+def deepcopy_allowed(model: nn.Module) -> Iterator[dict[int, Any]]:
     """Let a sharded model be deep-copied inside the block.
 
     The copy has plain classes, no units, and parameters of full shape on the meta device.
@@ -224,7 +226,7 @@ def copying(model: nn.Module) -> Iterator[dict[int, Any]]:
     Yields:
         The memo to copy with.
     """
-    lay_down(model)
+    reshard(model)
     kinds = {m: type(m) for m in model.modules() if isinstance(m, FSDPModule)}
     aside = [(m, key) for m in kinds for key in (STATE_KEY, REGISTRY_KEY) if key in vars(m)]
     held = [(module, key, vars(module).pop(key)) for module, key in aside]
@@ -248,8 +250,8 @@ def copying(model: nn.Module) -> Iterator[dict[int, Any]]:
 
 
 @torch.no_grad()
-def shard_alike_(made: nn.Module, model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """Shard a copy that :func:`copying` allowed in the units of ``model``, and give it values.
+def shard_like_(made: nn.Module, model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """Shard a copy in the units of ``model``, as :func:`deepcopy_allowed` allowed, with values.
 
     Args:
         made: the copy, with factored layers as they are in ``values``.
@@ -273,7 +275,7 @@ def shard_alike_(made: nn.Module, model: nn.Module, values: Mapping[str, Tensor]
 
 
 def _shard_in_units(made: nn.Module, model: nn.Module) -> None:
-    mesh = next(_groups(model)).mesh_info.mesh
+    mesh = next(_param_groups(model)).mesh_info.mesh
     names = {module: name for name, module in model.named_modules()}
     for module in reversed(list(names)):  # what is inside first
         state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
@@ -285,7 +287,7 @@ def _shard_in_units(made: nn.Module, model: nn.Module) -> None:
 # What fully_shard keeps
 
 
-def _groups(model: nn.Module) -> Iterator[Any]:
+def _param_groups(model: nn.Module) -> Iterator[Any]:
     """Yield the parameter groups of all units, each once.
 
     Raises:
@@ -305,11 +307,13 @@ def _groups(model: nn.Module) -> Iterator[Any]:
         seen |= {id(group) for group in groups}
 
 
-def _owners(model: nn.Module) -> Owners:
-    return {id(m.sharded_param): (group, m) for group in _groups(model) for m in group.fsdp_params}
+def _fsdp_params(model: nn.Module) -> FSDPParams:
+    return {
+        id(m.sharded_param): (group, m) for group in _param_groups(model) for m in group.fsdp_params
+    }
 
 
-def _manager(group: Any, module: nn.Module, key: str, whole: Tensor) -> Any:
+def _make_fsdp_param(group: Any, module: nn.Module, key: str, whole: Tensor) -> Any:
     """Shard a parameter in place, as one of a unit."""
     manager = FSDPParam(
         whole,  # type: ignore[arg-type]
@@ -326,7 +330,7 @@ def _manager(group: Any, module: nn.Module, key: str, whole: Tensor) -> Any:
     return manager
 
 
-def _follow_modules(group: Any) -> None:
+def _renew_state_dict_hooks(group: Any) -> None:
     """Let a unit reshard before state is read or loaded, at the modules it now has."""
     every = (
         group._module_to_pre_save_state_dict_hook_handle,
@@ -343,13 +347,13 @@ def _follow_modules(group: Any) -> None:
 # What is refused
 
 
-def check_layers(model: nn.Module, names: Iterable[str], team: Team, owner: str) -> None:
+def check_layers(model: nn.Module, names: Iterable[str], processes: Processes, owner: str) -> None:
     """Check that layers are sharded in a way in which they can be replaced.
 
     Raises:
         PlatformError: with the way out.
     """
-    owners = _owners(model)
+    owners = _fsdp_params(model)
     for name in names:
         layer = model.get_submodule(name)
         if isinstance(layer, FSDPModule):
@@ -360,23 +364,23 @@ def check_layers(model: nn.Module, names: Iterable[str], team: Team, owner: str)
             )
         for parameter in layer.parameters():
             group, manager = owners.get(id(parameter), (None, None))
-            reason = _reason(parameter, group, manager, team)
+            reason = _reason(parameter, group, manager, processes)
             if reason is not None:
                 raise PlatformError(f"layer {name!r} {reason}")
 
 
-def _reason(parameter: Tensor, group: Any, manager: Any, team: Team) -> str | None:
+def _reason(parameter: Tensor, group: Any, manager: Any, processes: Processes) -> str | None:
     if manager is None or not isinstance(parameter, DTensor):
         return (
             "is not sharded, and no one would keep it the same in all processes; give a module "
             "that holds it to fully_shard in configure_model"
         )
     mesh = parameter.device_mesh
-    if tuple(parameter.placements) != (Shard(0),) or mesh.size() != team.size:
+    if tuple(parameter.placements) != (Shard(0),) or mesh.size() != processes.size:
         return (
-            f"lies over {mesh.size()} of {team.size} processes as {tuple(parameter.placements)}; "
-            "only rows over all of them can be followed: fully_shard(..., "
-            "mesh=self.device_mesh['data_parallel'])"
+            f"lies over {mesh.size()} of {processes.size} processes as "
+            f"{tuple(parameter.placements)}; only rows over all of them can be followed: "
+            "fully_shard(..., mesh=self.device_mesh['data_parallel'])"
         )
     if manager._module_info.shared_modules:
         return "shares its weight with another module, which sharding cannot untie; exclude= it"
@@ -391,7 +395,7 @@ def check_units(model: nn.Module) -> None:
     Raises:
         PlatformError: naming a parameter for which that is not so.
     """
-    owners = _owners(model)
+    owners = _fsdp_params(model)
     names = {id(p): name for name, p in model.named_parameters() if isinstance(p, DTensor)}
     lost = [names[key] for key in names if key not in owners]
     stale = [str(owners[key][1]._param_fqn) for key in owners if key not in names]

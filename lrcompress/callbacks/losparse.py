@@ -14,12 +14,12 @@ from typing_extensions import override
 from lrcompress.callbacks import ddp, trainer_state
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
-from lrcompress.callbacks.scheduled import Course
+from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.importance import Importance
 from lrcompress.objective import METHODS
-from lrcompress.pruning import Pruner, Shares, check_dense, outlook, split_
+from lrcompress.pruning import LoSparseBudget, Pruner, check_dense, preview, split_
 from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
@@ -30,7 +30,7 @@ _FROM, _UNTIL = 0.1, 0.6  # of the way from `at` to the end
 _BUDGETS = 100  # in the course of pruning that are kept for the report
 
 
-class LoSparse(Course):
+class LoSparse(CompressionCallback):
     """Prune layers, ``W = left right + S``, to low rank plus few rows in the course of a fit.
 
     At ``at`` each targeted layer is split by a truncated SVD and its remainder, so that nothing
@@ -138,7 +138,7 @@ class LoSparse(Course):
         self.keep, self.low_rank_share, self.at, self.init = keep, low_rank_share, at, init
         self.prune_from, self.prune_until, self.fix_at = prune_from, prune_until, fix_at
         self.mask_every, self.beta1, self.beta2 = mask_every, beta1, beta2
-        self.shares = Shares(
+        self.shares = LoSparseBudget(
             keep=keep,
             low_rank_share=low_rank_share,
             initial_rank=initial_rank,
@@ -213,7 +213,7 @@ class LoSparse(Course):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._team.parted and self.shares.granularity == "entries":
+        if self._processes.sharded and self.shares.granularity == "entries":
             raise PlatformError(
                 "granularity='entries' scores every entry of a layer, of which each process has "
                 "only some under FSDP2; use granularity='rows', or strategy='ddp'"
@@ -223,7 +223,7 @@ class LoSparse(Course):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = set(self.settings.select(pl_module).names)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, Course) and other is not self:
+            if isinstance(other, CompressionCallback) and other is not self:
                 both = sorted(names & set(other.settings_at(0).select(pl_module).names))
                 if both:
                     raise SettingError(
@@ -248,7 +248,7 @@ class LoSparse(Course):
         self._split_record = dict(state["split"])
         if state["pruner"] is not None:
             self._pruner = Pruner.from_state(
-                state["pruner"], module, self.shares, self._importance(), self._team
+                state["pruner"], module, self.shares, self._importance(), self._processes
             )
 
     @override
@@ -263,13 +263,13 @@ class LoSparse(Course):
             "shares": asdict(self.shares),
         }
 
-    # The course of a fit
+    # During the fit
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._stage:  # now, and not at the point, after the dense epochs
             check_dense(pl_module, self.settings.select(pl_module).names)
-        total, per_epoch = self._lengths(trainer)
+        total, per_epoch = self._run_lengths(trainer)
         start = self.points[0].step(total, per_epoch)
 
         def step(name: str, after: int, share: float) -> int:
@@ -300,14 +300,14 @@ class LoSparse(Course):
         if pruner is None or self._stage != 1 or not trainer_state.between_steps(trainer):
             return
         if now >= self._schedule.start and pruner.importance.steps == 0:
-            self._team.lay_down(pl_module)
+            self._processes.reshard(pl_module)
             pruner.prune_(self._schedule(now), trainer.optimizers)
             kept = self._split_record["budget"]
-            enough = (self._at_steps[1] - self._schedule.start) / _BUDGETS
+            enough = (self._point_steps[1] - self._schedule.start) / _BUDGETS
             due = not kept or now - kept[-1][0] >= enough
             if trainer.loggers or due:
                 keep = pruner.keep
-                trainer_state.log(trainer, {"keep": keep})
+                trainer_state.log_figures(trainer, {"keep": keep})
                 self._split_record["budget"] = [*kept, [now, keep]] if due else kept
 
     @override
@@ -317,7 +317,7 @@ class LoSparse(Course):
         pruner = self._pruner
         if pruner is None or self._stage != 1 or pruner.done:
             return
-        self._team.lay_down(pl_module)
+        self._processes.reshard(pl_module)
         if not pruner.trained_by(optimizer):
             return
         if self.shares.revive or trainer_state.steps_done(trainer) < self._schedule.stop:
@@ -337,7 +337,7 @@ class LoSparse(Course):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
-    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+    def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         if self._stage == 0:
             self._split(trainer, module, now)
         else:
@@ -346,16 +346,23 @@ class LoSparse(Course):
     def _split(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         names, statistics = self.settings.select(module).names, self._observation.statistics
         self._split_record = {
-            "metrics": trainer_state.validate(trainer) if self.validate and now else {},
+            "metrics": trainer_state.run_validation(trainer) if self.validate and now else {},
             "observed": statistics.figures(),
             "budget": [],
         }
-        optimizers, team = trainer.optimizers, self._team
+        optimizers, processes = trainer.optimizers, self._processes
         means, quotas = split_(
-            module, statistics, self.settings, self.shares, optimizers=optimizers, team=team
+            module,
+            statistics,
+            self.settings,
+            self.shares,
+            optimizers=optimizers,
+            processes=processes,
         )
-        self._settle(trainer, module)
-        self._pruner = Pruner(module, names, quotas, self.shares, self._importance(), means, team)
+        self._sync_structure(trainer, module)
+        self._pruner = Pruner(
+            module, names, quotas, self.shares, self._importance(), means, processes
+        )
 
     def _fix(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         assert self._pruner is not None
@@ -363,10 +370,12 @@ class LoSparse(Course):
         if not self._pruner.importance.known:  # fewer steps than one window
             self._pruner.importance.close()
         self._pruner.prune_(0.0, trainer.optimizers)
-        ddp.check_identical(module, self._team)  # the same units, before they are structure
+        ddp.check_same_parameters(
+            module, self._processes
+        )  # the same units, before they are structure
         before, bytes_before = dense_size(module), dense_bytes(module)
         layers = self._pruner.compact_(module, trainer.optimizers)
-        self._settle(trainer, module)
+        self._sync_structure(trainer, module)
         after = sum(p.numel() for p in module.parameters())
         seconds = time.perf_counter() - started
         method = "LoSparse" if self.init == "svd" else f"LoSparse from {self.init}"
@@ -385,21 +394,21 @@ class LoSparse(Course):
         )
         record.metrics = {
             "before": self._split_record["metrics"],
-            "after": trainer_state.validate(trainer) if self.validate else {},
+            "after": trainer_state.run_validation(trainer) if self.validate else {},
         }
-        self._record(trainer, record)
+        self._record_point(trainer, record)
         if not self._pruner.masks:
             self._pruner = None
 
     @override
     def preview(self, model: nn.Module) -> RenderableType:
         """Return what would become of ``model``, as a table; nothing is changed."""
-        records, selection, nbytes = outlook(model, self.settings, self.shares)
+        records, selection, nbytes = preview(model, self.settings, self.shares)
         title = f"LoSparse: init {self.init}, keep {self.keep}, split at {self.at}"
         notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
         notes.append("ranks and rows are shown uniform; training shares them out by their scores")
-        if self._at_steps:
-            split, fixed = self._at_steps
+        if self._point_steps:
+            split, fixed = self._point_steps
             notes.append(
                 f"split at step {split:,}, pruned from {self._schedule.start:,} to "
                 f"{self._schedule.stop:,}, compacted at {fixed:,}, of {self._total:,.0f} steps"

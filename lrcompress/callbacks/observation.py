@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcompress.distributed import ALONE, Team
-from lrcompress.embedding import TableSettings
+from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError, nearest
 from lrcompress.statistics.batches import batch_decoder_mask, batch_mask, batch_terms
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.fisher import LogitsTap, drawn_loss
+from lrcompress.statistics.fisher import LogitsCapture, drawn_loss
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
-from lrcompress.statistics.reduction import all_reduce_, fold_
+from lrcompress.statistics.reduction import all_reduce_, reduce_to_first_
 
 _EVERY, _FEWEST = 10, 16  # steps
 
@@ -77,26 +77,26 @@ class Observation:
 
     Args:
         sampling: which steps, and whose gradients.
-        team: the processes that observe different batches at the same steps.
+        processes: the processes that observe different batches at the same steps.
     """
 
-    def __init__(self, sampling: Sampling, team: Team = ALONE) -> None:
-        self.sampling, self.team = sampling, team
+    def __init__(self, sampling: Sampling, processes: Processes = ONE_PROCESS) -> None:
+        self.sampling, self.processes = sampling, processes
         self.statistics = Statistics()
         self._recorder: Recorder | None = None
-        self._tap: LogitsTap | None = None
-        self._generator = torch.Generator().manual_seed(team.index)
+        self._tap: LogitsCapture | None = None
+        self._generator = torch.Generator().manual_seed(processes.index)
         self._device: torch.device | str = "cpu"
         self._folded = (0, 0)  # steps and tokens of all processes, which the first holds
         self._step = ExitStack()
         self._terms = 1
 
     @property
-    def watching(self) -> bool:
+    def observing(self) -> bool:
         """Whether a step is being observed now."""
-        return self._recorder is not None and self._recorder.watching
+        return self._recorder is not None and self._recorder.observing
 
-    def watch(self, module: nn.Module, settings: Settings | TableSettings) -> int:
+    def watch(self, module: nn.Module, settings: Settings | EmbeddingSettings) -> int:
         """Get ready to observe the targeted layers; return the bytes it may take."""
         self._device = self.sampling.offload or next(module.parameters()).device
         self._recorder = Recorder(
@@ -110,10 +110,10 @@ class Observation:
         )
         from_gradients = {*OUTPUT_KINDS, "token_fisher"} & set(self.sampling.kinds)
         if self.sampling.fisher == "model" and from_gradients:
-            self._tap = LogitsTap(module, self.sampling.logits)
+            self._tap = LogitsCapture(module, self.sampling.logits)
         return self._recorder.nbytes
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start anew after a point: what was seen was of other weights."""
         self.statistics, self._recorder, self._tap = Statistics(), None, None
         self._folded = (0, 0)
@@ -135,8 +135,8 @@ class Observation:
     def _tokens(self) -> int:
         """Tokens of all processes, those since the last fold as if others had seen as many."""
         folded = self._folded[1]
-        since = self.statistics.tokens - (folded if self.team.index == 0 else 0)
-        return folded + since * self.team.size
+        since = self.statistics.tokens - (folded if self.processes.index == 0 else 0)
+        return folded + since * self.processes.size
 
     def open_step(self, batch: Any) -> None:
         """Observe the step that begins with this batch, until :meth:`close_step`."""
@@ -182,7 +182,7 @@ class Observation:
     def merge_(self) -> None:
         """Let every process have what all have seen, at the point, and let go of the layers."""
         self._recorder = self._tap = None
-        all_reduce_(self.statistics, self.team, self._device)
+        all_reduce_(self.statistics, self.processes, self._device)
 
     def check(self, point: object) -> None:
         """Refuse to go on from nothing.
@@ -202,10 +202,10 @@ class Observation:
         The first process then holds it, here as in a run that goes on from the file, so that both
         add up the same numbers in the same order.
         """
-        if self.team.size > 1:
-            fold_(self.statistics, self.team, self._device)
+        if self.processes.size > 1:
+            reduce_to_first_(self.statistics, self.processes, self._device)
         seen = [self.statistics.steps, self.statistics.tokens]
-        steps, tokens = self.team.decide(lambda: seen)
+        steps, tokens = self.processes.run_on_first(lambda: seen)
         self._folded = (steps, tokens)
         return {"statistics": self.statistics.state_dict(), "folded": [steps, tokens]}
 
@@ -213,14 +213,14 @@ class Observation:
         """Go on from what :meth:`state_dict` described, with any number of processes."""
         steps, tokens = state["folded"]
         self._folded = (steps, tokens)
-        if self.team.index == 0:
+        if self.processes.index == 0:
             where = self.sampling.offload or device
             self.statistics.load_state_dict(state["statistics"], where)
 
-    def draws(self) -> torch.Tensor:
+    def label_rng_state(self) -> torch.Tensor:
         """Return the state of this process's own random labels."""
         return self._generator.get_state()
 
-    def set_draws(self, state: torch.Tensor) -> None:
+    def set_label_rng_state(self, state: torch.Tensor) -> None:
         """Go on with the random labels that :meth:`draws` described."""
         self._generator.set_state(state.cpu())

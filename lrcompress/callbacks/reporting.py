@@ -17,7 +17,7 @@ from lrcompress.report.tables import summary_table
 AUTO = "auto"
 
 
-def check_path(report_path: str | None) -> None:
+def check_report_path(report_path: str | None) -> None:
     """Check where a report shall go.
 
     Raises:
@@ -30,7 +30,7 @@ def check_path(report_path: str | None) -> None:
         )
 
 
-def destination(trainer: pl.Trainer, report_path: str | None) -> Path | None:
+def report_file(trainer: pl.Trainer, report_path: str | None) -> Path | None:
     """Return the file for the report of a run, or None if none is to be written.
 
     ``"auto"`` is ``report.json`` in the folder of the first logger, without one in the trainer's
@@ -45,27 +45,27 @@ def destination(trainer: pl.Trainer, report_path: str | None) -> Path | None:
     return None if "://" in str(folder) else Path(folder) / "report.json"
 
 
-def save(trainer: pl.Trainer, report: Report, path: Path | None) -> None:
+def save_report(trainer: pl.Trainer, report: Report, path: Path | None) -> None:
     """Write the report so far."""
     if path is not None and trainer.is_global_zero and report.points:
         report.save(path)
 
 
-def tell(
+def publish_report(
     trainer: pl.Trainer, report: Report, paths: Iterable[Path | None], *, verbose: bool
 ) -> None:
     """Show, write and log the report at the end of a run in which a point was reached."""
     if not trainer.is_global_zero or not report.points:
         return
     if verbose:
-        trainer_state.show(trainer, summary_table(report))
+        trainer_state.print_above_progress(trainer, summary_table(report))
     for path in dict.fromkeys(path for path in paths if path is not None):
         report.save(path)
         page = path.with_suffix(".html")
         write_page(report, page)
         if verbose:
             rank_zero_info(f"lrcompress: the report is in {page}")
-    takers = [logger for logger in trainer.loggers if _takes_images(logger)]
+    takers = [logger for logger in trainer.loggers if _accepts_images(logger)]
     if takers:
         step = trainer_state.logged_step(trainer)
         for plot in plots(report):
@@ -73,7 +73,7 @@ def tell(
                 _log_image(logger, plot, step)
 
 
-def _takes_images(logger: Any) -> bool:
+def _accepts_images(logger: Any) -> bool:
     return hasattr(logger, "log_image") or hasattr(logger.experiment, "add_image")
 
 

@@ -1,4 +1,4 @@
-"""The course of a fit in which layers are replaced: what all such callbacks have in common."""
+"""Base of the callbacks that change the structure of a model at scheduled points of a fit."""
 
 import math
 import time
@@ -19,9 +19,9 @@ from typing_extensions import override
 
 from lrcompress.callbacks import ddp, reporting, trainer_state
 from lrcompress.callbacks.observation import Observation, Sampling
-from lrcompress.callbacks.warmup import Restart
-from lrcompress.distributed import ALONE
-from lrcompress.embedding import TableSettings
+from lrcompress.callbacks.warmup import LearningRateWarmup
+from lrcompress.distributed import ONE_PROCESS
+from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
 from lrcompress.report import PointRecord, Report
@@ -34,7 +34,7 @@ VERSION = 1
 _VALIDATIONS = 200  # of a run that are kept for the report
 
 
-class Course(pl.Callback, ABC):
+class CompressionCallback(pl.Callback, ABC):
     """Observes steps before each point, changes the model at it, and can be resumed anywhere.
 
     Subclasses say what happens at a point. Everything that a run needs to go on is in
@@ -45,7 +45,7 @@ class Course(pl.Callback, ABC):
         sampling: which steps are observed before a point.
         window: how long before a point to observe.
         validate: run validation just before and just after each point, for the report.
-        report_path: where the report goes; see :func:`lrcompress.callbacks.reporting.destination`.
+        report_path: where the report goes; see :func:`lrcompress.callbacks.reporting.report_file`.
         verbose: print a table at each point and at the end.
     """
 
@@ -62,30 +62,30 @@ class Course(pl.Callback, ABC):
         super().__init__()
         self.points, self.sampling = points, sampling
         self.validate, self.report_path, self.verbose = validate, report_path, verbose
-        reporting.check_path(report_path)
+        reporting.check_report_path(report_path)
         self._window = window
         self._hooks = ExitStack()  # for the fit
         self._reset()
 
     def _reset(self) -> None:
         self.report = Report()
-        self._team = ALONE
+        self._processes = ONE_PROCESS
         self._observation = Observation(self.sampling)
         self._stage = 0  # points that are done
-        self._at_steps: list[int] = []
-        self._restart: Restart | None = None
+        self._point_steps: list[int] = []
+        self._warmup: LearningRateWarmup | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
         self._times: dict[str, list[float]] = {}
         self._started: float | None = None
-        self._destination: Path | None = None
+        self._report_file: Path | None = None
 
     # What a subclass says
 
     at: float | str | list[float | str]  # its argument; part of the state's key
 
     @abstractmethod
-    def settings_at(self, stage: int) -> Settings | TableSettings:
+    def settings_at(self, stage: int) -> Settings | EmbeddingSettings:
         """Return how layers are chosen and measured at a point."""
 
     def _observes(self, stage: int) -> bool:
@@ -93,7 +93,7 @@ class Course(pl.Callback, ABC):
         return bool(self.sampling.kinds)
 
     @abstractmethod
-    def _change(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+    def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         """Change the model at the point ``self._stage``."""
 
     @abstractmethod
@@ -119,13 +119,13 @@ class Course(pl.Callback, ABC):
         if stage == "fit":
             self._hooks.close()
             self._reset()
-            trainer_state.refuse(trainer, type(self).__name__)
-            self._team = ddp.team(trainer)
-            self._observation = Observation(self.sampling, self._team)
-            ddp.check_same_module(pl_module, self._team)
-            self._destination = reporting.destination(trainer, self.report_path)
+            trainer_state.check_trainer(trainer, type(self).__name__)
+            self._processes = ddp.processes_of(trainer)
+            self._observation = Observation(self.sampling, self._processes)
+            ddp.check_same_module(pl_module, self._processes)
+            self._report_file = reporting.report_file(trainer, self.report_path)
         follow = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            _follow_checkpoint
+            _match_checkpoint_structure
         )
         self._hooks.callback(follow.remove)
 
@@ -139,13 +139,13 @@ class Course(pl.Callback, ABC):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._live = (pl_module, trainer.optimizers)
-        trainer_state.refuse_optimizers(trainer.optimizers, type(self).__name__)
+        trainer_state.check_optimizers(trainer.optimizers, type(self).__name__)
         names = self.settings_at(0).select(pl_module).names
-        ddp.check_layers(pl_module, names, self._team, type(self).__name__)
+        ddp.check_layers(pl_module, names, self._processes, type(self).__name__)
         self._check_trained(pl_module, names)
         if self._loaded is not None:
             self._resume(pl_module, trainer.optimizers, self._loaded)
-            ddp.rewrap_(trainer)
+            ddp.rebuild_ddp_(trainer)
 
     def _check_trained(self, module: nn.Module, names: Sequence[str]) -> None:
         """Refuse layers whose factors would not be trained.
@@ -170,23 +170,23 @@ class Course(pl.Callback, ABC):
                 f"the checkpoint was written with {len(plan)} factored layers, the model has "
                 f"{len(found)} of other sizes or names; load it through Trainer.fit(ckpt_path=...)"
             )
-        trainer_state.reorder_(module, optimizers, state["param_names"])
+        trainer_state.reorder_parameters_(module, optimizers, state["param_names"])
         device = next(module.parameters()).device
         self._observation.load_state_dict(state["observation"], device)
-        self._draw_as_before(state)  # the loader draws its order from here
-        own = self._own(state)
+        self._restore_rng(state)  # the loader draws its order from here
+        own = self._process_state(state)
         if own is not None:
-            self._observation.set_draws(own["labels"])
+            self._observation.set_label_rng_state(own["labels"])
         if state["restart"] is not None:
-            self._begin_restart(Warmup(**state["restart"]["schedule"]), state["restart"]["taken"])
+            self._start_warmup(Warmup(**state["restart"]["schedule"]), state["restart"]["taken"])
 
-    def _own(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    def _process_state(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return what a checkpoint holds of this process; None if there were fewer processes."""
         processes = state["processes"]
-        return processes[self._team.index] if self._team.index < len(processes) else None
+        return processes[self._processes.index] if self._processes.index < len(processes) else None
 
-    def _draw_as_before(self, state: Mapping[str, Any]) -> None:
-        own = self._own(state)
+    def _restore_rng(self, state: Mapping[str, Any]) -> None:
+        own = self._process_state(state)
         if own is not None:
             trainer_state.set_rng_state(own["rng"])
 
@@ -196,8 +196,8 @@ class Course(pl.Callback, ABC):
         if self._live is None:
             return {"version": VERSION, "stage": self._stage}
         module, optimizers = self._live
-        restart = self._restart
-        self._team.lay_down(module)
+        warmup = self._warmup
+        self._processes.reshard(module)
         return {
             "version": VERSION,
             "plan": Plan.of(module).to_dict(),
@@ -205,10 +205,9 @@ class Course(pl.Callback, ABC):
             "param_names": trainer_state.parameter_names(module, optimizers),
             "observation": self._observation.state_dict(),
             "report": self.report.to_dict(),
-            "restart": restart
-            and {"schedule": vars(restart.schedule).copy(), "taken": restart.taken},
-            "processes": self._team.gather(
-                {"rng": trainer_state.rng_state(), "labels": self._observation.draws()}
+            "restart": warmup and {"schedule": vars(warmup.schedule).copy(), "taken": warmup.taken},
+            "processes": self._processes.all_gather(
+                {"rng": trainer_state.rng_state(), "labels": self._observation.label_rng_state()}
             ),
             "times": {name: list(spent) for name, spent in self._times.items()},
         }
@@ -222,7 +221,7 @@ class Course(pl.Callback, ABC):
             )
         if "plan" not in state_dict:
             return
-        ddp.check_same_checkpoint(state_dict, self._team)
+        ddp.check_same_checkpoint(state_dict, self._processes)
         self._loaded = state_dict
         self._stage = state_dict["stage"]
         self.report = Report.from_dict(state_dict["report"])
@@ -230,16 +229,16 @@ class Course(pl.Callback, ABC):
         if self._live is not None:  # sharded models are loaded after on_fit_start
             self._resume(*self._live, state_dict)
 
-    # The course of a fit
+    # During the fit
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total, self._per_epoch = self._lengths(trainer)
-        self._at_steps = [point.step(self._total, self._per_epoch) for point in self.points]
-        if any(after <= before for before, after in pairwise(self._at_steps)):
+        self._total, self._per_epoch = self._run_lengths(trainer)
+        self._point_steps = [point.step(self._total, self._per_epoch) for point in self.points]
+        if any(after <= before for before, after in pairwise(self._point_steps)):
             named = ", ".join(map(str, self.points))
-            raise SettingError(f"points must rise, got {named}: steps {self._at_steps}")
-        step = self._next
+            raise SettingError(f"points must rise, got {named}: steps {self._point_steps}")
+        step = self._next_step
         if step is None:
             return
         point, now = self.points[self._stage], trainer_state.steps_done(trainer)
@@ -251,14 +250,14 @@ class Course(pl.Callback, ABC):
                 f"point {point} is step {step}, which {lies}: training starts at step {now}"
             )
         if observes:
-            self._watch(pl_module)
+            self._prepare_observation(pl_module)
 
-    def _lengths(self, trainer: pl.Trainer) -> tuple[float, float]:
+    def _run_lengths(self, trainer: pl.Trainer) -> tuple[float, float]:
         """Return optimizer steps in the whole run and per epoch, which all processes share."""
-        ddp.check_same_lengths(trainer, self._team)
-        return trainer_state.lengths(trainer)
+        ddp.check_same_lengths(trainer, self._processes)
+        return trainer_state.run_lengths(trainer)
 
-    def _watch(self, module: nn.Module) -> None:
+    def _prepare_observation(self, module: nn.Module) -> None:
         total = self._total if self._window.unit == "fraction" else float("inf")
         self._window_steps = max(1, self._window.step(total, self._per_epoch))
         nbytes = self._observation.watch(module, self.settings_at(self._stage))
@@ -266,9 +265,9 @@ class Course(pl.Callback, ABC):
             rank_zero_info(f"lrcompress: statistics will take at most {nbytes / 2**20:.0f} MiB")
 
     @property
-    def _next(self) -> int | None:
+    def _next_step(self) -> int | None:
         """The step of the next point, if there is one."""
-        return self._at_steps[self._stage] if self._stage < len(self._at_steps) else None
+        return self._point_steps[self._stage] if self._stage < len(self._point_steps) else None
 
     @override
     def on_train_batch_start(
@@ -276,24 +275,30 @@ class Course(pl.Callback, ABC):
     ) -> None:
         if self._loaded is not None:
             if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
-                self._draw_as_before(self._loaded)
-            for one in self._courses(trainer):  # once: a point may have drawn before the others
+                self._restore_rng(self._loaded)
+            for one in self._compression_callbacks(
+                trainer
+            ):  # once: a point may have drawn before the others
                 one._loaded = None
         now = trainer_state.steps_done(trainer)
-        if self._next is not None and now >= self._next and trainer_state.between_steps(trainer):
-            self._reach(trainer, pl_module, now)
-        if self._next is not None and self._observes(self._stage):
-            previous = self._at_steps[self._stage - 1] if self._stage else 0
-            window = min(self._window_steps, self._next - previous)
-            if self._observation.due(self._next - now, window):
+        if (
+            self._next_step is not None
+            and now >= self._next_step
+            and trainer_state.between_steps(trainer)
+        ):
+            self._run_point(trainer, pl_module, now)
+        if self._next_step is not None and self._observes(self._stage):
+            previous = self._point_steps[self._stage - 1] if self._stage else 0
+            window = min(self._window_steps, self._next_step - previous)
+            if self._observation.due(self._next_step - now, window):
                 self._observation.open_step(batch)
-        self._started = None if self._observation.watching else time.perf_counter()
+        self._started = None if self._observation.observing else time.perf_counter()
 
     @override
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        if self._observation.watching:
+        if self._observation.observing:
             finite = bool(loss.isfinite())
             self._observation.before_backward(finite, trainer_state.loss_factor(trainer))
 
@@ -313,52 +318,52 @@ class Course(pl.Callback, ABC):
             spent[1] += time.perf_counter() - self._started
             self._started = None
 
-    def _reach(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+    def _run_point(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         if self._observes(self._stage):
             self._observation.merge_()
             self._observation.check(self.points[self._stage])
-        self._team.lay_down(module)
+        self._processes.reshard(module)
         names = self.settings_at(self._stage).select(module).names
-        ddp.check_layers(module, names, self._team, type(self).__name__)
+        ddp.check_layers(module, names, self._processes, type(self).__name__)
         if not self._stage:
-            trainer_state.announce(module)
-        self._change(trainer, module, now)
+            trainer_state.notify_compression_start(module)
+        self._change_model(trainer, module, now)
         self._stage += 1
-        self._observation.forget()
-        if self._next is not None and self._observes(self._stage):
-            self._watch(module)
-        trainer_state.reset_best(trainer)
-        reporting.save(trainer, self._report_of_run(trainer), self._destination)
+        self._observation.reset()
+        if self._next_step is not None and self._observes(self._stage):
+            self._prepare_observation(module)
+        trainer_state.reset_best_scores(trainer)
+        reporting.save_report(trainer, self._run_report(trainer), self._report_file)
 
-    def _settle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _sync_structure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Let training go on with the new structure, once all processes have the same."""
-        ddp.check_identical(module, self._team)
-        ddp.rewrap_(trainer)
+        ddp.check_same_parameters(module, self._processes)
+        ddp.rebuild_ddp_(trainer)
 
-    def _record(self, trainer: pl.Trainer, record: PointRecord) -> None:
+    def _record_point(self, trainer: pl.Trainer, record: PointRecord) -> None:
         """Add what a point did to the report, the terminal and the loggers."""
         self.report.points.append(record)
         if self.verbose:
-            trainer_state.show(trainer, point_table(record))
-        trainer_state.log(trainer, record.figures())
+            trainer_state.print_above_progress(trainer, point_table(record))
+        trainer_state.log_figures(trainer, record.figures())
 
-    def _rise(self, steps: float, scale: float) -> None:
+    def _warm_up(self, steps: float, scale: float) -> None:
         """Let the learning rate rise again, over a number or a share of all steps."""
         steps = steps if steps >= 1 else steps * self._total
         if steps >= 1 or scale != 1:
-            self._begin_restart(Warmup(int(steps), scale), 0)
+            self._start_warmup(Warmup(int(steps), scale), 0)
 
-    def _begin_restart(self, schedule: Warmup, taken: int) -> None:
+    def _start_warmup(self, schedule: Warmup, taken: int) -> None:
         assert self._live is not None
-        if self._restart is not None:
-            self._restart.schedule, self._restart.taken = schedule, taken
+        if self._warmup is not None:
+            self._warmup.schedule, self._warmup.taken = schedule, taken
             return
-        self._restart = Restart(schedule, taken)
-        self._restart.attach(self._live[1], self._hooks)
+        self._warmup = LearningRateWarmup(schedule, taken)
+        self._warmup.attach(self._live[1], self._hooks)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        figures = trainer_state.validated(trainer)
+        figures = trainer_state.validation_figures(trainer)
         if figures:
             gap = self._total / _VALIDATIONS if math.isfinite(self._total) else 0
             self.report.note(trainer_state.steps_done(trainer), figures, gap)
@@ -385,40 +390,42 @@ class Course(pl.Callback, ABC):
             rank_zero_warn(
                 f"{type(self).__name__} did not reach point {missed[0]}: training ended at step "
                 f"{trainer_state.steps_done(trainer)}, the point was step "
-                f"{self._at_steps[self._stage]}"
+                f"{self._point_steps[self._stage]}"
             )
-        courses = self._courses(trainer)
-        if self is courses[-1]:  # all of them have ended
-            paths, verbose = [one._destination for one in courses], [x.verbose for x in courses]
-            reporting.tell(trainer, self._report_of_run(trainer), paths, verbose=any(verbose))
+        callbacks = self._compression_callbacks(trainer)
+        if self is callbacks[-1]:  # all of them have ended
+            paths, verbose = [one._report_file for one in callbacks], [x.verbose for x in callbacks]
+            reporting.publish_report(
+                trainer, self._run_report(trainer), paths, verbose=any(verbose)
+            )
 
-    def _report_of_run(self, trainer: pl.Trainer) -> Report:
+    def _run_report(self, trainer: pl.Trainer) -> Report:
         """Return what all callbacks that change the model have done so far."""
-        return Report.joined(one.report for one in self._courses(trainer))
+        return Report.joined(one.report for one in self._compression_callbacks(trainer))
 
     @staticmethod
-    def _courses(trainer: pl.Trainer) -> "list[Course]":
-        return [one for one in trainer.callbacks if isinstance(one, Course)]  # type: ignore[attr-defined]
+    def _compression_callbacks(trainer: pl.Trainer) -> "list[CompressionCallback]":
+        return [one for one in trainer.callbacks if isinstance(one, CompressionCallback)]  # type: ignore[attr-defined]
 
     @override
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         # others may never answer: what is saved now is this process's own
-        self._team = self._observation.team = ALONE
-        self._close()
+        self._processes = self._observation.processes = ONE_PROCESS
+        self._remove_hooks()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._close()
+        self._remove_hooks()
 
-    def _close(self) -> None:
+    def _remove_hooks(self) -> None:
         self._observation.drop_step()
         self._hooks.close()
-        self._restart = None
+        self._warmup = None
 
 
-def _follow_checkpoint(
+def _match_checkpoint_structure(
     module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object
 ) -> None:
     """Give the module the structure of the state dict it is about to load."""

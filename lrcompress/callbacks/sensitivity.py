@@ -13,7 +13,7 @@ from lrcompress.statistics.views import view
 from lrcompress.structure.surgery import replace_
 
 
-class Dense:
+class DenseLayers:
     """The layers of a model as they are before a point.
 
     Args:
@@ -26,7 +26,7 @@ class Dense:
         self.biases = _biases(self.layers)  # factored layers take the parameters over
 
     @torch.no_grad()
-    def losses(
+    def loss_increases(
         self, trainer: pl.Trainer, module: pl.LightningModule, records: Sequence[LayerRecord]
     ) -> dict[str, float]:
         """Return by how much the validation loss rises with each layer alone replaced.
@@ -44,19 +44,19 @@ class Dense:
         found: dict[str, float] = {}
         try:
             for name in new:
-                _put(module, name, self.layers[name], self.biases[name])
-            start = trainer_state.validate(trainer)
+                _swap_(module, name, self.layers[name], self.biases[name])
+            start = trainer_state.run_validation(trainer)
             loss = loss_name(start)
             for record in records if loss is not None else ():
                 assert loss is not None
                 name = record.name
                 if new[name] is not self.layers[name]:
-                    _put(module, name, new[name], biases[name])
-                    found[name] = trainer_state.validate(trainer)[loss] - start[loss]
-                    _put(module, name, self.layers[name], self.biases[name])
+                    _swap_(module, name, new[name], biases[name])
+                    found[name] = trainer_state.run_validation(trainer)[loss] - start[loss]
+                    _swap_(module, name, self.layers[name], self.biases[name])
         finally:
             for name, layer in new.items():
-                _put(module, name, layer, biases[name])
+                _swap_(module, name, layer, biases[name])
         return found
 
 
@@ -65,7 +65,7 @@ def _biases(layers: Mapping[str, nn.Module]) -> dict[str, Tensor | None]:
     return {name: None if bias is None else bias.detach().clone() for name, bias in held.items()}
 
 
-def _put(module: nn.Module, name: str, layer: nn.Module, bias: Tensor | None) -> None:
+def _swap_(module: nn.Module, name: str, layer: nn.Module, bias: Tensor | None) -> None:
     if module.get_submodule(name) is not layer:
         replace_(module, name, layer)
     own = view(layer).bias

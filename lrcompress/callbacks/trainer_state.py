@@ -27,7 +27,7 @@ _REFUSED = {
 _OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
 _FSDP2 = "ModelParallelStrategy"
 # The way out for strategies that take the module apart before a callback may change it.
-BOUNDARY = (
+BETWEEN_FITS = (
     "fit without the callback, make one file of the checkpoint if it is a folder, then "
     "`lrcompress factor --config RECIPE --checkpoint LAST.ckpt --out FACTORED.ckpt` with "
     "Factorize in the recipe, and fit again with lrcompress.StartFrom('FACTORED.ckpt') in its "
@@ -41,7 +41,7 @@ def _names(kind: type) -> set[str]:
     return {base.__name__ for base in kind.__mro__}
 
 
-def refuse(trainer: pl.Trainer, owner: str) -> None:
+def check_trainer(trainer: pl.Trainer, owner: str) -> None:
     """Raise for a trainer whose strategy or callbacks cannot follow a change of structure.
 
     Raises:
@@ -53,21 +53,21 @@ def refuse(trainer: pl.Trainer, owner: str) -> None:
                 f"{owner} replaces layers while fit runs, and {name} {_REFUSED[name]}; "
                 f"remove {name}, or call lrcompress.compress() after the fit"
             )
-    _refuse_strategy(trainer.strategy, owner)
+    _check_strategy(trainer.strategy, owner)
 
 
-def _refuse_strategy(strategy: Any, owner: str) -> None:
+def _check_strategy(strategy: Any, owner: str) -> None:
     names, name = _names(type(strategy)), type(strategy).__name__
     if "SingleDeviceStrategy" in names:
         return
     if _FSDP2 in names:
-        refuse_tensor_parallel(strategy, owner)
+        check_no_tensor_parallel(strategy, owner)
         return
     if "DDPStrategy" not in names or names & _OTHER_THAN_DDP:
         raise PlatformError(
             f"{owner} replaces layers while fit runs, which it can do on one device, under DDP "
             f"and FSDP2 (ModelParallelStrategy), not under {name}; use strategy='ddp' or "
-            f"Trainer(devices=1), or factor between two fits: {BOUNDARY}"
+            f"Trainer(devices=1), or factor between two fits: {BETWEEN_FITS}"
         )
     method = getattr(strategy, "_start_method", "popen")
     if method != "popen":
@@ -83,12 +83,12 @@ def _refuse_strategy(strategy: Any, owner: str) -> None:
         )
 
 
-def is_sharding(trainer: pl.Trainer) -> bool:
+def uses_fsdp2(trainer: pl.Trainer) -> bool:
     """Return whether the strategy is FSDP2, under which each process holds a part of the model."""
     return _FSDP2 in _names(type(trainer.strategy))
 
 
-def refuse_tensor_parallel(strategy: Any, owner: str) -> None:
+def check_no_tensor_parallel(strategy: Any, owner: str) -> None:
     """Raise for FSDP2 with parameters that lie over processes in more than one way.
 
     Raises:
@@ -103,7 +103,7 @@ def refuse_tensor_parallel(strategy: Any, owner: str) -> None:
         )
 
 
-def refuse_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
+def check_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
     """Raise for optimizers whose state is not all here.
 
     Raises:
@@ -118,7 +118,7 @@ def refuse_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
             )
 
 
-def lengths(trainer: pl.Trainer) -> tuple[float, float]:
+def run_lengths(trainer: pl.Trainer) -> tuple[float, float]:
     """Return optimizer steps in the whole run and per epoch; ``inf`` where unknown."""
     per_epoch = float(trainer.num_training_batches)
     if not math.isinf(per_epoch):
@@ -164,7 +164,7 @@ def gradient_factor(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     return 1.0 / float(scaler.get_scale())
 
 
-def validate(trainer: pl.Trainer) -> dict[str, float]:
+def run_validation(trainer: pl.Trainer) -> dict[str, float]:
     """Return the figures of one pass over the validation data, and leave no other trace.
 
     Loggers, checkpoints and early stopping do not see it, random numbers go on as if it had
@@ -173,15 +173,15 @@ def validate(trainer: pl.Trainer) -> dict[str, float]:
     if not trainer.enable_validation or trainer.barebones:
         return {}
     loop = trainer.validate_loop
-    with isolate_rng(), _set_aside(trainer):
+    with isolate_rng(), _validating(trainer):
         logged = loop.run()
     return {name: float(value) for figures in logged for name, value in figures.items()}
 
 
-def validated(trainer: pl.Trainer) -> dict[str, float]:
+def validation_figures(trainer: pl.Trainer) -> dict[str, float]:
     """Return the figures of a validation of the fit that has just ended; of others none.
 
-    Not those of the sanity check, nor of :func:`validate`.
+    Not those of the sanity check, nor of :func:`run_validation`.
     """
     if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.barebones:
         return {}
@@ -190,7 +190,7 @@ def validated(trainer: pl.Trainer) -> dict[str, float]:
 
 
 @contextmanager
-def _set_aside(trainer: pl.Trainer) -> Iterator[None]:
+def _validating(trainer: pl.Trainer) -> Iterator[None]:
     """Let the trainer be validating, as trainer.validate would, and put everything back."""
     connector, loop = trainer._logger_connector, trainer.validate_loop
     held = (trainer.state.fn, trainer.state.stage, trainer.loggers, loop.verbose)
@@ -208,7 +208,7 @@ def _set_aside(trainer: pl.Trainer) -> Iterator[None]:
         loop.inference_mode = inference
 
 
-def announce(module: pl.LightningModule) -> None:
+def notify_compression_start(module: pl.LightningModule) -> None:
     """Tell a module that wants to know that its structure is about to change for the first time.
 
     It wants to if it has a method ``on_compression_start``, as distillation does, which keeps
@@ -228,7 +228,7 @@ def warn_of_lost_teacher(module: pl.LightningModule, checkpoint: Mapping[str, An
         )
 
 
-def reset_best(trainer: pl.Trainer) -> None:
+def reset_best_scores(trainer: pl.Trainer) -> None:
     """Make checkpointing and early stopping forget the best score of another structure.
 
     A dense checkpoint kept as best could not be loaded into the factored model, and the drop
@@ -255,7 +255,7 @@ def parameter_names(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[l
     ]
 
 
-def reorder_(
+def reorder_parameters_(
     model: nn.Module, optimizers: Sequence[Optimizer], saved: list[list[list[str]]]
 ) -> None:
     """Bring parameters into the order in which a checkpoint holds their optimizer state.
@@ -281,7 +281,7 @@ def reorder_(
                     group[key] = [group[key][place[name]] for name in want]
 
 
-def regroup_(
+def regroup_parameters_(
     model: nn.Module, optimizers: Sequence[Optimizer], wanted: Sequence[Sequence[Sequence[str]]]
 ) -> None:
     """Let every group of every optimizer hold the named parameters, and no state of others.
@@ -329,12 +329,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
 
 
-def weights(trainer: pl.Trainer) -> dict[str, Any]:
+def weights_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
     """Return a checkpoint of the weights alone, with all that loading it takes."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
 
 
-def log(trainer: pl.Trainer, values: dict[str, float]) -> None:
+def log_figures(trainer: pl.Trainer, values: dict[str, float]) -> None:
     """Send figures to every logger there is, under ``lrcompress/``."""
     named = {f"lrcompress/{name}": value for name, value in values.items()}
     for logger in trainer.loggers:
@@ -346,7 +346,7 @@ def logged_step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def show(trainer: pl.Trainer, table: RenderableType) -> None:
+def print_above_progress(trainer: pl.Trainer, table: RenderableType) -> None:
     """Print above the progress bar, if there is one."""
     if not trainer.is_global_zero:
         return

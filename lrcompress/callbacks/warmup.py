@@ -1,4 +1,4 @@
-"""A gentle restart after a point: the learning rate rises again, schedulers untouched."""
+"""Learning-rate warmup after a point, which leaves schedulers untouched."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,7 +11,7 @@ from lrcompress.errors import SettingError
 from lrcompress.schedules import Warmup
 
 
-class Restart:
+class LearningRateWarmup:
     """Multiplies every learning rate by a schedule, for the duration of each optimizer step.
 
     The rates are put back right after the step, so schedulers, which may compute a rate from
@@ -29,16 +29,16 @@ class Restart:
     def attach(self, optimizers: Sequence[Optimizer], stack: ExitStack) -> None:
         """Watch the optimizers until ``stack`` closes."""
         for number, optimizer in enumerate(optimizers):
-            rates = _RATES.get(optimizer) or _Rates(optimizer)
-            rates.restarts[self] = number == 0  # whose steps are counted
-            stack.callback(rates.leave, self)
+            rates = _RATES.get(optimizer) or _OptimizerRates(optimizer)
+            rates.warmups[self] = number == 0  # whose steps are counted
+            stack.callback(rates.remove, self)
 
 
-class _Rates:
-    """The rates of an optimizer for as long as anyone restarts it."""
+class _OptimizerRates:
+    """The rates of an optimizer for as long as a warmup is attached."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.restarts: dict[Restart, bool] = {}
+        self.warmups: dict[LearningRateWarmup, bool] = {}
         # a stack: torch runs hooks twice, one within the other, where a step calls its parent's
         self._held: list[list[Any]] = []
         self._hooks = ExitStack()
@@ -47,14 +47,14 @@ class _Rates:
         _RATES[optimizer] = self
         self._hooks.callback(_RATES.pop, optimizer)
 
-    def leave(self, restart: Restart) -> None:
-        del self.restarts[restart]
-        if not self.restarts:
+    def remove(self, warmup: LearningRateWarmup) -> None:
+        del self.warmups[warmup]
+        if not self.warmups:
             self._hooks.close()
 
     def _factor(self) -> float:
-        scale = prod(restart.schedule.scale for restart in self.restarts)
-        return scale * min(restart.schedule.rise(restart.taken) for restart in self.restarts)
+        scale = prod(warmup.schedule.scale for warmup in self.warmups)
+        return scale * min(warmup.schedule.rise(warmup.taken) for warmup in self.warmups)
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:
         factor = 1.0 if self._held else self._factor()
@@ -66,14 +66,14 @@ class _Rates:
         for group, lr in zip(optimizer.param_groups, self._held.pop(), strict=True):
             group["lr"] = lr
         if not self._held:
-            for restart, counts in self.restarts.items():
-                restart.taken += counts
+            for warmup, counts in self.warmups.items():
+                warmup.taken += counts
 
 
-_RATES: dict[Optimizer, _Rates] = {}  # while restarts are attached
+_RATES: dict[Optimizer, _OptimizerRates] = {}  # while warmups are attached
 
 
-def check_restart(steps: float, scale: float) -> None:
+def check_warmup(steps: float, scale: float) -> None:
     """Check how the learning rate is to rise after a point.
 
     Raises:

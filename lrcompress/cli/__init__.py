@@ -57,7 +57,7 @@ from lrcompress.cli.plan import print_plan
 from lrcompress.cli.report import report
 from lrcompress.distill import Distilled
 from lrcompress.errors import CheckpointError, LRCompressError, RecipeError, nearest
-from lrcompress.recipe import find_faults, link_
+from lrcompress.recipe import find_errors, link_
 from lrcompress.structure.checkpoint import read_checkpoint
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
@@ -263,7 +263,7 @@ class _RecipeCLI(LightningCLI):
             self.config[verb].trainer["callbacks"]  # a trainer that is no mapping passes the parser
         except Exception as error:  # ArgumentError, or what a strange recipe makes it raise
             refusal = error
-        faults = find_faults(self._parser(verb), options, refused=refusal is not None)
+        faults = find_errors(self._parser(verb), options, refused=refusal is not None)
         if isinstance(refusal, ArgumentError) and not faults:
             faults = [str(refusal)]
         if faults:

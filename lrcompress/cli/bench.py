@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lrcompress.bench import OnnxSubject, Run, Subject, TorchSubject, compare
+from lrcompress.bench import BenchModel, OnnxModel, Run, TorchModel, compare
 from lrcompress.bench.tables import bench_table
 from lrcompress.bench.timing import one_thread
 from lrcompress.errors import (
@@ -102,13 +102,13 @@ def _measure(given: argparse.Namespace) -> None:
     if len({model.onnx is None for model in models}) > 1:
         raise RecipeError("expected two models for torch or two for onnxruntime, got one of each")
     onnx = first.onnx is not None
-    subjects: list[Subject] = []
+    subjects: list[BenchModel] = []
     runs: list[Run] = []
     for device in ["cpu"] if onnx else given.devices:
         for mode in ["onnx"] if onnx else given.modes:
             for batch, length in given.shapes:
                 torch.compiler.reset()  # a graph of its own for every shape
-                pair = [model.subject(mode, device) for model in models]
+                pair = [model.model_to_measure(mode, device) for model in models]
                 inputs = first.inputs(batch, length, device)
                 other = pair[1] if pair[1:] else None
                 runs.append(compare(pair[0], other, inputs, device=device, rounds=given.rounds))
@@ -166,12 +166,12 @@ class _Model:
         plain.model = merge_dense(self.model)
         return plain
 
-    def subject(self, mode: str, device: str) -> Subject:
+    def model_to_measure(self, mode: str, device: str) -> BenchModel:
         if self.onnx is not None:
-            return OnnxSubject(self.name, self.onnx, self.threads)
+            return OnnxModel(self.name, self.onnx, self.threads)
         assert self.model is not None
         model = self.model.to(device)
-        return TorchSubject(self.name, model, self.stored_bytes, compiled=mode == "compiled")
+        return TorchModel(self.name, model, self.stored_bytes, compiled=mode == "compiled")
 
     def inputs(self, batch: int, length: int, device: str) -> dict[str, Tensor]:
         """Return random tokens without padding.

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lrcompress.callbacks.between_fits import load_
+from lrcompress.callbacks.between_fits import load_weights_
 from lrcompress.cli.int8 import check_measured, int8_table
 from lrcompress.errors import CheckpointError, RecipeError, nearest
 from lrcompress.export import merge_dense, save_pretrained
@@ -22,7 +22,7 @@ from lrcompress.export.onnx import INT8, ONNX, export_onnx, quantize_onnx
 from lrcompress.export.torch_export import PROGRAM, export_program
 from lrcompress.recipe import link_
 from lrcompress.report import Report
-from lrcompress.structure.checkpoint import read_lightning
+from lrcompress.structure.checkpoint import read_lightning_checkpoint
 from lrcompress.structure.plan import Plan
 from lrcompress.tasks.locations import model_folder
 
@@ -49,11 +49,11 @@ def export(options: list[str]) -> None:
         return
     places, given, overrides = _checked(options)
     kind, int8 = given["--format"], FLAG in given
-    checkpoint = read_lightning(Path(places[0]))
+    checkpoint = read_lightning_checkpoint(Path(places[0]))
     module, data = _parts(Path(given["--config"]), overrides, int8)
     if int8:
         check_measured(module)
-    load_(module, checkpoint, places[0])
+    load_weights_(module, checkpoint, places[0])
     if kind in ("onnx", "torch-export"):
         _write_graph(module, data, kind, places[1])
         return

@@ -6,16 +6,16 @@ from pathlib import Path
 import rich
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lrcompress.callbacks.between_fits import load_
-from lrcompress.callbacks.dry_run import look, rehearse
-from lrcompress.callbacks.scheduled import Course
-from lrcompress.engine.loss_curves import forecast
+from lrcompress.callbacks.between_fits import load_weights_
+from lrcompress.callbacks.dry_run import dry_run, observe_batches
+from lrcompress.callbacks.scheduled import CompressionCallback
+from lrcompress.engine.loss_curves import loss_curves
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import RecipeError
 from lrcompress.objective import LOW_RANK, METHODS
-from lrcompress.report.plots import forecast_figure
-from lrcompress.report.tables import forecast_table
-from lrcompress.structure.checkpoint import read_lightning
+from lrcompress.report.plots import loss_curves_figure
+from lrcompress.report.tables import loss_curves_table
+from lrcompress.structure.checkpoint import read_lightning_checkpoint
 
 
 def print_plan(
@@ -45,46 +45,46 @@ def print_plan(
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     planners = [callback for callback in callbacks if hasattr(callback, "preview")]
-    courses = [callback for callback in planners if isinstance(callback, Course)]
+    compressing = [callback for callback in planners if isinstance(callback, CompressionCallback)]
     if not planners:
         found = ", ".join(type(callback).__name__ for callback in callbacks)
         raise RecipeError(
             f"trainer.callbacks: expected one that replaces layers, such as lrcompress.Factorize, "
             f"found {found or 'none'}"
         )
-    if curve is not None and (curve < 1 or not courses):
+    if curve is not None and (curve < 1 or not compressing):
         raise RecipeError(
             "curve: expected a number of training batches from 1, and a callback such as "
             f"lrcompress.Factorize in the recipe; got {curve!r}"
         )
     if ckpt_path is not None:
-        load_(model, read_lightning(Path(ckpt_path)), str(ckpt_path))
-    for callback in courses:  # before any data is read
+        load_weights_(model, read_lightning_checkpoint(Path(ckpt_path)), str(ckpt_path))
+    for callback in compressing:  # before any data is read
         callback.preview(model)
-    if courses:
-        rehearse(trainer, model, datamodule=datamodule)
+    if compressing:
+        dry_run(trainer, model, datamodule=datamodule)
     for callback in planners:
         rich.print(callback.preview(model))
-    for course in courses if curve is not None else ():
+    for callback in compressing if curve is not None else ():
         assert curve is not None
-        _print_curve(trainer, model, datamodule, course, curve, plot)
+        _print_curve(trainer, model, datamodule, callback, curve, plot)
 
 
 def _print_curve(
     trainer: Trainer,
     model: LightningModule,
     datamodule: LightningDataModule | None,
-    course: Course,
+    callback: CompressionCallback,
     curve: int,
     plot: str | None,
 ) -> None:
     kinds = tuple(dict.fromkeys(kind for one in METHODS.values() for kind in one.kinds))
-    sampling = replace(course.sampling, kinds=kinds, max_tokens=None)
-    settings = course.settings_at(0)
+    sampling = replace(callback.sampling, kinds=kinds, max_tokens=None)
+    settings = callback.settings_at(0)
     if not isinstance(settings, Settings):  # a table has one method, and no others beside it
         return
-    statistics = look(trainer, model, settings, sampling, curve, datamodule=datamodule)
-    found = forecast(model, statistics, settings, LOW_RANK)
-    rich.print(forecast_table(found, f"from {statistics.tokens:,} tokens of {curve} batches"))
+    statistics = observe_batches(trainer, model, settings, sampling, curve, datamodule=datamodule)
+    found = loss_curves(model, statistics, settings, LOW_RANK)
+    rich.print(loss_curves_table(found, f"from {statistics.tokens:,} tokens of {curve} batches"))
     if plot is not None:
-        forecast_figure(found).savefig(plot)
+        loss_curves_figure(found).savefig(plot)

@@ -45,7 +45,7 @@ def _logits_of(output: object) -> object:
     return getattr(output, "logits", None)
 
 
-class CallTap:
+class CallCapture:
     """Hears the one call of a training step that gives the logits.
 
     Args:
@@ -134,7 +134,7 @@ class CallTap:
         )
 
 
-class OutputTap:
+class OutputCapture:
     """Hears the outputs of submodules in one call.
 
     Args:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lrcompress.callbacks import trainer_state
 from lrcompress.distill.cache import Cache, example_keys
-from lrcompress.distill.capture import Call, CallTap, OutputTap
+from lrcompress.distill.capture import Call, CallCapture, OutputCapture
 from lrcompress.distill.losses import LOGITS, DistillationLoss, Features
-from lrcompress.distill.teacher import Teacher, copy_of, load_copy, read_weights
+from lrcompress.distill.teacher import Teacher, copy_model, load_copy, read_weights
 from lrcompress.errors import ObservationError, SettingError, ShapeError, nearest
 from lrcompress.schedules import Piecewise
 from lrcompress.statistics.batches import batch_mask
@@ -42,9 +42,9 @@ class Distillation:
         self.logits, self.mask = logits, mask
         self.folder = teacher_dir
         self.cache = Cache(cache) if cache is not None else None
-        self.tap = CallTap(call, logits)
+        self.tap = CallCapture(call, logits)
         self.teacher: Teacher | None = None
-        self.rehearsed = False
+        self.dry_run_done = False
         self._layers: dict[int, tuple[str, ...]] = {}
         self._checked: set[int] = set()
         _check_source(teacher)
@@ -61,9 +61,9 @@ class Distillation:
 
     def reset(self) -> None:
         """Begin a fit."""
-        self.tap = CallTap(self.tap.call, self.logits)
+        self.tap = CallCapture(self.tap.call, self.logits)
         self._layers, self._checked = {}, set()
-        self.rehearsed = False
+        self.dry_run_done = False
         if self.source == START:
             self.teacher = None
 
@@ -71,13 +71,13 @@ class Distillation:
 
     def freeze(self, student: nn.Module) -> None:
         """Take the student as it is now for the teacher."""
-        self._begin(student, copy_of(student), whole=True)
+        self._begin(student, copy_model(student), whole=True)
 
     def restore(self, student: nn.Module, module: nn.Module) -> None:
         """Go on with a teacher that was frozen before the run was interrupted."""
         self._begin(student, module, whole=True)
 
-    def appoint(self, student: nn.Module) -> None:
+    def get_teacher(self, student: nn.Module) -> None:
         """Get the teacher that is no copy of the student at the start, or move one there is."""
         if isinstance(self.source, nn.Module):
             self._begin(student, self.source, isinstance(self.source, pl.LightningModule))
@@ -86,11 +86,11 @@ class Distillation:
             module = load_copy(student, read_weights(path), str(path))
             self._begin(student, module, whole=True)
         elif self.teacher is not None:
-            self.teacher.follow_(student)
+            self.teacher.move_like_(student)
 
     def _begin(self, student: nn.Module, module: nn.Module, whole: bool) -> None:
         self.teacher = Teacher(module, whole=whole)
-        self.teacher.follow_(student)
+        self.teacher.move_like_(student)
 
     def record(self) -> dict[str, Any] | None:
         """Return what a checkpoint says of a teacher that no one else keeps."""
@@ -103,7 +103,7 @@ class Distillation:
         assert self.teacher is not None
         self.teacher.save(folder)
 
-    # The course of a step
+    # During a step
 
     def weights(self, trainer: pl.Trainer) -> tuple[float, Terms]:
         """Return the weight of the student's own loss, and the terms that count in this step."""
@@ -115,38 +115,38 @@ class Distillation:
         weights = [loss.weight for loss in self.losses]
         if any(weight.constant for weight in weights):
             return True  # spared the question how long the run is
-        return any(weight.counts(*trainer_state.lengths(trainer)) for weight in weights)
+        return any(weight.counts(*trainer_state.run_lengths(trainer)) for weight in weights)
 
     def step(
         self, student: pl.LightningModule, batch: Any, terms: Terms, run: Callable[[], Any]
     ) -> tuple[Any, list[Tensor]]:
         """Return what the student's own step gives, and the value of every term."""
         losses = [loss for loss, _ in terms]
-        output, heard = self._hear(student, batch, losses, run)
+        output, heard = self._run_captured(student, batch, losses, run)
         if heard is None:
             return None, []
         call, mine, mask = heard
         _check_graph(mine)
-        theirs = self._teach(student, call, mine, mask)
+        theirs = self._teacher_features(student, call, mine, mask)
         return output, [self._value(student, loss, mine, theirs, mask) for loss in losses]
 
-    def rehearse(self, student: pl.LightningModule, batch: Any, run: Callable[[], Any]) -> Any:
+    def dry_run(self, student: pl.LightningModule, batch: Any, run: Callable[[], Any]) -> Any:
         """Return what the student's own step gives, checked for all that losses will ask of it.
 
         What a loss will not find is so said in the first step, and not when there is a teacher,
         after epochs of training.
         """
-        output, heard = self._hear(student, batch, self.losses, run)
+        output, heard = self._run_captured(student, batch, self.losses, run)
         if heard is not None:
             call, mine, mask = heard
             with torch.no_grad():
                 self._compare(student, call, student.get_submodule(call.name))
                 for loss in self.losses:
                     self._value(student, loss, mine, mine, mask)
-            self.rehearsed = True
+            self.dry_run_done = True
         return output
 
-    def _hear(
+    def _run_captured(
         self,
         student: pl.LightningModule,
         batch: Any,
@@ -156,7 +156,7 @@ class Distillation:
         """Return what a step gives; and its call, what losses need of it, and the mask."""
         names = [self._names(student, loss) for loss in losses]
         needed = tuple(dict.fromkeys(name for some in names for name in some))
-        tap = OutputTap(student, self._tapped(needed))
+        tap = OutputCapture(student, self._tapped(needed))
         with ExitStack() as stack:
             stack.enter_context(self.tap.listening(student))
             stack.enter_context(tap.listening())
@@ -214,7 +214,7 @@ class Distillation:
         return mask
 
     @torch.no_grad()
-    def _teach(
+    def _teacher_features(
         self, student: nn.Module, call: Call, mine: Features, mask: Tensor | None
     ) -> Features:
         """Return the teacher's features for a call, from the cache or from the teacher.
@@ -223,7 +223,7 @@ class Distillation:
             ObservationError: if the cache cannot keep them.
         """
         assert self.teacher is not None
-        self._compare(student, call, self.teacher.called(call.name))
+        self._compare(student, call, self.teacher.submodule(call.name))
         if self.cache is None:
             return self._run(call, tuple(mine))
         size = next(iter(mine.values())).shape[0]
@@ -242,8 +242,8 @@ class Distillation:
 
     def _run(self, call: Call, needed: Sequence[str]) -> dict[str, Tensor]:
         assert self.teacher is not None
-        model = self.teacher.called(call.name)
-        tap = OutputTap(model, self._tapped(needed), _prefix(call))
+        model = self.teacher.submodule(call.name)
+        tap = OutputCapture(model, self._tapped(needed), _prefix(call))
         with tap.listening():
             output = model(*call.args, **call.kwargs)
         return self._features(tap.take(), Call(call.name, (), {}, output), needed)
@@ -307,7 +307,7 @@ class Distillation:
 def _weight(weight: Piecewise, trainer: pl.Trainer) -> float:
     if weight.constant is not None:  # spared the question how long the run is
         return weight.constant
-    return weight.at(trainer.global_step, *trainer_state.lengths(trainer))
+    return weight.at(trainer.global_step, *trainer_state.run_lengths(trainer))
 
 
 def _check_source(teacher: object) -> None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from lrcompress.errors import ShapeError
 
 
-def soft_divergence(
+def soft_kl_divergence(
     student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None
 ) -> Tensor:
     """Return ``T²·KL(softmax(teacher / T) ‖ softmax(student / T))``, the mean over examples.
@@ -24,7 +24,7 @@ def soft_divergence(
         G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network" (2015).
 
     Example:
-        >>> float(soft_divergence(torch.zeros(1, 2), torch.zeros(1, 2), 2.0))
+        >>> float(soft_kl_divergence(torch.zeros(1, 2), torch.zeros(1, 2), 2.0))
         0.0
     """
     student, teacher = student.float(), teacher.float()
@@ -40,7 +40,7 @@ def soft_divergence(
     return temperature**2 * divergence
 
 
-def relative_gap(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+def relative_squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return ``‖H_s − H_t‖² / ‖H_t‖²`` over the real positions.
 
     Args:
@@ -52,7 +52,7 @@ def relative_gap(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
         ShapeError: if the mask is not for these positions.
 
     Example:
-        >>> float(relative_gap(torch.full((1, 2, 3), 3.0), torch.full((1, 2, 3), 2.0)))
+        >>> float(relative_squared_error(torch.full((1, 2, 3), 3.0), torch.full((1, 2, 3), 2.0)))
         0.25
     """
     student, teacher = student.float(), teacher.float()
@@ -67,7 +67,7 @@ def relative_gap(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
     return (student - teacher).square().sum() / size
 
 
-def relation_gap(
+def relation_kl_divergence(
     student: tuple[Tensor, Tensor],
     teacher: tuple[Tensor, Tensor],
     heads: tuple[int, int],

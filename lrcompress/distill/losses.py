@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompress.distill.functional import relation_gap, relative_gap, soft_divergence
+from lrcompress.distill.functional import (
+    relation_kl_divergence,
+    relative_squared_error,
+    soft_kl_divergence,
+)
 from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError, nearest
 from lrcompress.schedules import Piecewise
 
@@ -113,7 +117,7 @@ class Logits(DistillationLoss):
                 f"the student's logits are {tuple(mine.shape)}, the teacher's "
                 f"{tuple(theirs.shape)}: take a teacher with the same number of labels"
             )
-        return soft_divergence(mine, theirs, self.temperature, mask)
+        return soft_kl_divergence(mine, theirs, self.temperature, mask)
 
 
 class HiddenStates(DistillationLoss):
@@ -170,7 +174,7 @@ class HiddenStates(DistillationLoss):
                 f"layer {name!r} gives {tuple(mine.shape)} in the student and "
                 f"{tuple(theirs.shape)} in the teacher: take a teacher of the same width"
             )
-        return relative_gap(mine, theirs, mask)
+        return relative_squared_error(mine, theirs, mask)
 
 
 # Names of the query, key and value projections side by side; or of all three in one.
@@ -289,7 +293,7 @@ class Relations(DistillationLoss):
                     f"{self._counts(theirs, one, other, heads)} in place of {counts}"
                 )
             pairs = [(part[one], part[other]) for part in (mine, theirs)]
-            terms.append(relation_gap(pairs[0], pairs[1], counts, mask))
+            terms.append(relation_kl_divergence(pairs[0], pairs[1], counts, mask))
         return torch.stack(terms).sum()
 
     @staticmethod

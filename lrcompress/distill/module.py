@@ -183,7 +183,7 @@ class Distilled(_InPlace, pl.LightningModule):
     @override
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self._distillation.appoint(self)
+        self._distillation.get_teacher(self)
         data = getattr(self.trainer, "datamodule", None)
         self._distillation.check_vocabulary(self, getattr(data, "tokenizer", None))
 
@@ -269,7 +269,7 @@ def _training_step(module: Distilled, args: tuple[Any, ...], kwargs: dict[str, A
     if module._trainer is None:
         return own()
     if distillation.teacher is None:
-        return own() if distillation.rehearsed else distillation.rehearse(module, batch, own)
+        return own() if distillation.dry_run_done else distillation.dry_run(module, batch, own)
     task, terms = distillation.weights(module.trainer)
     if not terms:
         return _with_loss(own(), lambda loss: loss if task == 1 else task * loss)
@@ -340,8 +340,8 @@ def _refuse(module: Distilled) -> None:
             f"Distilled copies and calls the whole module on each rank, which {name} takes "
             "apart; use one device, DDP or FSDP2 (ModelParallelStrategy)"
         )
-    if trainer_state.is_sharding(module.trainer):
-        trainer_state.refuse_tensor_parallel(module.trainer.strategy, "Distilled")
+    if trainer_state.uses_fsdp2(module.trainer):
+        trainer_state.check_no_tensor_parallel(module.trainer.strategy, "Distilled")
         if module._distillation.cache is not None:
             raise PlatformError(
                 "cache= spares a process its call of the teacher, for which the others, that hold "

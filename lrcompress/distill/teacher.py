@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lrcompress.callbacks import fsdp
-from lrcompress.distributed import ALONE
+from lrcompress.distributed import ONE_PROCESS
 from lrcompress.errors import CheckpointError, NoMatchError, PlatformError, nearest
-from lrcompress.files import whole
-from lrcompress.structure.checkpoint import read_lightning
+from lrcompress.files import atomic_write
+from lrcompress.structure.checkpoint import read_lightning_checkpoint
 from lrcompress.structure.plan import restore_structure
 
 _HOOKS = (
@@ -48,7 +48,7 @@ class Teacher:
         self.whole = whole
         self._fingerprint: str | None = None
 
-    def called(self, name: str) -> nn.Module:
+    def submodule(self, name: str) -> nn.Module:
         """Return what to call where the student calls its submodule of that name.
 
         Raises:
@@ -65,7 +65,7 @@ class Teacher:
                 f"nearest: {nearest(name, names)}"
             ) from None
 
-    def follow_(self, student: nn.Module) -> None:
+    def move_like_(self, student: nn.Module) -> None:
         """Move to the student's device and dtype."""
         floating = [p for p in student.parameters() if p.is_floating_point()]
         if floating:
@@ -98,24 +98,24 @@ class Teacher:
             CheckpointError: if they cannot be written, as on a full disk.
         """
         path = folder / self.file
-        team = fsdp.ShardedTeam.of() if self.sharded else ALONE
-        if not team.decide(lambda: not path.exists()):
+        processes = fsdp.ShardedProcesses.of() if self.sharded else ONE_PROCESS
+        if not processes.run_on_first(lambda: not path.exists()):
             return
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(self.module).items():
-            complete = fsdp.whole(tensor).cpu()
-            if team.index == 0:
+            complete = fsdp.full_tensor(tensor).cpu()
+            if processes.index == 0:
                 tensors[name] = complete.clone()
-        if team.index:
+        if processes.index:
             return
         try:
-            with whole(path) as passing:
+            with atomic_write(path) as passing:
                 save_file(tensors, passing)
         except SafetensorError as error:
             raise CheckpointError(f"the teacher cannot be written to {path}: {error}") from error
 
 
-def copy_of(student: nn.Module) -> nn.Module:
+def copy_model(student: nn.Module) -> nn.Module:
     """Return a copy of a module: its weights and structure, but no hook, graph or distillation.
 
     Of a module that FSDP2 has sharded the copy is sharded alike: no process holds it whole.
@@ -123,7 +123,7 @@ def copy_of(student: nn.Module) -> nn.Module:
     made = _copied(student)
     if not fsdp.is_sharded(student):
         return made
-    return fsdp.shard_alike_(made, student, _tensors(student))
+    return fsdp.shard_like_(made, student, _tensors(student))
 
 
 def _copied(student: nn.Module) -> nn.Module:
@@ -142,7 +142,7 @@ def _copied(student: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
     try:
-        with fsdp.copying(student) as given:
+        with fsdp.deepcopy_allowed(student) as given:
             made = copy.deepcopy(student, memo | given)
     except (RuntimeError, TypeError) as error:
         raise PlatformError(
@@ -181,7 +181,7 @@ def load_copy(student: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
             f"{differ[0]!r} is {where}, one of {len(differ)} names that differ"
         )
     if fsdp.is_sharded(student):
-        return fsdp.shard_alike_(module, student, tensors)
+        return fsdp.shard_like_(module, student, tensors)
     module.load_state_dict(tensors, strict=False)
     return module
 
@@ -195,7 +195,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_file(path)
     try:
-        state = read_lightning(path)["state_dict"]
+        state = read_lightning_checkpoint(path)["state_dict"]
     except CheckpointError as error:
         raise CheckpointError(f"the teacher {error}") from error
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -248,7 +248,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=32)
     for name in sorted(tensors):
-        tensor = fsdp.whole(tensors[name]).cpu().contiguous()
+        tensor = fsdp.full_tensor(tensors[name]).cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

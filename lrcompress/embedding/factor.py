@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.distributed import ALONE, Team
+from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.embedding.metric import metric_of, solve
-from lrcompress.embedding.settings import METHODS, Table, TableSettings, parameters_of
-from lrcompress.engine.distributed_solve import share_ as broadcast_
+from lrcompress.embedding.settings import METHODS, EmbeddingSettings, EmbeddingTable, parameters_of
+from lrcompress.engine.distributed_solve import broadcast_layers_ as broadcast_
 from lrcompress.errors import LayerError
 from lrcompress.nn import (
-    FactoredTable,
+    FactoredEmbedding,
     KroneckerEmbedding,
     LowRankEmbedding,
     LowRankLinear,
@@ -28,23 +28,23 @@ from lrcompress.statistics.views import view
 from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
 from lrcompress.structure.surgery import (
     Carry,
+    all_or_nothing,
     carry_dense,
     carry_factors,
     replace_,
     swap_parameters_,
-    whole_or_not,
 )
-from lrcompress.structure.tied_weights import restate_, share_
+from lrcompress.structure.tied_weights import tie_factors_, update_tied_weights_keys_
 
 
 def factor_tables_(
     model: nn.Module,
     statistics: Statistics,
-    settings: TableSettings,
+    settings: EmbeddingSettings,
     *,
     optimizers: Iterable[Optimizer] = (),
     step: int | None = None,
-    team: Team = ALONE,
+    processes: Processes = ONE_PROCESS,
 ) -> PointRecord:
     """Replace the targeted embeddings of ``model``, and their tied heads, from statistics.
 
@@ -57,7 +57,7 @@ def factor_tables_(
         settings: what to do.
         optimizers: whose parameters and state follow.
         step: for the record.
-        team: the processes that do the same with the same statistics. All solve; all end with the
+        processes: those that do the same with the same statistics. All solve; all end with the
             values of the first, bit for bit.
 
     Returns:
@@ -81,13 +81,13 @@ def factor_tables_(
             found[table.name] = solve(weight, settings.method, rank, metric)
             records.append(record_of(table, settings, found[table.name].error, metric.note))
 
-    team.attempt(work)
+    processes.run_on_all(work)
     touched = [name for table in tables for name in (*table.embeddings, *table.heads)]
-    with whole_or_not(model, touched, held):
+    with all_or_nothing(model, touched, held):
         for table in tables:
             _put(model, table, found[table.name], settings, held)
-        broadcast_(model, dict.fromkeys((x.name for x in tables), 0), held, team)
-    restate_(model)
+        broadcast_(model, dict.fromkeys((x.name for x in tables), 0), held, processes)
+    update_tied_weights_keys_(model)
     return PointRecord(
         f"{settings.method} embedding by {settings.weighting}",
         step,
@@ -102,7 +102,7 @@ def factor_tables_(
 
 
 def record_of(
-    table: Table, settings: TableSettings, error: float | None = None, note: str = ""
+    table: EmbeddingTable, settings: EmbeddingSettings, error: float | None = None, note: str = ""
 ) -> LayerRecord:
     """Return what becomes of a table."""
     rank = settings.rank_of(table)
@@ -123,7 +123,7 @@ def record_of(
 
 def _check_form(model: nn.Module, name: str) -> None:
     layer = model.get_submodule(name)
-    if isinstance(layer, FactoredTable) and not isinstance(layer, LowRankEmbedding):
+    if isinstance(layer, FactoredEmbedding) and not isinstance(layer, LowRankEmbedding):
         raise LayerError(
             f"embedding {name!r} is a {type(layer).__name__} already, and only low-rank ones can "
             "be factored again; leave it out with exclude="
@@ -133,9 +133,9 @@ def _check_form(model: nn.Module, name: str) -> None:
 @torch.no_grad()
 def _put(
     model: nn.Module,
-    table: Table,
+    table: EmbeddingTable,
     factors: Factors,
-    settings: TableSettings,
+    settings: EmbeddingSettings,
     optimizers: Sequence[Optimizer],
 ) -> None:
     """Put new layers where a table is read, and their parameters in the optimizers."""
@@ -146,11 +146,11 @@ def _put(
     carry, coming = _set_(new, layer, factors)
     for name in table.embeddings:
         other = new if name == table.name else kind.in_place_of(model.get_submodule(name), rank)
-        share_(other, new)
+        tie_factors_(other, new)
         replace_(model, name, other)
     for name in table.heads if settings.heads == "tied" else ():
         head = LowRankLinear.in_place_of(model.get_submodule(name), rank)
-        share_(head, new)
+        tie_factors_(head, new)
         replace_(model, name, head)
     staying = any(parameter is old[-1] for parameter in model.parameters())
     parameters = [new.get_parameter(name) for name in coming]
@@ -160,7 +160,7 @@ def _put(
             optimizer.state.pop(parameter, None)
 
 
-def _set_(new: FactoredTable, layer: nn.Module, factors: Factors) -> tuple[Carry, list[str]]:
+def _set_(new: FactoredEmbedding, layer: nn.Module, factors: Factors) -> tuple[Carry, list[str]]:
     """Give ``new`` its values; return how optimizer state carries over, and to what."""
     left, right = factors.left, factors.right
     new.left.weight.copy_(left)

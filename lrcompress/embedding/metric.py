@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrcompress.embedding.settings import Table, TableSettings
+from lrcompress.embedding.settings import EmbeddingSettings, EmbeddingTable
 from lrcompress.errors import NotFiniteError, ObservationError
 from lrcompress.linalg import shrunk
-from lrcompress.solvers.embedding import truncate_table
+from lrcompress.solvers.embedding import truncate_embedding
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.moments import Statistics
 
@@ -28,7 +28,7 @@ class Metric:
     note: str
 
 
-def metric_of(table: Table, statistics: Statistics, settings: TableSettings) -> Metric:
+def metric_of(table: EmbeddingTable, statistics: Statistics, settings: EmbeddingSettings) -> Metric:
     """Return what an error in ``table`` counts, over all embeddings that hold it.
 
     The weight of a row is how often it was read, or the sum of its tokens' squared gradients.
@@ -67,7 +67,7 @@ def metric_of(table: Table, statistics: Statistics, settings: TableSettings) -> 
 
 
 def _columns(
-    table: Table, statistics: Statistics, settings: TableSettings, notes: list[str]
+    table: EmbeddingTable, statistics: Statistics, settings: EmbeddingSettings, notes: list[str]
 ) -> Tensor | None:
     if "input_moment" not in settings.kinds or not table.heads:
         return None
@@ -96,8 +96,8 @@ def solve(weight: Tensor, method: str, rank: int, metric: Metric) -> Factors:
         ``left (vocabulary, rank)`` and ``right (rank, width)``, for ``kronecker`` ``(1, block)``.
     """
     if method != "kronecker":
-        return truncate_table(weight, metric.rows, metric.columns).factors(rank)
+        return truncate_embedding(weight, metric.rows, metric.columns).factors(rank)
     block = weight.shape[1] // rank
     rows = None if metric.rows is None else metric.rows.repeat_interleave(rank)
-    found = truncate_table(weight.reshape(-1, block), rows).factors(1)
+    found = truncate_embedding(weight.reshape(-1, block), rows).factors(1)
     return Factors(found.left.view(-1, rank), found.right, found.error, found.lost)

@@ -10,13 +10,13 @@ from torch import nn
 
 from lrcompress.budget import check_keep
 from lrcompress.errors import LayerError, NoMatchError, SettingError, nearest
-from lrcompress.nn import FactoredTable, KroneckerEmbedding, LowRankEmbedding, SafeEmbedding
+from lrcompress.nn import FactoredEmbedding, KroneckerEmbedding, LowRankEmbedding, SafeEmbedding
 from lrcompress.nn.kronecker_embedding import check_divides
 from lrcompress.nn.low_rank_embedding import obstacle
-from lrcompress.statistics.views import is_linear, is_table, view
+from lrcompress.statistics.views import is_embedding, is_linear, view
 from lrcompress.structure.selection import Selection
 
-METHODS: Mapping[str, type[FactoredTable]] = {
+METHODS: Mapping[str, type[FactoredEmbedding]] = {
     "low_rank": LowRankEmbedding,
     "kronecker": KroneckerEmbedding,
     "safe": SafeEmbedding,
@@ -31,7 +31,7 @@ _ALIGN = 8  # ranks are multiples of it, where that costs no more than a tenth o
 
 
 @dataclass(frozen=True)
-class Table:
+class EmbeddingTable:
     """A table and everything that reads it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSettings:
+class EmbeddingSettings:
     """How tables are chosen, measured and cut; every entry is checked when it is made.
 
     Attributes:
@@ -122,7 +122,7 @@ class TableSettings:
         tables = self.tables(model)
         return tuple(n for x in tables for n in (*x.embeddings, *(x.heads if joint else ())))
 
-    def tables(self, model: nn.Module) -> list[Table]:
+    def tables(self, model: nn.Module) -> list[EmbeddingTable]:
         """Return the tables of ``model`` that are targeted.
 
         Raises:
@@ -149,7 +149,7 @@ class TableSettings:
             _check_not_generating(model)
         return chosen
 
-    def rank_of(self, table: Table) -> int:
+    def rank_of(self, table: EmbeddingTable) -> int:
         """Return the width of a table's narrow one.
 
         Raises:
@@ -187,27 +187,27 @@ class TableSettings:
         return aligned if aligned in small and aligned >= 0.9 * rank else rank
 
 
-def parameters_of(kind: type[FactoredTable], shape: tuple[int, int], rank: int) -> int:
+def parameters_of(kind: type[FactoredEmbedding], shape: tuple[int, int], rank: int) -> int:
     """Return how many parameters stand for a table of that shape."""
     sizes = {"out": shape[0], "in": shape[1], "rank": rank}
     return sum(math.prod(each) for each in kind.tensors(sizes).values())
 
 
-def _tables_in(model: nn.Module) -> list[Table]:
+def _tables_in(model: nn.Module) -> list[EmbeddingTable]:
     embeddings: dict[int, list[str]] = {}
     heads: dict[int, list[str]] = {}
     shapes: dict[int, tuple[int, int]] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module in inside or not (is_table(module) or is_linear(module)):
+        if module in inside or not (is_embedding(module) or is_linear(module)):
             continue
         inside |= set(module.modules())
         seen = view(module, table=True)
         key = id(seen.parameters[-1])
-        (embeddings if is_table(module) else heads).setdefault(key, []).append(name)
+        (embeddings if is_embedding(module) else heads).setdefault(key, []).append(name)
         shapes[key] = seen.shape
     return [
-        Table(
+        EmbeddingTable(
             names[0],
             tuple(names[1:]),
             tuple(heads.get(key, ())),
@@ -220,10 +220,10 @@ def _tables_in(model: nn.Module) -> list[Table]:
 
 def _chosen(
     model: nn.Module,
-    found: Sequence[Table],
+    found: Sequence[EmbeddingTable],
     targets: Sequence[str] | None,
     exclude: Sequence[str],
-) -> list[Table]:
+) -> list[EmbeddingTable]:
     names = [name for table in found for name in table.embeddings]
     wanted = set(_token_embedding(model, names) if targets is None else ())
     for argument, patterns in (("targets", targets or ()), ("exclude", exclude)):

@@ -10,14 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.bench.latency_ranks import Choice, allocate_faster
+from lrcompress.bench.latency_ranks import RankChoice, allocate_by_latency
 from lrcompress.budget import Candidate, allocate, match_bounds
-from lrcompress.distributed import ALONE, Team
-from lrcompress.engine.distributed_solve import Found, Measured, install_, solve
-from lrcompress.engine.kronecker_shapes import Shapes, by_layer, check_layers, solver_for, unit_of
+from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.distributed_solve import Found, LayerSummary, install_factors_, solve_layers
+from lrcompress.engine.kronecker_shapes import (
+    KroneckerShapes,
+    by_layer,
+    check_layers,
+    solver_for,
+    term_parameters,
+)
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError
-from lrcompress.nn import Factored, KroneckerLinear, LowRankLinear
+from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
 from lrcompress.nn.kronecker import carry_kronecker
 from lrcompress.objective import METHODS, Metric, method_named
 from lrcompress.report.record import LayerRecord, PointRecord
@@ -42,7 +48,10 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def candidates(
-    model: nn.Module, names: Sequence[str], settings: Settings, measured: Mapping[str, Measured]
+    model: nn.Module,
+    names: Sequence[str],
+    settings: Settings,
+    measured: Mapping[str, LayerSummary],
 ) -> list[Candidate]:
     """Return what each layer asks of the budget.
 
@@ -95,9 +104,11 @@ def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Se
     check_layers(model, selection.names, settings)
     firsts: dict[str, Sizes | None] = {}
     if METHODS[settings.method].form == "kronecker":
-        firsts = Shapes(model, selection.names, settings).previewed(model)
+        firsts = KroneckerShapes(model, selection.names, settings).previewed(model)
     asked = [
-        replace(c, unit=unit_of(firsts[c.name], (c.out_features, c.in_features))) if firsts else c
+        replace(c, unit=term_parameters(firsts[c.name], (c.out_features, c.in_features)))
+        if firsts
+        else c
         for c in candidates(model, selection.names, settings, {})
     ]
     ranks = allocate(asked, settings.keep, "uniform", settings.align)
@@ -125,7 +136,7 @@ def factor_(
     *,
     optimizers: Iterable[Optimizer] = (),
     step: int | None = None,
-    team: Team = ALONE,
+    processes: Processes = ONE_PROCESS,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -138,9 +149,9 @@ def factor_(
         settings: what to do.
         optimizers: whose parameters and state follow.
         step: for the record.
-        team: the processes that do the same at the same time, with the same model, statistics and
+        processes: those that do the same at the same time, with the same model, statistics and
             settings. Each solves some of the layers; all end with the same values, bit for bit.
-            Where each holds a part of the parameters, a layer at a time is made whole.
+            Where each holds a part of the parameters, one layer at a time is unsharded.
 
     Returns:
         What was done, layer by layer.
@@ -158,7 +169,7 @@ def factor_(
     started = time.perf_counter()
     names = settings.select(model).names
     check_layers(model, names, settings)
-    dealt = solve(
+    solutions = solve_layers(
         model,
         names,
         statistics,
@@ -166,21 +177,23 @@ def factor_(
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
         solver=solver_for(model, names, settings),
-        team=team,
+        processes=processes,
     )
-    measured = dealt.measured
+    measured = solutions.measured
     asked = candidates(model, names, settings, measured)
-    choice = team.decide(lambda: _choose(model, asked, settings, statistics, team))
+    choice = processes.run_on_first(
+        lambda: _choose_ranks(model, asked, settings, statistics, processes)
+    )
     ranks = choice.ranks
-    _check_falling(model, ranks)
+    _keep_lower_ranks(model, ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
     before, bytes_before = dense_size(model), dense_bytes(model)
     held = tuple(optimizers)
 
     def put(name: str, found: Found | None) -> None:
-        _put(model, name, chosen[name], measured[name].first, found, held)
+        _put_factors(model, name, chosen[name], measured[name].first, found, held)
 
-    reached = install_(model, dealt, chosen, put, held)
+    reached = install_factors_(model, solutions, chosen, put, held)
     layers = [
         measured[c.name].record(
             c.name,
@@ -205,21 +218,23 @@ def factor_(
     )
 
 
-def _choose(
+def _choose_ranks(
     model: nn.Module,
     asked: Sequence[Candidate],
     settings: Settings,
     statistics: Statistics,
-    team: Team,
-) -> Choice:
+    processes: Processes,
+) -> RankChoice:
     budget = settings.keep, settings.spread, settings.align
     if not settings.keep_measured:
-        return Choice(allocate(asked, *budget))
-    seen = statistics.tokens / max(1, statistics.steps) / team.size
-    return allocate_faster(model, asked, *budget, settings.measured_tokens or max(1, round(seen)))
+        return RankChoice(allocate(asked, *budget))
+    seen = statistics.tokens / max(1, statistics.steps) / processes.size
+    return allocate_by_latency(
+        model, asked, *budget, settings.measured_tokens or max(1, round(seen))
+    )
 
 
-def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
+def _keep_lower_ranks(model: nn.Module, ranks: dict[str, int | None]) -> None:
     """Leave a layer alone whose factors would only grow: truncation cannot add rank."""
     for name, rank in ranks.items():
         layer = model.get_submodule(name)
@@ -227,7 +242,7 @@ def _check_falling(model: nn.Module, ranks: dict[str, int | None]) -> None:
             ranks[name] = layer.rank
 
 
-def _put(
+def _put_factors(
     model: nn.Module,
     name: str,
     rank: int,
@@ -238,21 +253,21 @@ def _put(
     """Put factors in place of a layer; without any, a layer to receive them from elsewhere."""
     layer = model.get_submodule(name)
     old, parts = view(layer), None
-    new: Factored
+    new: FactoredLinear
     if first is None:
         new = LowRankLinear.in_place_of(layer, rank)
     else:
         new, parts = KroneckerLinear.in_place_of(layer, rank, *first), ("first", "second")
     carry = carry_later(new.factors)
     if found is not None:
-        carry = _set_(new, layer, *found)
+        carry = _set_factors_(new, layer, *found)
     replace_(model, name, new)
     tied = any(parameter is old.parameters[0] for parameter in model.parameters())
     swap_parameters_(optimizers, old.parameters, new.factors, carry, names=parts, staying=tied)
 
 
-def _set_(
-    new: Factored, layer: nn.Module, factors: Factors | KroneckerFactors, metric: Metric
+def _set_factors_(
+    new: FactoredLinear, layer: nn.Module, factors: Factors | KroneckerFactors, metric: Metric
 ) -> Carry:
     """Give ``new`` its values, and return how ``layer``'s optimizer state carries over."""
     old = view(layer)
@@ -357,7 +372,7 @@ def compress(
     if method.kinds:
         with _observable(model, names, method.needs_gradients):
             for batch in batches:
-                _watch(recorder, model, batch, loss, mask, (examples or batch_terms)(batch))
+                _observe_batch(recorder, model, batch, loss, mask, (examples or batch_terms)(batch))
         if not recorder.statistics.steps:
             raise ObservationError(
                 f"nothing to learn from: {recorder.statistics.skipped} batches, "
@@ -366,7 +381,7 @@ def compress(
     return factor_(model, recorder.statistics, chosen)
 
 
-def _watch(
+def _observe_batch(
     recorder: Recorder,
     model: nn.Module,
     batch: Any,

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.distributed import ALONE, Team
+from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.objective import Metric, metric_of
 from lrcompress.report.record import LayerRecord
 from lrcompress.solvers.kronecker import KroneckerFactors, KroneckerSums, Sizes
 from lrcompress.solvers.truncation import Factors, Truncation, relative_error, truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.structure.surgery import whole_or_not
+from lrcompress.structure.surgery import all_or_nothing
 
 Found = tuple[Factors | KroneckerFactors, Metric]
 # Solves a layer of that name, with that weight, in a metric; None where nothing is smaller.
@@ -31,7 +31,7 @@ _SHOWN = 20  # ranks of an error curve that are kept for the report
 
 
 @dataclass(frozen=True)
-class Measured:
+class LayerSummary:
     """What all processes know of a layer that one of them has solved.
 
     Attributes:
@@ -98,7 +98,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Solved:
+class SolvedLayer:
     """A layer that this process has solved.
 
     Attributes:
@@ -113,34 +113,34 @@ class Solved:
 
 
 @dataclass(frozen=True)
-class Dealt:
+class Solutions:
     """Layers, measured, before anything is changed.
 
     Attributes:
-        team: the processes.
+        processes: the processes.
         owner: which of them solves a layer.
-        own: the layers that this process has solved; none where parameters are parted, since
+        own: the layers that this process has solved; none where parameters are sharded, since
             they would not fit.
         measured: all layers.
         solve: solves layers of a turn, those that this process owns.
     """
 
-    team: Team
+    processes: Processes
     owner: Mapping[str, int]
-    own: Mapping[str, Solved]
-    measured: Mapping[str, Measured]
-    solve: Callable[[Sequence[str]], Mapping[str, Solved]]
+    own: Mapping[str, SolvedLayer]
+    measured: Mapping[str, LayerSummary]
+    solve: Callable[[Sequence[str]], Mapping[str, SolvedLayer]]
 
-    def turns(self, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, Solved]]]:
+    def rounds(self, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, SolvedLayer]]]:
         """Yield layers turn by turn, each with what this process has solved of them.
 
         The latter is to be emptied, with all that is large in it, before the next turn.
         """
-        for turn in self.team.turns({name: self.owner[name] for name in names}):
-            yield turn, dict(self.solve(turn) if self.team.parted else self.own)
+        for turn in self.processes.rounds({name: self.owner[name] for name in names}):
+            yield turn, dict(self.solve(turn) if self.processes.sharded else self.own)
 
 
-def solve(
+def solve_layers(
     model: nn.Module,
     names: Sequence[str],
     statistics: Statistics,
@@ -150,8 +150,8 @@ def solve(
     shrink: tuple[float, float],
     keep_metric: bool = False,
     solver: Solver | None = None,
-    team: Team = ALONE,
-) -> Dealt:
+    processes: Processes = ONE_PROCESS,
+) -> Solutions:
     """Measure layers in a metric and find all their truncations, each in one process.
 
     Args:
@@ -163,11 +163,11 @@ def solve(
         shrink: shares of their mean diagonal mixed into the input and the output metric.
         keep_metric: keep the metrics themselves, the large part, too.
         solver: of a layer; by default all low-rank truncations.
-        team: the processes.
+        processes: the processes.
     """
-    owner = team.deal({name: _cost(view(model.get_submodule(name)).shape) for name in names})
+    owner = processes.assign({name: _cost(view(model.get_submodule(name)).shape) for name in names})
 
-    def of_layer(name: str, weight: Tensor) -> Solved:
+    def of_layer(name: str, weight: Tensor) -> SolvedLayer:
         refit = refit_bias and view(model.get_submodule(name)).bias is not None
         metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
         truncation = (
@@ -176,41 +176,41 @@ def solve(
             else solver(name, weight, metric)
         )
         small = metric if keep_metric else replace(metric, output=None, input=None)
-        return Solved(truncation, small, weight)
+        return SolvedLayer(truncation, small, weight)
 
-    def of_turn(turn: Sequence[str]) -> tuple[dict[str, Solved], dict[str, Measured]]:
+    def of_turn(turn: Sequence[str]) -> tuple[dict[str, SolvedLayer], dict[str, LayerSummary]]:
         weights: dict[str, Tensor] = {}
         for name in turn:
-            with team.reading(model, name):
-                if owner[name] == team.index:
+            with processes.gathered(model, name):
+                if owner[name] == processes.index:
                     weights[name] = view(model.get_submodule(name)).weight
-        own: dict[str, Solved] = {}
+        own: dict[str, SolvedLayer] = {}
 
-        def work() -> dict[str, Measured]:
+        def work() -> dict[str, LayerSummary]:
             own.update((name, of_layer(name, weight)) for name, weight in weights.items())
-            return {name: _measured(one) for name, one in own.items()}
+            return {name: _summary(one) for name, one in own.items()}
 
-        return own, {name: one for part in team.attempt(work) for name, one in part.items()}
+        return own, {name: one for part in processes.run_on_all(work) for name, one in part.items()}
 
-    own: dict[str, Solved] = {}
-    found: dict[str, Measured] = {}
-    for turn in team.turns(owner):
+    own: dict[str, SolvedLayer] = {}
+    found: dict[str, LayerSummary] = {}
+    for turn in processes.rounds(owner):
         solved, measured = of_turn(turn)
         found |= measured
-        own |= {} if team.parted else solved
+        own |= {} if processes.sharded else solved
     measured = {name: found[name] for name in names}
-    return Dealt(team, owner, own, measured, lambda turn: of_turn(turn)[0])
+    return Solutions(processes, owner, own, measured, lambda turn: of_turn(turn)[0])
 
 
-def _measured(one: Solved) -> Measured:
+def _summary(one: SolvedLayer) -> LayerSummary:
     metric, mean = one.metric, one.metric.mean
     mean = None if mean is None else mean.cpu()
     known, found = (metric.loss_scale, metric.note, mean), one.truncation
     if isinstance(found, KroneckerSums):
-        return Measured(found.energies.cpu(), *known, found.unit, found.shape)
+        return LayerSummary(found.energies.cpu(), *known, found.unit, found.shape)
     if found is None:
-        return Measured(torch.zeros(0), *known, one.weight.numel())
-    return Measured(found.energies.cpu(), *known)
+        return LayerSummary(torch.zeros(0), *known, one.weight.numel())
+    return LayerSummary(found.energies.cpu(), *known)
 
 
 def _cost(shape: tuple[int, int]) -> float:
@@ -219,9 +219,9 @@ def _cost(shape: tuple[int, int]) -> float:
     return float(_EIGEN * smaller**3 + 2 * math.prod(shape) * (smaller + larger))
 
 
-def install_(
+def install_factors_(
     model: nn.Module,
-    dealt: Dealt,
+    solutions: Solutions,
     ranks: Mapping[str, int],
     put: Callable[[str, Found | None], None],
     optimizers: Sequence[Optimizer],
@@ -230,7 +230,7 @@ def install_(
 
     Args:
         model: changed in place.
-        dealt: the layers, solved.
+        solutions: the layers, solved.
         ranks: of the factors of each.
         put: puts what was found for a layer in its place; where another process has found it,
             a layer of the same structure, whose values and optimizer state are sent.
@@ -239,16 +239,16 @@ def install_(
     Returns:
         The relative and the squared error of each layer's factors.
     """
-    team = dealt.team
+    processes = solutions.processes
     reached: dict[str, tuple[float, float]] = {}
-    # where parameters are parted, a layer that was open cannot be put back
-    guard = nullcontext() if team.parted else whole_or_not(model, ranks, optimizers)
+    # where parameters are sharded, a layer that was open cannot be put back
+    guard = nullcontext() if processes.sharded else all_or_nothing(model, ranks, optimizers)
     with guard:
-        for turn, own in dealt.turns(ranks):
+        for turn, own in solutions.rounds(ranks):
             found: dict[str, Found] = {}
 
             def work(
-                own: Mapping[str, Solved] = own, found: dict[str, Found] = found
+                own: Mapping[str, SolvedLayer] = own, found: dict[str, Found] = found
             ) -> dict[str, tuple[float, float]]:
                 for name in own.keys() & ranks.keys():
                     solved = own[name].truncation
@@ -256,20 +256,25 @@ def install_(
                     found[name] = (solved.factors(ranks[name]), own[name].metric)
                 return {name: (one.error, one.lost) for name, (one, _) in found.items()}
 
-            for part_reached in team.attempt(work):
+            for part_reached in processes.run_on_all(work):
                 reached |= part_reached
             own.clear()
-            for part in [[name] for name in turn] if team.parted else [turn]:
-                with team.whole(model, part, optimizers):
+            for part in [[name] for name in turn] if processes.sharded else [turn]:
+                with processes.unsharded(model, part, optimizers):
                     for name in part:
                         put(name, found.get(name))
-                    share_(model, {name: dealt.owner[name] for name in part}, optimizers, team)
+                    broadcast_layers_(
+                        model, {name: solutions.owner[name] for name in part}, optimizers, processes
+                    )
     return reached
 
 
 @torch.no_grad()
-def share_(
-    model: nn.Module, owner: Mapping[str, int], optimizers: Iterable[Optimizer], team: Team
+def broadcast_layers_(
+    model: nn.Module,
+    owner: Mapping[str, int],
+    optimizers: Iterable[Optimizer],
+    processes: Processes,
 ) -> None:
     """Give every process the parameters and optimizer state that a layer has with its owner.
 
@@ -277,18 +282,18 @@ def share_(
         model: of the same structure in all processes.
         owner: layer name to the process whose values count.
         optimizers: with state of the same kinds in all processes.
-        team: the processes.
+        processes: the processes.
     """
-    if team.size == 1:
+    if processes.size == 1:
         return
     held = tuple(optimizers)
-    for source in range(team.size):
+    for source in range(processes.size):
         tensors: list[Tensor] = []
         for name in (name for name, whose in owner.items() if whose == source):
             for parameter in model.get_submodule(name).parameters():
                 tensors.append(parameter)
                 tensors += _state(held, parameter)
-        team.broadcast_(tensors, source)
+        processes.broadcast_(tensors, source)
 
 
 def _state(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:

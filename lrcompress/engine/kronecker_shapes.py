@@ -53,15 +53,19 @@ def check_layers(model: nn.Module, names: Sequence[str], settings: Settings) -> 
     kronecker = METHODS[settings.method].form == "kronecker"
     check_kinds(model, names, dense=kronecker)
     if kronecker:
-        Shapes(model, names, settings)
+        KroneckerShapes(model, names, settings)
 
 
 def solver_for(model: nn.Module, names: Sequence[str], settings: Settings) -> Solver | None:
     """Return what solves layers in the way the settings ask for; None for the usual way."""
-    return Shapes(model, names, settings) if METHODS[settings.method].form == "kronecker" else None
+    return (
+        KroneckerShapes(model, names, settings)
+        if METHODS[settings.method].form == "kronecker"
+        else None
+    )
 
 
-class Shapes:
+class KroneckerShapes:
     """Solves layers by sums of Kronecker products, of the shape given or the nearest of all.
 
     Args:
@@ -100,7 +104,7 @@ class Shapes:
         first, size, keep = self._given[name], self._sizes[name], self._keeps[name]
         whole, terms = size[0] * size[1], self._terms.get(name)
         most = whole - 1 if terms or keep is None else _budget(keep, whole)
-        unit = unit_of((first[0], first[1]), size)
+        unit = term_parameters((first[0], first[1]), size)
         if unit * (terms or 1) > most:
             raise SettingError(
                 f"shapes: layer {name!r}: a term of first factors {list(first)} takes {unit} "
@@ -139,11 +143,11 @@ def _budget(keep: float, whole: int) -> int:
     return int(keep * whole + 1e-6)
 
 
-def unit_of(first: Sizes | None, shape: Sizes) -> int:
+def term_parameters(first: Sizes | None, shape: Sizes) -> int:
     """Return the parameters of a term; of the whole weight where there is none.
 
     Example:
-        >>> unit_of((2, 3), (4, 6)), unit_of(None, (4, 6))
+        >>> term_parameters((2, 3), (4, 6)), term_parameters(None, (4, 6))
         (10, 24)
     """
     whole = shape[0] * shape[1]

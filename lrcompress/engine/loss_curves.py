@@ -8,24 +8,24 @@ from torch import nn
 
 from lrcompress.budget import allocate
 from lrcompress.engine.compress import candidates
-from lrcompress.engine.distributed_solve import solve
+from lrcompress.engine.distributed_solve import solve_layers
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import SettingError
 from lrcompress.objective import LOW_RANK
-from lrcompress.report.record import Forecast, sum_or_none
+from lrcompress.report.record import PredictedLoss, sum_or_none
 from lrcompress.statistics.moments import Statistics
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 
 
 @torch.no_grad()
-def forecast(
+def loss_curves(
     model: nn.Module,
     statistics: Statistics,
     settings: Settings,
     methods: Sequence[str],
     keeps: Sequence[float] = KEEPS,
-) -> list[Forecast]:
+) -> list[PredictedLoss]:
     """Return what every method would lose at every ``keep``; nothing is changed.
 
     Each method shares ranks out as it would by default, the settings' own as they say.
@@ -47,14 +47,14 @@ def forecast(
     other = [method for method in methods if method not in LOW_RANK]
     if other:
         raise SettingError(
-            f"a forecast takes low-rank methods, {', '.join(LOW_RANK)}; the factors of "
+            f"a loss curve takes low-rank methods, {', '.join(LOW_RANK)}; the factors of "
             f"{other[0]!r} have other shapes at every keep"
         )
     found = []
     for method in methods:
         refit, shrink = settings.refit_bias, settings.shrink
-        dealt = solve(model, names, statistics, method, refit_bias=refit, shrink=shrink)
-        measured = dealt.measured
+        solutions = solve_layers(model, names, statistics, method, refit_bias=refit, shrink=shrink)
+        measured = solutions.measured
         spread = settings.allocation if method == settings.method else None
         own = replace(settings, method=method, allocation=spread, shapes={})
         asked = candidates(model, names, own, measured)
@@ -62,9 +62,9 @@ def forecast(
             try:
                 ranks = allocate(asked, keep, own.spread, own.align)
             except SettingError:  # less than the least ranks take
-                found.append(Forecast(method, keep, None, None))
+                found.append(PredictedLoss(method, keep, None, None))
                 continue
             errors = [measured[name].error(rank) for name, rank in ranks.items()]
             predicted = sum_or_none(measured[name].loss(rank) for name, rank in ranks.items())
-            found.append(Forecast(method, keep, sum(errors) / len(errors), predicted))
+            found.append(PredictedLoss(method, keep, sum(errors) / len(errors), predicted))
     return found

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lrcompress.nn import Replacement
-from lrcompress.structure.tied_weights import plain_forms, restate_
+from lrcompress.structure.tied_weights import plain_layers, update_tied_weights_keys_
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,13 +30,13 @@ def merge_dense(model: Model) -> Model:
     """
     memo: dict[int, Any] = {}
     replaced = [module for module in model.modules() if isinstance(module, Replacement)]
-    for layer, plain in plain_forms(replaced).items():
+    for layer, plain in plain_layers(replaced).items():
         if layer.bias is not None and plain.bias is layer.bias:
             plain.bias = copy.deepcopy(layer.bias, memo)
         memo[id(layer)] = plain  # deepcopy takes it for the copy it has already made
     merged = copy.deepcopy(model, memo)
     forget_structure_(merged)
-    restate_(merged)
+    update_tied_weights_keys_(merged)
     return merged
 
 

@@ -166,7 +166,7 @@ def marker_names(plan: Plan) -> list[str]:
 
     A kind that has a weight of its own, of other sizes, needs none.
     """
-    plain = [kind.kind for kind in KINDS.values() if "weight" in kind.told_by]
+    plain = [kind.kind for kind in KINDS.values() if "weight" in kind.sizing_tensors]
     return [NOTICE, *(f"{layer.name}.weight" for layer in plan if layer.kind not in plain)]
 
 

@@ -25,7 +25,7 @@ from lrcompress.export.folder import (
 )
 from lrcompress.export.model_card import model_card
 from lrcompress.export.plugin import VERSION, CompressionConfig, CompressionQuantizer, shape_
-from lrcompress.files import whole
+from lrcompress.files import atomic_write
 from lrcompress.report import PointRecord, Report
 from lrcompress.structure.plan import Plan
 
@@ -70,7 +70,7 @@ def save_pretrained(
         "sha256": {name: sha256(path / name) for name in (CONFIG, WEIGHTS)},
     }
     (path / "README.md").write_text(model_card(checked, plan, report), encoding="utf-8")
-    with whole(path / RECORD) as passing:
+    with atomic_write(path / RECORD) as passing:
         passing.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from lrcompress.nn.kronecker import KroneckerLinear
 from lrcompress.nn.kronecker_embedding import KroneckerEmbedding
-from lrcompress.nn.low_rank import Factored, LowRankLinear
-from lrcompress.nn.low_rank_embedding import FactoredTable, LowRankEmbedding
+from lrcompress.nn.low_rank import FactoredLinear, LowRankLinear
+from lrcompress.nn.low_rank_embedding import FactoredEmbedding, LowRankEmbedding
 from lrcompress.nn.low_rank_sparse import LowRankSparseLinear
-from lrcompress.nn.low_rank_update import UpdatedLinear
-from lrcompress.nn.pruned_linear import NarrowLinear
+from lrcompress.nn.low_rank_update import LowRankUpdateLinear
+from lrcompress.nn.pruned_linear import PrunedLinear
 from lrcompress.nn.replacement import Replacement
 from lrcompress.nn.safe_embedding import SafeEmbedding
 
@@ -19,8 +19,8 @@ KINDS: Mapping[str, type[Replacement]] = {
         LowRankLinear,
         LowRankSparseLinear,
         KroneckerLinear,
-        UpdatedLinear,
-        NarrowLinear,
+        LowRankUpdateLinear,
+        PrunedLinear,
         LowRankEmbedding,
         KroneckerEmbedding,
         SafeEmbedding,
@@ -29,15 +29,15 @@ KINDS: Mapping[str, type[Replacement]] = {
 
 __all__ = [
     "KINDS",
-    "Factored",
-    "FactoredTable",
+    "FactoredEmbedding",
+    "FactoredLinear",
     "KroneckerEmbedding",
     "KroneckerLinear",
     "LowRankEmbedding",
     "LowRankLinear",
     "LowRankSparseLinear",
-    "NarrowLinear",
+    "LowRankUpdateLinear",
+    "PrunedLinear",
     "Replacement",
     "SafeEmbedding",
-    "UpdatedLinear",
 ]

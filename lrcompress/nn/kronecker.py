@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompress.errors import ShapeError
-from lrcompress.nn.low_rank import Factored
+from lrcompress.nn.low_rank import FactoredLinear
 from lrcompress.nn.replacement import Sizes
 from lrcompress.solvers.kronecker import check_divides, multiply_adds, rearranged
 from lrcompress.statistics import views
 
 
-class KroneckerLinear(Factored):
+class KroneckerLinear(FactoredLinear):
     """``y = (Σ_s first[s] ⊗ second[s]) x + bias``, without ever making the sum.
 
     With ``x`` as a matrix ``X`` of ``n1`` rows, ``(A ⊗ B) x`` is ``A X Bᵀ``. All terms are applied
@@ -34,7 +34,7 @@ class KroneckerLinear(Factored):
     """
 
     kind = "kronecker"
-    told_by = MappingProxyType({"first": 3, "second": 3})
+    sizing_tensors = MappingProxyType({"first": 3, "second": 3})
 
     bias: nn.Parameter | None
 
@@ -102,7 +102,7 @@ class KroneckerLinear(Factored):
         return self.first, self.second
 
     @staticmethod
-    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    def size_limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         most = math.isqrt(sizes["in"] * sizes["out"])
         return {
             "terms": (1, most),
@@ -111,7 +111,7 @@ class KroneckerLinear(Factored):
         }
 
     @staticmethod
-    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (terms, m1, n1), (_, m2, n2) = shapes["first"], shapes["second"]
         own = {"terms": terms, "first_out": m1, "first_in": n1}
         return {"in": n1 * n2, "out": m1 * m2, **own}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import ShapeError
-from lrcompress.nn.low_rank_embedding import FactoredTable, register_table
+from lrcompress.nn.low_rank_embedding import FactoredEmbedding, register_table
 from lrcompress.nn.replacement import Sizes
 
 
-class KroneckerEmbedding(FactoredTable):
+class KroneckerEmbedding(FactoredEmbedding):
     """``row i = left[i] ⊗ block``: every number of a narrow row becomes a multiple of the block.
 
     Shapes:
@@ -32,7 +32,7 @@ class KroneckerEmbedding(FactoredTable):
     """
 
     kind = "kronecker_embedding"
-    told_by = MappingProxyType({"left.weight": 2, "block": 2})
+    sizing_tensors = MappingProxyType({"left.weight": 2, "block": 2})
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, **options: Any) -> None:
         """Make a layer, values not yet set.
@@ -54,7 +54,7 @@ class KroneckerEmbedding(FactoredTable):
         return torch.kron(self.left.weight, self.block)
 
     @staticmethod
-    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (vocabulary, rank), (_, block) = shapes["left.weight"], shapes["block"]
         return {"in": rank * block, "out": vocabulary, "rank": rank}
 

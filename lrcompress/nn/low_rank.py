@@ -12,7 +12,7 @@ from lrcompress.nn.replacement import Replacement, Sizes, plain_linear
 from lrcompress.statistics import views
 
 
-class Factored(Replacement):
+class FactoredLinear(Replacement):
     """What linear layers with factors share: they take a layer's bias over, and lead back to one.
 
     Attributes:
@@ -48,7 +48,7 @@ class Factored(Replacement):
 
     def _take_over(self, layer: nn.Module, old: views.LinearView) -> Self:
         self._set_bias(old.bias)
-        if isinstance(layer, Factored):
+        if isinstance(layer, FactoredLinear):
             self.plain = layer.plain
         elif old.transposed:
             self.plain = type(layer)
@@ -57,7 +57,7 @@ class Factored(Replacement):
         return self.train(layer.training)
 
 
-class LeftFactored(Factored):
+class LeftFactoredLinear(FactoredLinear):
     """What layers with a left factor share: its bias is theirs.
 
     Attributes:
@@ -75,7 +75,7 @@ class LeftFactored(Factored):
         self.left.bias = bias  # type: ignore[assignment]
 
 
-class LowRankLinear(LeftFactored):
+class LowRankLinear(LeftFactoredLinear):
     """``y = left (right x) + bias``, a linear map of rank at most ``rank``.
 
     Takes and returns what the layer it replaces did. Costs ``rank·(in + out)`` multiply-adds a
@@ -91,7 +91,7 @@ class LowRankLinear(LeftFactored):
     """
 
     kind = "low_rank"
-    told_by = MappingProxyType({"left.weight": 2, "right.weight": 2})
+    sizing_tensors = MappingProxyType({"left.weight": 2, "right.weight": 2})
 
     def __init__(
         self,
@@ -136,11 +136,11 @@ class LowRankLinear(LeftFactored):
         return self.right.weight, self.left.weight
 
     @staticmethod
-    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    def size_limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         return {"rank": (1, min(sizes["in"], sizes["out"]))}
 
     @staticmethod
-    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (out_features, rank), (_, in_features) = shapes["left.weight"], shapes["right.weight"]
         return {"in": in_features, "out": out_features, "rank": rank}
 

@@ -13,7 +13,7 @@ from lrcompress.nn.replacement import Replacement, Sizes
 from lrcompress.statistics import views
 
 
-class FactoredTable(Replacement):
+class FactoredEmbedding(Replacement):
     """What all that stand for an embedding share: a narrow table, ``left``, one row a token.
 
     Attributes:
@@ -59,7 +59,7 @@ class FactoredTable(Replacement):
         if reason is not None:
             raise LayerError(f"{type(layer).__name__} cannot be factored: {reason}")
         weight = views.view(layer, table=True).parameters[-1]
-        factored = isinstance(layer, FactoredTable)
+        factored = isinstance(layer, FactoredEmbedding)
         new = cls(
             layer.num_embeddings,  # type: ignore[arg-type]
             layer.embedding_dim,  # type: ignore[arg-type]
@@ -74,8 +74,8 @@ class FactoredTable(Replacement):
         return new.requires_grad_(weight.requires_grad).train(layer.training)
 
     @classmethod
-    def takes(cls, layer: nn.Module) -> bool:
-        return views.is_table(layer)
+    def can_replace(cls, layer: nn.Module) -> bool:
+        return views.is_embedding(layer)
 
     @property
     @abstractmethod
@@ -87,7 +87,7 @@ class FactoredTable(Replacement):
         return {"in": self.embedding_dim, "out": self.num_embeddings, "rank": self.rank}
 
     @staticmethod
-    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    def size_limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         return {"rank": (1, min(sizes["in"], sizes["out"]))}
 
     def to_dense(self) -> nn.Module:
@@ -108,7 +108,7 @@ class FactoredTable(Replacement):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}{scale}"
 
 
-class LowRankEmbedding(FactoredTable):
+class LowRankEmbedding(FactoredEmbedding):
     """``row i = left[i] right``: a table of rank at most ``rank``.
 
     An output head that is tied to it is a :class:`~lrcompress.nn.LowRankLinear` with the same two
@@ -124,7 +124,7 @@ class LowRankEmbedding(FactoredTable):
     """
 
     kind = "low_rank_embedding"
-    told_by = MappingProxyType({"left.weight": 2, "right.weight": 2})
+    sizing_tensors = MappingProxyType({"left.weight": 2, "right.weight": 2})
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, rank: int, **options: object
@@ -144,7 +144,7 @@ class LowRankEmbedding(FactoredTable):
         return self.left.weight @ self.right.weight
 
     @staticmethod
-    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (vocabulary, rank), (_, width) = shapes["left.weight"], shapes["right.weight"]
         return {"in": width, "out": vocabulary, "rank": rank}
 
@@ -165,7 +165,7 @@ def obstacle(layer: nn.Module) -> str | None:
         >>> obstacle(nn.Embedding(4, 2)), obstacle(nn.Embedding(4, 2, max_norm=1.0))
         (None, 'max_norm shortens rows as they are read, which factors do not have')
     """
-    if isinstance(layer, FactoredTable):
+    if isinstance(layer, FactoredEmbedding):
         return None
     if not isinstance(layer, nn.Embedding):
         return "it is no embedding"
@@ -182,12 +182,12 @@ def obstacle(layer: nn.Module) -> str | None:
 
 
 def _view(layer: nn.Module) -> views.LinearView:
-    assert isinstance(layer, FactoredTable)
+    assert isinstance(layer, FactoredEmbedding)
     shape = (layer.num_embeddings, layer.embedding_dim)
     return views.LinearView(shape, None, layer.factors, lambda: layer.weight)
 
 
-def register_table(kind: type[FactoredTable]) -> None:
+def register_table(kind: type[FactoredEmbedding]) -> None:
     """Make a kind of embedding known to whoever asks for a layer's normal form."""
     views.register(kind, _view, table=True)
 

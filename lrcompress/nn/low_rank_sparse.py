@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrcompress.distributed import own_rows
+from lrcompress.distributed import local_rows
 from lrcompress.errors import SettingError, ShapeError
-from lrcompress.nn.low_rank import LeftFactored, LowRankLinear
+from lrcompress.nn.low_rank import LeftFactoredLinear, LowRankLinear
 from lrcompress.nn.replacement import Sizes
 from lrcompress.statistics import views
 
@@ -20,7 +20,7 @@ _COPY = 8  # copying a weight costs about as much as applying it to so many toke
 _ALIGN = 16  # widths of products that are multiples of it are faster
 
 
-class LowRankSparseLinear(LeftFactored):
+class LowRankSparseLinear(LeftFactoredLinear):
     """``y = left (right x) + scatter(rows x) + bias``: low rank, and more for some outputs.
 
     Row ``i`` of the sparse part adds to output ``index[i]``; the others have the low-rank part
@@ -48,7 +48,7 @@ class LowRankSparseLinear(LeftFactored):
     """
 
     kind = "low_rank_sparse"
-    told_by = MappingProxyType({"left.weight": 2, "inner.weight": 2})
+    sizing_tensors = MappingProxyType({"left.weight": 2, "inner.weight": 2})
 
     index: Tensor
     kept: Tensor
@@ -115,11 +115,11 @@ class LowRankSparseLinear(LeftFactored):
         return self.inner.weight, self.left.weight
 
     @staticmethod
-    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    def size_limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         return {"rank": (1, min(sizes["in"], sizes["out"])), "rows": (0, sizes["out"])}
 
     @staticmethod
-    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (out_features, rank), (components, width) = shapes["left.weight"], shapes["inner.weight"]
         return {"in": width, "out": out_features, "rank": rank, "rows": components - rank}
 
@@ -173,9 +173,9 @@ class LowRankSparseLinear(LeftFactored):
         if not alive[: self.rank].any():
             raise SettingError(f"all {self.rank} ranks would be pruned; keep at least one")
         self.kept.copy_(alive)
-        inner, mine = own_rows(self.inner.weight)
+        inner, mine = local_rows(self.inner.weight)
         inner.masked_fill_(~alive[mine, None], 0)
-        own_rows(self.left.weight)[0].masked_fill_(~alive[: self.rank], 0)
+        local_rows(self.left.weight)[0].masked_fill_(~alive[: self.rank], 0)
         self._look()
         return self
 

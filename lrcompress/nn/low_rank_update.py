@@ -13,7 +13,7 @@ from lrcompress.nn.replacement import Replacement, Sizes, plain_linear
 from lrcompress.statistics import views
 
 
-class UpdatedLinear(Replacement):
+class LowRankUpdateLinear(Replacement):
     """``y = (mask ⊙ (W + left right + S)) (c ⊙ x) + bias``: a frozen ``W`` and what it learns.
 
     ``S`` has values at fixed places, its support. ``left`` and the values start at zero, so the
@@ -30,13 +30,13 @@ class UpdatedLinear(Replacement):
         or ``(0, in)`` bool, true for what stays; ``bias`` ``(out,)`` or None.
 
     Example:
-        >>> layer = UpdatedLinear.in_place_of(nn.Linear(6, 4), rank=2, entries=3)
+        >>> layer = LowRankUpdateLinear.in_place_of(nn.Linear(6, 4), rank=2, entries=3)
         >>> layer(torch.zeros(3, 5, 6)).shape
         torch.Size([3, 5, 4])
     """
 
     kind = "updated"
-    told_by = MappingProxyType(
+    sizing_tensors = MappingProxyType(
         {"frozen": 2, "left": 2, "right": 2, "support": 1, "coefficients": 1, "mask": 2}
     )
 
@@ -128,13 +128,13 @@ class UpdatedLinear(Replacement):
         return self.right, self.left, self.entries, self.coefficients, self.frozen
 
     @staticmethod
-    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    def size_limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         most = sizes["in"] * sizes["out"]
         own = {"entries": (0, most), "heads": (0, sizes["in"]), "masked": (0, 1)}
         return {"rank": (0, min(sizes["in"], sizes["out"])), **own}
 
     @staticmethod
-    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         out_features, in_features = shapes["frozen"]
         return {
             "in": in_features,
@@ -251,9 +251,9 @@ class UpdatedLinear(Replacement):
 
 
 def _view(layer: nn.Module) -> views.LinearView:
-    assert isinstance(layer, UpdatedLinear)
+    assert isinstance(layer, LowRankUpdateLinear)
     shape = (layer.out_features, layer.in_features)
     return views.LinearView(shape, layer.bias, layer.factors, lambda: layer.weight)
 
 
-views.register(UpdatedLinear, _view)
+views.register(LowRankUpdateLinear, _view)

@@ -12,7 +12,7 @@ from lrcompress.nn.replacement import Replacement, Sizes, plain_linear
 from lrcompress.statistics import views
 
 
-class NarrowLinear(Replacement):
+class PrunedLinear(Replacement):
     """``y = weight x + bias`` between fewer features than the architecture has there.
 
     What stands before and after has to be as narrow: of an attention whose heads were removed,
@@ -26,12 +26,12 @@ class NarrowLinear(Replacement):
 
     Example:
         >>> rows = torch.tensor([True, False, True, False])
-        >>> NarrowLinear.of(nn.Linear(6, 4), rows=rows)
-        NarrowLinear(in_features=6 of 6, out_features=2 of 4)
+        >>> PrunedLinear.of(nn.Linear(6, 4), rows=rows)
+        PrunedLinear(in_features=6 of 6, out_features=2 of 4)
     """
 
     kind = "narrow"
-    told_by = MappingProxyType({"weight": 2, "rows": 1, "columns": 1})
+    sizing_tensors = MappingProxyType({"weight": 2, "rows": 1, "columns": 1})
 
     rows: Tensor
     columns: Tensor
@@ -122,11 +122,11 @@ class NarrowLinear(Replacement):
         return (self.weight,)
 
     @staticmethod
-    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    def size_limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         return {"rows": (1, sizes["out"]), "columns": (1, sizes["in"])}
 
     @staticmethod
-    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (out_features,), (in_features,) = shapes["rows"], shapes["columns"]
         rows, columns = shapes["weight"]
         return {"in": in_features, "out": out_features, "rows": rows, "columns": columns}
@@ -177,9 +177,9 @@ class NarrowLinear(Replacement):
 
 
 def _view(layer: nn.Module) -> views.LinearView:
-    assert isinstance(layer, NarrowLinear)
+    assert isinstance(layer, PrunedLinear)
     shape = (layer.out_features, layer.in_features)
     return views.LinearView(shape, layer.bias, layer.factors, lambda: layer.weight)
 
 
-views.register(NarrowLinear, _view)
+views.register(PrunedLinear, _view)

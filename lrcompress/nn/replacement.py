@@ -21,13 +21,13 @@ class Replacement(nn.Module, ABC):
 
     Attributes:
         kind: what plans call it.
-        told_by: tensors that only this kind of layer has, of those it may stand for, and how many
-            axes each has.
+        sizing_tensors: tensors that only this kind of layer has, of those it may stand for, and
+            how many axes each has.
         plain: the layer type it stands for, and can go back to.
     """
 
     kind: ClassVar[str]
-    told_by: ClassVar[Mapping[str, int]]
+    sizing_tensors: ClassVar[Mapping[str, int]]
     plain: type[nn.Module]
 
     @property
@@ -57,19 +57,19 @@ class Replacement(nn.Module, ABC):
         return None
 
     @classmethod
-    def takes(cls, layer: nn.Module) -> bool:
+    def can_replace(cls, layer: nn.Module) -> bool:
         """Return whether it can stand where ``layer`` does."""
         return views.is_linear(layer)
 
     @staticmethod
     @abstractmethod
-    def limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    def size_limits(sizes: Sizes) -> dict[str, tuple[int, int]]:
         """Return the least and the greatest of its own sizes, for ``in`` and ``out``."""
 
     @staticmethod
     @abstractmethod
-    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """Return the sizes that the shapes of the tensors ``told_by`` say."""
+    def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Return the sizes that the shapes of the tensors ``sizing_tensors`` say."""
 
     @staticmethod
     @abstractmethod

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompress.errors import LayerError
-from lrcompress.nn.low_rank_embedding import FactoredTable, register_table
+from lrcompress.nn.low_rank_embedding import FactoredEmbedding, register_table
 from lrcompress.nn.replacement import Sizes
 
 _HEAD = 32  # width of an attention head, where that divides
 _WIDER = 4  # the feed-forward part against the layer
 
 
-class SafeEmbedding(FactoredTable):
+class SafeEmbedding(FactoredEmbedding):
     """``lift(layer(left[tokens]))``: Subformer's self-attentive factorised embedding.
 
     The layer has attention over the whole last axis of the input, padding excluded, and a
@@ -34,7 +34,7 @@ class SafeEmbedding(FactoredTable):
     """
 
     kind = "safe_embedding"
-    told_by = MappingProxyType({"left.weight": 2, "lift.weight": 2})
+    sizing_tensors = MappingProxyType({"left.weight": 2, "lift.weight": 2})
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, **options: Any) -> None:
         super().__init__(num_embeddings, embedding_dim, rank, **options)
@@ -62,7 +62,7 @@ class SafeEmbedding(FactoredTable):
         return self.left.weight @ self.lift.weight.mT
 
     @staticmethod
-    def told_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         (vocabulary, rank), (width, _) = shapes["left.weight"], shapes["lift.weight"]
         return {"in": width, "out": vocabulary, "rank": rank}
 

@@ -1,7 +1,7 @@
 """Low rank plus sparse rows: split layers, prune both under a budget, keep what survives."""
 
-from lrcompress.pruning.budget import Quota, Shares
+from lrcompress.pruning.budget import LoSparseBudget, Quota
 from lrcompress.pruning.pruner import Pruner
-from lrcompress.pruning.split import check_dense, outlook, split_
+from lrcompress.pruning.split import check_dense, preview, split_
 
-__all__ = ["Pruner", "Quota", "Shares", "check_dense", "outlook", "split_"]
+__all__ = ["LoSparseBudget", "Pruner", "Quota", "check_dense", "preview", "split_"]

@@ -12,7 +12,7 @@ GRANULARITIES = ("rows", "entries")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shares:
+class LoSparseBudget:
     """How the parameters that remain are shared out; every entry is checked when it is made.
 
     Attributes:

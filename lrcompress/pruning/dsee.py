@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lrcompress.distributed import ALONE, Team
+from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError, nearest
-from lrcompress.nn import Replacement, UpdatedLinear
+from lrcompress.nn import LowRankUpdateLinear, Replacement
 from lrcompress.pruning.magnitude import largest
 from lrcompress.solvers.godec import godec
 from lrcompress.statistics.views import is_linear, view
@@ -118,7 +118,7 @@ def attach_(
     entries: int,
     heads: Mapping[str, int] | None = None,
     seed: int = 0,
-    team: Team = ALONE,
+    processes: Processes = ONE_PROCESS,
 ) -> None:
     """Give layers an update: a low-rank one, and ``entries`` single ones where GoDec finds them.
 
@@ -132,25 +132,25 @@ def attach_(
         entries: of each.
         heads: number of heads of the output projections of attention that get coefficients.
         seed: of GoDec and of ``right``; no other random numbers are drawn.
-        team: the processes that do the same.
+        processes: the processes that do the same.
 
     Raises:
         NotFiniteError: if a weight is not finite.
     """
     heads = heads or {}
     names = [name for name in dict(model.named_modules()) if name in {*updates, *heads}]
-    built: dict[str, UpdatedLinear] = {}
+    built: dict[str, LowRankUpdateLinear] = {}
     for number, name in enumerate(names):
         layer = model.get_submodule(name)
         sizes = (rank, entries) if name in updates else (0, 0)
         found = godec(view(layer).weight, *sizes, seed=seed)
-        new = UpdatedLinear.in_place_of(layer, *sizes, heads.get(name, 0))
+        new = LowRankUpdateLinear.in_place_of(layer, *sizes, heads.get(name, 0))
         new.support.copy_(found.support)
         generator = torch.Generator().manual_seed(seed + number)
         start = torch.rand(new.right.shape, generator=generator) * 2 - 1
         new.right.copy_(start / new.in_features**0.5)
         built[name] = new
-    team.broadcast_([x for new in built.values() for x in (new.right, new.support)], 0)
+    processes.broadcast_([x for new in built.values() for x in (new.right, new.support)], 0)
     for name, new in built.items():
         replace_(model, name, new)
 
@@ -194,7 +194,7 @@ def update_parameters(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         f"{name}.{kind}"
         for name, layer in model.named_modules()
-        if isinstance(layer, UpdatedLinear)
+        if isinstance(layer, LowRankUpdateLinear)
         for kind in ("right", "left", "entries", "coefficients")
         if getattr(layer, kind).requires_grad
     )
@@ -215,7 +215,7 @@ def prune_(model: nn.Module, names: Sequence[str], keep: float, scope: str) -> N
     layers = {name: model.get_submodule(name) for name in names}
     kept = largest({name: _magnitudes(x) for name, x in layers.items()}, keep, scope)
     for name, layer in layers.items():
-        if isinstance(layer, UpdatedLinear):
+        if isinstance(layer, LowRankUpdateLinear):
             layer.prune_(kept[name])
         else:
             view(layer).weight.masked_fill_(~kept[name], 0)
@@ -223,15 +223,15 @@ def prune_(model: nn.Module, names: Sequence[str], keep: float, scope: str) -> N
 
 def _magnitudes(layer: nn.Module) -> Tensor:
     found = view(layer).weight.abs()
-    if isinstance(layer, UpdatedLinear) and layer.masked:
+    if isinstance(layer, LowRankUpdateLinear) and layer.masked:
         found[~layer.mask] = -1  # what is out must not come back before what is small
     return found
 
 
 def merge_updates_(model: nn.Module) -> None:
     """Replace every updated layer by a plain one of the same weight, with true zeros."""
-    updated = [n for n, layer in model.named_modules() if isinstance(layer, UpdatedLinear)]
+    updated = [n for n, layer in model.named_modules() if isinstance(layer, LowRankUpdateLinear)]
     for name in updated:
         layer = model.get_submodule(name)
-        assert isinstance(layer, UpdatedLinear)
+        assert isinstance(layer, LowRankUpdateLinear)
         replace_(model, name, layer.to_dense())

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lrcompress.nn import Replacement, UpdatedLinear
+from lrcompress.nn import LowRankUpdateLinear, Replacement
 from lrcompress.pruning.heads import Attention, remaining
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.statistics.views import view
@@ -29,13 +29,13 @@ def update_size(model: nn.Module, names: Collection[str], rank: int, entries: in
 @torch.no_grad()
 def effective_size(model: nn.Module) -> int:
     """Return how many parameters are not zero, each update counted as merged."""
-    updated = [layer for layer in model.modules() if isinstance(layer, UpdatedLinear)]
+    updated = [layer for layer in model.modules() if isinstance(layer, LowRankUpdateLinear)]
     inside = {id(p) for layer in updated for p in layer.factors}
     total = sum(int(layer.weight.count_nonzero()) for layer in updated)
     return total + sum(int(p.count_nonzero()) for p in model.parameters() if id(p) not in inside)
 
 
-def narrower(model: nn.Module, found: Collection[Attention]) -> Sides:
+def pruned_features(model: nn.Module, found: Collection[Attention]) -> Sides:
     """Return the rows and columns that projections will have once silent heads are removed."""
     return _sides(model, {one: one.head_size * int(remaining(model, one).sum()) for one in found})
 
@@ -73,7 +73,7 @@ def records(
     return found
 
 
-def outcome(
+def pruning_record(
     method: str,
     step: int,
     model: nn.Module,
@@ -91,7 +91,7 @@ def outcome(
         found: the attention modules whose heads were pruned.
         merge: count what will be stored after merging; else what is stored now.
     """
-    layers = records(model, names, narrower(model, found) if merge else None)
+    layers = records(model, names, pruned_features(model, found) if merge else None)
     whole, gone = dense_size(model), sum(x.before - x.stored for x in layers)
     seen = sum(int(view(model.get_submodule(name)).weight.count_nonzero()) for name in names)
     return PointRecord(
@@ -114,7 +114,7 @@ def recount_(record: PointRecord, model: nn.Module) -> None:
     record.bytes_after, record.effective = stored_bytes(model), effective_size(model)
 
 
-def outlook(
+def preview(
     model: nn.Module, names: Sequence[str], keep: float, found: Collection[Attention] = ()
 ) -> list[LayerRecord]:
     """Return what would be left if every layer, or every attention, kept the same share.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.errors import LayerError
-from lrcompress.nn import NarrowLinear, UpdatedLinear
+from lrcompress.nn import LowRankUpdateLinear, PrunedLinear
 from lrcompress.pruning.magnitude import largest
 from lrcompress.statistics.views import is_linear, view
 from lrcompress.structure.surgery import replace_
@@ -103,7 +103,7 @@ def attentions(model: nn.Module, chosen: Collection[str]) -> list[Attention]:
 def _attention(model: nn.Module, inputs: tuple[str, str, str], output: str, size: str) -> Attention:
     for name in (*inputs, output):
         layer = model.get_submodule(name)
-        if not is_linear(layer) or isinstance(layer, NarrowLinear):
+        if not is_linear(layer) or isinstance(layer, PrunedLinear):
             raise LayerError(
                 f"layer {name!r} is a {type(layer).__name__}: its heads cannot be removed; leave "
                 "it out with pruned= or exclude="
@@ -147,7 +147,7 @@ def penalise_(
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for one in found:
         layer = model.get_submodule(one.output)
-        assert isinstance(layer, UpdatedLinear)
+        assert isinstance(layer, LowRankUpdateLinear)
         own = layer.coefficients
         if own.grad is not None and id(own) in held:
             own.grad.add_(own.sign(), alpha=weight)
@@ -158,14 +158,14 @@ def silence_(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     """Set the coefficients of heads that go to zero, and train none of them any more."""
     for name, stays in kept.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, UpdatedLinear)
+        assert isinstance(layer, LowRankUpdateLinear)
         layer.coefficients.mul_(stays)
         layer.coefficients.requires_grad_(False)
 
 
 def _coefficients(model: nn.Module, attention: Attention) -> Tensor:
     layer = model.get_submodule(attention.output)
-    assert isinstance(layer, UpdatedLinear)
+    assert isinstance(layer, LowRankUpdateLinear)
     return layer.coefficients.detach()
 
 
@@ -187,6 +187,6 @@ def remove_heads_(model: nn.Module, found: Collection[Attention]) -> None:
         features = one.features(stays)
         for name in one.names:
             layer = model.get_submodule(name)
-            plain = layer.to_dense() if isinstance(layer, UpdatedLinear) else layer
+            plain = layer.to_dense() if isinstance(layer, LowRankUpdateLinear) else layer
             side = "columns" if name == one.output else "rows"
-            replace_(model, name, NarrowLinear.of(plain, **{side: features}))
+            replace_(model, name, PrunedLinear.of(plain, **{side: features}))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.budget import kept_units
-from lrcompress.distributed import ALONE, Team, own_rows
+from lrcompress.distributed import ONE_PROCESS, Processes, local_rows
 from lrcompress.importance import ROW_SCORES, Importance, component, entries
 from lrcompress.nn import LowRankSparseLinear
-from lrcompress.pruning.budget import Quota, Shares
+from lrcompress.pruning.budget import LoSparseBudget, Quota
 from lrcompress.report.record import Curve, LayerRecord
 from lrcompress.statistics.views import view
 from lrcompress.structure.surgery import carry_kept, replace_, swap_parameters_
@@ -35,7 +35,7 @@ class Pruner:
         shares: how units are scored.
         importance: the averages of their scores.
         means: mean inputs of layers whose bias takes up what pruning takes away.
-        team: the processes that do the same at the same time, with scores and masks of whole
+        processes: the processes that do the same at the same time, with scores and masks of whole
             layers in each; where each holds only some rows of a parameter, rows are pruned, not
             single entries.
     """
@@ -45,12 +45,12 @@ class Pruner:
         model: nn.Module,
         names: Sequence[str],
         quotas: Sequence[Quota],
-        shares: Shares,
+        shares: LoSparseBudget,
         importance: Importance,
         means: Mapping[str, Tensor] | None = None,
-        team: Team = ALONE,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
-        self.team = team
+        self.processes = processes
         self.quotas, self.shares, self.importance = list(quotas), shares, importance
         self.means = dict(means or {})
         self.masks: dict[str, Tensor] = {}  # entries that stay, where single entries are pruned
@@ -95,16 +95,16 @@ class Pruner:
             inner, left = layer.inner.weight, layer.left.weight
             if inner.grad is None or left.grad is None:
                 continue
-            (own, mine), (slope, _) = own_rows(inner), own_rows(inner.grad)
+            (own, mine), (slope, _) = local_rows(inner), local_rows(inner.grad)
             first = max(0, layer.rank - mine.start)  # of the rows that are not the right factor's
             rows = self._score(own[first:], slope[first:])
-            changes = component(own_rows(left)[0], own_rows(left.grad)[0])
+            changes = component(local_rows(left)[0], local_rows(left.grad)[0])
             parts[name] = torch.cat([changes, self._placed(layer, rows, mine.start + first)])
         if not parts:
             return
-        if self.team.parted:
+        if self.processes.sharded:
             flat = torch.cat(list(parts.values()))
-            self.team.unite_(flat)
+            self.processes.sum_rows_(flat)
             parts = dict(
                 zip(parts, torch.split(flat, [len(part) for part in parts.values()]), strict=True)
             )
@@ -116,7 +116,7 @@ class Pruner:
 
     def _placed(self, layer: LowRankSparseLinear, rows: Tensor, start: int) -> Tensor:
         """Return scores of rows of ``inner`` from ``start`` on, among zeros for all others'."""
-        if not self.team.parted:
+        if not self.processes.sharded:
             return rows
         place = rows.new_zeros(layer.num_rows)
         place[start - layer.rank :][: len(rows)] = rows
@@ -216,7 +216,7 @@ class Pruner:
         kept = torch.cat([components, rows])
         mean = self.means.get(name)
         if mean is not None and layer.bias is not None:
-            own_rows(layer.bias)[0].add_(self._lost(name, layer, kept, mean))
+            local_rows(layer.bias)[0].add_(self._lost(name, layer, kept, mean))
         if self.shares.revive:
             layer.revive_(kept & ~layer.kept)
         layer.prune_(kept)
@@ -226,15 +226,15 @@ class Pruner:
 
     def _lost(self, name: str, layer: LowRankSparseLinear, kept: Tensor, mean: Tensor) -> Tensor:
         """Return what an input ``(in,)`` loses of the output, of which this process has rows."""
-        inner, mine = own_rows(layer.inner.weight)
+        inner, mine = local_rows(layer.inner.weight)
         gone = inner.masked_fill(kept[mine, None], 0)
         if name in self.masks:
             mask = self.masks[name].view(layer.num_rows, layer.in_features)
             gone[layer.rank :] = inner[layer.rank :].masked_fill(mask, 0)
         parts = gone.new_zeros(len(kept))
         parts[mine] = gone @ mean.to(gone)
-        self.team.unite_(parts)
-        left, here = own_rows(layer.left.weight)
+        self.processes.sum_rows_(parts)
+        left, here = local_rows(layer.left.weight)
         rows = parts.new_zeros(layer.out_features)
         rows[layer.index] = parts[layer.rank :]
         return left @ parts[: layer.rank] + rows[here]
@@ -267,7 +267,7 @@ class Pruner:
         """
         records, held = [], tuple(optimizers)
         for name, layer in tuple(self.layers.items()):
-            with self.team.whole(model, (name,), held):
+            with self.processes.unsharded(model, (name,), held):
                 record, new = self._compacted(model, name, layer, held)
             self._follow(name, layer, new)
             records.append(record)
@@ -336,13 +336,13 @@ class Pruner:
         cls,
         state: Mapping[str, Any],
         model: nn.Module,
-        shares: Shares,
+        shares: LoSparseBudget,
         importance: Importance,
-        team: Team = ALONE,
+        processes: Processes = ONE_PROCESS,
     ) -> "Pruner":
         """Return the pruner that :meth:`state_dict` described, for a model with its layers."""
         quotas = [Quota(tuple(q["parts"]), q["start"], q["final"]) for q in state["quotas"]]
-        pruner = cls(model, state["names"], quotas, shares, importance, team=team)
+        pruner = cls(model, state["names"], quotas, shares, importance, processes=processes)
         device = next(model.parameters()).device
         pruner.means = {name: mean.to(device) for name, mean in state["means"].items()}
         pruner.masks = {name: mask.to(device) for name, mask in state["masks"].items()}
@@ -375,7 +375,7 @@ def _moments(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]
 
 def _forget(optimizer: Optimizer, layer: LowRankSparseLinear, kept: Tensor) -> None:
     for value in _moments([optimizer], layer.inner.weight):
-        own, mine = own_rows(value)
+        own, mine = local_rows(value)
         own[~kept[mine]] = 0
     for value in _moments([optimizer], layer.left.weight):
-        own_rows(value)[0][:, ~kept[: layer.rank]] = 0
+        local_rows(value)[0][:, ~kept[: layer.rank]] = 0

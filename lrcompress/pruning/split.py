@@ -8,14 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.budget import Candidate, allocate, divide
-from lrcompress.distributed import ALONE, Team
-from lrcompress.engine.distributed_solve import Dealt, Found, Solved, install_, solve
+from lrcompress.budget import Candidate, allocate, allocate_ranks_and_rows
+from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.distributed_solve import (
+    Found,
+    Solutions,
+    SolvedLayer,
+    install_factors_,
+    solve_layers,
+)
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, SettingError
 from lrcompress.nn import LowRankSparseLinear, Replacement
 from lrcompress.objective import METHODS
-from lrcompress.pruning.budget import AUTO, Quota, Shares
+from lrcompress.pruning.budget import AUTO, LoSparseBudget, Quota
 from lrcompress.report.record import LayerRecord
 from lrcompress.solvers.row_errors import row_energies
 from lrcompress.solvers.truncation import Factors, Truncation
@@ -33,10 +39,10 @@ def split_(
     model: nn.Module,
     statistics: Statistics,
     settings: Settings,
-    shares: Shares,
+    shares: LoSparseBudget,
     *,
     optimizers: Iterable[Optimizer] = (),
-    team: Team = ALONE,
+    processes: Processes = ONE_PROCESS,
 ) -> tuple[dict[str, Tensor], list[Quota]]:
     """Replace the targeted layers by factors plus all rows of the remainder: nothing is lost.
 
@@ -50,7 +56,7 @@ def split_(
         settings: which layers, and the metric.
         shares: what will remain.
         optimizers: whose parameters and state follow.
-        team: the processes that do the same at the same time, each of which solves some layers.
+        processes: those that do the same at the same time, each of which solves some layers.
 
     Returns:
         The mean input ``(in,)`` of every layer whose bias can take up what pruning takes away,
@@ -64,7 +70,7 @@ def split_(
     names = settings.select(model).names
     check_dense(model, names)
     shares.check_method(settings.method)
-    dealt = solve(
+    solutions = solve_layers(
         model,
         names,
         statistics,
@@ -72,14 +78,14 @@ def split_(
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
         keep_metric=shares.low_rank_share == AUTO,
-        team=team,
+        processes=processes,
     )
     sizes = {name: view(model.get_submodule(name)).shape for name in names}
     budget = _budget(sizes, shares)
     if shares.start_rank is None and shares.low_rank_share == AUTO:
-        ranks = _divided(dealt, sizes, budget)
+        ranks = _divided(solutions, sizes, budget)
     else:
-        ranks = team.decide(lambda: _ranks(dealt, settings, shares, sizes, budget))
+        ranks = processes.run_on_first(lambda: _ranks(solutions, settings, shares, sizes, budget))
     held = tuple(optimizers)
 
     def put(name: str, found: Found | None) -> None:
@@ -87,9 +93,9 @@ def split_(
         assert factors is None or isinstance(factors, Factors)
         _put(model, name, factors, ranks[name], shares, held)
 
-    install_(model, dealt, ranks, put, held)
+    install_factors_(model, solutions, ranks, put, held)
     device = {name: view(model.get_submodule(name)).parameters[0].device for name in names}
-    known = {name: one.mean for name, one in dealt.measured.items()}
+    known = {name: one.mean for name, one in solutions.measured.items()}
     means = {name: mean.to(device[name]) for name, mean in known.items() if mean is not None}
     return means, _quotas(sizes, ranks, shares)
 
@@ -108,7 +114,7 @@ def check_dense(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def _budget(sizes: Sizes, shares: Shares) -> int:
+def _budget(sizes: Sizes, shares: LoSparseBudget) -> int:
     """Return the parameters that remain.
 
     Raises:
@@ -126,7 +132,7 @@ def _budget(sizes: Sizes, shares: Shares) -> int:
 
 
 def _ranks(
-    dealt: Dealt, settings: Settings, shares: Shares, sizes: Sizes, budget: int
+    solutions: Solutions, settings: Settings, shares: LoSparseBudget, sizes: Sizes, budget: int
 ) -> dict[str, int]:
     """Return the rank that every layer starts with."""
     if shares.start_rank is not None:
@@ -137,16 +143,16 @@ def _ranks(
         return ranks
     asked = [
         Candidate(name, *sizes[name], energies=one.curve, highest=(min(sizes[name]) + 1) // 2)
-        for name, one in dealt.measured.items()
+        for name, one in solutions.measured.items()
     ]
     least = sum(map(sum, sizes.values())) / sum(map(math.prod, sizes.values()))
     shared = allocate(asked, max(part, least), settings.spread)
     return {name: rank or 1 for name, rank in shared.items()}
 
 
-def _divided(dealt: Dealt, sizes: Sizes, budget: int) -> dict[str, int]:
+def _divided(solutions: Solutions, sizes: Sizes, budget: int) -> dict[str, int]:
 
-    def of_turn(own: Mapping[str, Solved]) -> dict[str, Tensor]:
+    def of_turn(own: Mapping[str, SolvedLayer]) -> dict[str, Tensor]:
         losses = {}
         for name, one in own.items():
             most, metric = max(1, math.prod(sizes[name]) // sum(sizes[name])), one.metric
@@ -156,13 +162,13 @@ def _divided(dealt: Dealt, sizes: Sizes, budget: int) -> dict[str, int]:
         return losses
 
     losses: dict[str, Tensor] = {}
-    for _, own in dealt.turns(sizes):
-        for found in dealt.team.attempt(partial(of_turn, own)):
+    for _, own in solutions.rounds(sizes):
+        for found in solutions.processes.run_on_all(partial(of_turn, own)):
             losses |= found
         own.clear()
     units = {name: sum(shape) for name, shape in sizes.items()}
     ordered = {name: losses[name] for name in sizes}
-    return dealt.team.decide(lambda: divide(ordered, units, budget))
+    return solutions.processes.run_on_first(lambda: allocate_ranks_and_rows(ordered, units, budget))
 
 
 def _put(
@@ -170,7 +176,7 @@ def _put(
     name: str,
     factors: Factors | None,
     rank: int,
-    shares: Shares,
+    shares: LoSparseBudget,
     optimizers: Sequence[Optimizer],
 ) -> None:
     """Put a split layer in a layer's place; if not solved here, one to receive its values."""
@@ -197,7 +203,7 @@ def _put(
     )
 
 
-def _quotas(sizes: Sizes, ranks: Mapping[str, int], shares: Shares) -> list[Quota]:
+def _quotas(sizes: Sizes, ranks: Mapping[str, int], shares: LoSparseBudget) -> list[Quota]:
     dense = sum(map(math.prod, sizes.values()))
     factors = sum(rank * sum(sizes[name]) for name, rank in ranks.items())
     budget = math.floor(shares.keep * dense + 1e-6)
@@ -216,8 +222,8 @@ def _quotas(sizes: Sizes, ranks: Mapping[str, int], shares: Shares) -> list[Quot
     return quotas
 
 
-def outlook(
-    model: nn.Module, settings: Settings, shares: Shares
+def preview(
+    model: nn.Module, settings: Settings, shares: LoSparseBudget
 ) -> tuple[list[LayerRecord], Selection, int]:
     """Return what would remain if every layer kept the same share, and bytes of statistics.
 

@@ -140,7 +140,7 @@ def _repeated_keys(node: Node, where: str) -> Iterator[str]:
             here = below(where, key.value)
             if key.value in seen:
                 line = seen[key.value].start_mark.line + 1
-                yield fault(key, here, f"expected once, found again after line {line}")
+                yield error_line(key, here, f"expected once, found again after line {line}")
             seen[key.value] = key
             yield from _repeated_keys(value, here)
 
@@ -209,7 +209,7 @@ def _merged(old: Node | None, new: Node) -> Node:
     return old
 
 
-def fault(node: Node, where: str, text: str) -> str:
+def error_line(node: Node, where: str, text: str) -> str:
     """Return the line of a message: file and line of the node, option, what is wrong."""
     mark = node.start_mark
     place = mark.name if mark.name == COMMAND_LINE else f"{mark.name}:{mark.line + 1}"

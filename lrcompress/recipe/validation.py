@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
-from lrcompress.callbacks.scheduled import Course
+from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.distill import DistillationLoss
 from lrcompress.errors import LRCompressError
 from lrcompress.recipe.messages import (
@@ -38,11 +38,11 @@ from lrcompress.recipe.sources import (
     as_mapping,
     below,
     entries_of,
-    fault,
+    error_line,
     plain,
 )
 
-_SAY_THEIR_FAULTS = (Course, DistillationLoss)
+_SAY_THEIR_FAULTS = (CompressionCallback, DistillationLoss)
 LINKED = {"data.tokenizer": "model.path"}  # an option that, if not given, is what another one is
 
 
@@ -76,7 +76,7 @@ def _first_given(value: object, default: object) -> object:
     return default if value is None else value
 
 
-def find_faults(parser: ArgumentParser, args: Sequence[str], *, refused: bool) -> list[str]:
+def find_errors(parser: ArgumentParser, args: Sequence[str], *, refused: bool) -> list[str]:
     """Return every fault of the recipe that a command line gives, one line each.
 
     Args:
@@ -114,10 +114,10 @@ def _check_keys(
             known = sorted(groups.union(dest for dest in actions if "." not in dest))
             inner = list(_further_in(node, key.value))
             near = f"; nearest valid: {', '.join(inner)}" if inner else nearest_of(key.value, known)
-            yield fault(key, here, f"unknown key{near}")
+            yield error_line(key, here, f"unknown key{near}")
     for name in sorted(required - entries_of(node).keys()):
         if (here := below(where, name)) not in LINKED:
-            yield fault(node, here, "required, found nothing")
+            yield error_line(node, here, "required, found nothing")
 
 
 def _further_in(node: MappingNode, name: str) -> Iterator[str]:
@@ -161,7 +161,7 @@ def _check_making(named: object, node: MappingNode, where: str) -> Iterator[str]
     except LRCompressError as error:
         keys = [key for key, _ in given.value if str(error).startswith(f"{key.value} ")]
         key, here = (keys[0], below(where, keys[0].value)) if keys else (node, where)
-        yield fault(key, here, str(error))
+        yield error_line(key, here, str(error))
     except ArgumentError:  # of types and keys, which are checked one by one
         return
 
@@ -172,7 +172,7 @@ def _check_group(
     if isinstance(value, MappingNode):
         yield from _check_keys(parser, value, where, set(), f"{prefix}{key.value}.")
     elif value.tag != STRING or not _accepts(parser, prefix + key.value, value.value):
-        yield fault(key, where, f"expected keys and values, found {shown(plain(value))}")
+        yield error_line(key, where, f"expected keys and values, found {shown(plain(value))}")
 
 
 def _check_value(
@@ -186,7 +186,7 @@ def _check_value(
     faults = list(_check_classes(bases, node, where))
     if not faults and not (isinstance(value, dict) and "class_path" in value):
         found = f"{shown(value)}{nearest_of(str(value), choices_in(hint))}"
-        faults = [fault(key, where, f"expected {in_words(hint)}, found {found}")]
+        faults = [error_line(key, where, f"expected {in_words(hint)}, found {found}")]
     yield from faults
 
 
@@ -216,21 +216,21 @@ def _check_class(bases: tuple[type, ...], node: MappingNode, where: str) -> Iter
     for key, _ in node.value:
         if key.value not in CLASS_KEYS:
             here = below(where, key.value)
-            yield fault(key, here, f"unknown key{nearest_of(key.value, CLASS_KEYS)}")
+            yield error_line(key, here, f"unknown key{nearest_of(key.value, CLASS_KEYS)}")
     if "class_path" not in entries:
-        yield fault(node, below(where, "class_path"), "required, found nothing")
+        yield error_line(node, below(where, "class_path"), "required, found nothing")
         return
 
     path = entries["class_path"]
     try:
         named = _locate(path.value, bases)
     except pydoc.ErrorDuringImport as error:
-        yield fault(path, where, f"importing {path.value} raised {error.value!r}")
+        yield error_line(path, where, f"importing {path.value} raised {error.value!r}")
         return
     if named is None or (bases and isinstance(named, type) and not issubclass(named, bases)):
         wanted = "a subclass of " + " or ".join(base.__name__ for base in bases)
         found = f"{path.value!r}{nearest_class(path.value, bases)}"
-        yield fault(path, where, f"expected {wanted if bases else 'a class'}, found {found}")
+        yield error_line(path, where, f"expected {wanted if bases else 'a class'}, found {found}")
     elif isinstance(named, type):
         parser = _class_parser(named)
         required = {action.dest for action in parser._actions if action.required}

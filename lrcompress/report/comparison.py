@@ -9,7 +9,7 @@ from lrcompress.report.formatting import mebibytes, number, share
 from lrcompress.report.page import Table, drawn, render
 from lrcompress.report.plots import COLOURS, STYLE, Plot, look, name_series, new_axes
 from lrcompress.report.record import Report
-from lrcompress.report.summary import ending
+from lrcompress.report.summary import final_figures
 
 
 def side_by_side(reports: Mapping[str, Report]) -> Table:
@@ -32,7 +32,7 @@ def _figures(report: Report) -> dict[str, str]:
         "size, MiB": mebibytes(last.bytes_after),
     }
     before, after = first.metrics.get("before", {}), last.metrics.get("after", {})
-    when, end = ending(report)
+    when, end = final_figures(report)
     for name in dict.fromkeys([*before, *after, *end]):
         column[f"{name} before"] = number(before.get(name))
         column[f"{name} just after"] = number(after.get(name))
@@ -45,7 +45,7 @@ def _figures(report: Report) -> dict[str, str]:
 
 def fronts(reports: Mapping[str, Report]) -> list[Plot]:
     """Return one figure a validation figure: what it is at the end, over the model's parameters."""
-    names = dict.fromkeys(name for report in reports.values() for name in ending(report)[1])
+    names = dict.fromkeys(name for report in reports.values() for name in final_figures(report)[1])
     with rc_context(STYLE):
         return [_front(reports, name, number) for number, name in enumerate(names)]
 
@@ -55,7 +55,7 @@ def _front(reports: Mapping[str, Report], name: str, index: int) -> Plot:
     better = min if "loss" in name or "error" in name else max
     ends = {}
     for number_, (run, report) in enumerate(reports.items()):
-        end = ending(report)[1]
+        end = final_figures(report)[1]
         if name not in end:
             continue
         first, last = report.points[0], report.points[-1]

@@ -9,12 +9,12 @@ from lrcompress.report.record import LayerRecord
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
-def by_kind(layers: Iterable[LayerRecord]) -> tuple[str, dict[str, list[LayerRecord]]]:
+def by_layer_type(layers: Iterable[LayerRecord]) -> tuple[str, dict[str, list[LayerRecord]]]:
     """Return the modules that all paths begin with, and the layers by the rest of their path.
 
     Example:
         >>> layers = [LayerRecord(f"m.{i}.up", 4, 4, 1, None, None) for i in range(2)]
-        >>> shared, kinds = by_kind(layers)
+        >>> shared, kinds = by_layer_type(layers)
         >>> shared, {kind: len(members) for kind, members in kinds.items()}
         ('m.*', {'up': 2})
     """
@@ -27,11 +27,11 @@ def by_kind(layers: Iterable[LayerRecord]) -> tuple[str, dict[str, list[LayerRec
     return shared, {kind[len(shared) :].removeprefix("."): kinds[kind] for kind in kinds}
 
 
-def depth(layer: LayerRecord) -> int:
+def block_number(layer: LayerRecord) -> int:
     """Return the number of the block that a layer is in; 0 where there is none.
 
     Example:
-        >>> depth(LayerRecord("encoder.layer.11.up", 4, 4, 1, None, None))
+        >>> block_number(LayerRecord("encoder.layer.11.up", 4, 4, 1, None, None))
         11
     """
     found = _NUMBER.search(layer.name)

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from lrcompress.report.layer_groups import by_kind, depth
-from lrcompress.report.record import Curve, Forecast, LayerRecord, PointRecord, Report
+from lrcompress.report.layer_groups import block_number, by_layer_type
+from lrcompress.report.record import Curve, LayerRecord, PointRecord, PredictedLoss, Report
 
 COLOURS = {
     "ink": "#1d1d21",
@@ -123,7 +123,7 @@ def name_series(figure: Figure, axes: Axes) -> None:
         figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
-def forecast_figure(found: Sequence[Forecast]) -> Figure:
+def loss_curves_figure(found: Sequence[PredictedLoss]) -> Figure:
     """Return what every method is predicted to lose over ``keep``, where it knows the loss."""
     with rc_context(STYLE):
         figure, axes = new_axes("keep", "predicted change of loss")
@@ -158,7 +158,7 @@ def _over_depth(layers: Sequence[LayerRecord]) -> Iterator[Plot]:
 
 
 def _of_kinds(layers: Sequence[LayerRecord]) -> str:
-    shared, _ = by_kind(layers)
+    shared, _ = by_layer_type(layers)
     return f"Layers of {shared}, by kind." if shared else "Layers by kind."
 
 
@@ -166,12 +166,12 @@ def _by_depth(
     layers: Sequence[LayerRecord], label: str, value: Callable[[LayerRecord], float | None]
 ) -> Figure:
     figure, axes = new_axes("block", label)
-    for number, (kind, members) in enumerate(by_kind(layers)[1].items()):
-        placed = [(depth(x), value(x)) for x in members if x.rank is not None]
+    for number, (kind, members) in enumerate(by_layer_type(layers)[1].items()):
+        placed = [(block_number(x), value(x)) for x in members if x.rank is not None]
         known = [(x, y) for x, y in placed if y is not None]
         axes.plot(*_columns(known), label=kind or "layer", **look(number))
         if label == "kept":
-            dense = [depth(x) for x in members if x.rank is None]
+            dense = [block_number(x) for x in members if x.rank is None]
             hollow = look(number) | {"linestyle": "none", "markerfacecolor": "none"}
             axes.plot(dense, [1.0] * len(dense), **hollow)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
@@ -254,7 +254,7 @@ def _measured(report: Report) -> Iterator[Plot]:
     if not known:
         return
     figure, axes = new_axes("predicted change of loss", "measured")
-    for number, (kind, members) in enumerate(by_kind(known)[1].items()):
+    for number, (kind, members) in enumerate(by_layer_type(known)[1].items()):
         pairs = [(x.predicted_loss or 0.0, x.measured_loss or 0.0) for x in members]
         style = look(number) | {"linestyle": "none"}
         axes.plot(*_columns(pairs), label=kind or "layer", **style)
@@ -271,7 +271,7 @@ def _measured(report: Report) -> Iterator[Plot]:
 
 def _curves(point: PointRecord) -> Iterator[Plot]:
     layers = [layer for layer in point.layers if layer.curve]
-    for number, (kind, members) in enumerate(by_kind(layers)[1].items()):
+    for number, (kind, members) in enumerate(by_layer_type(layers)[1].items()):
         figure, axes = new_axes("kept of the layer's parameters", "relative error")
         for layer in members:
             shares = [(_share(layer, rank), error) for rank, error in layer.curve]
@@ -300,14 +300,14 @@ def _faded(
     number: int,
 ) -> None:
     """Draw a layer's line, the stronger the deeper the layer."""
-    deepest = max(map(depth, members))
-    alpha = 0.3 + 0.7 * (depth(layer) / deepest if deepest else 1)
+    deepest = max(map(block_number, members))
+    alpha = 0.3 + 0.7 * (block_number(layer) / deepest if deepest else 1)
     axes.plot(*_columns(pairs), color=look(number)["color"], alpha=alpha, linewidth=1.2)
 
 
 def _importance(report: Report) -> Iterator[Plot]:
     layers = [x for point in report.points for x in point.layers if x.importance]
-    for number, (kind, members) in enumerate(by_kind(layers)[1].items()):
+    for number, (kind, members) in enumerate(by_layer_type(layers)[1].items()):
         figure, axes = new_axes("units in falling order", "score when pruning began")
         alone = not any(layer.rows for layer in layers)  # low rank alone: units are components
         for layer in members:

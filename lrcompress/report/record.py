@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.errors import ReportError
-from lrcompress.files import whole
+from lrcompress.files import atomic_write
 
 VERSION = 2  # of the JSON; 1 said nothing of it, and had neither curves nor a history
 
@@ -200,7 +200,7 @@ class Report:
             gap: steps within which no three are kept.
         """
         for name, value in figures.items():
-            self.history[name] = noted(self.history.get(name, ()), step, value, gap)
+            self.history[name] = with_value(self.history.get(name, ()), step, value, gap)
 
     def to_dict(self) -> dict[str, object]:
         """Return the report in plain types."""
@@ -229,7 +229,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, whole or not at all."""
-        with whole(path) as passing:
+        with atomic_write(path) as passing:
             passing.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
@@ -275,13 +275,13 @@ def _pair(sizes: Sequence[int] | None) -> tuple[int, int] | None:
     return int(one), int(two)
 
 
-def noted(curve: Curve, step: int, value: float, gap: float) -> Curve:
+def with_value(curve: Curve, step: int, value: float, gap: float) -> Curve:
     """Return the curve with one more value, in place of the last if three would be within ``gap``.
 
     Example:
-        >>> noted(((0, 1.0), (4, 0.5)), 6, 0.25, gap=5)
+        >>> with_value(((0, 1.0), (4, 0.5)), 6, 0.25, gap=5)
         ((0, 1.0), (4, 0.5), (6, 0.25))
-        >>> noted(((0, 1.0), (4, 0.5)), 6, 0.25, gap=8)
+        >>> with_value(((0, 1.0), (4, 0.5)), 6, 0.25, gap=8)
         ((0, 1.0), (6, 0.25))
     """
     crowded = len(curve) > 1 and step - curve[-2][0] < gap
@@ -290,7 +290,7 @@ def noted(curve: Curve, step: int, value: float, gap: float) -> Curve:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class PredictedLoss:
     """What one method would lose at one ``keep``.
 
     Attributes:

@@ -26,7 +26,7 @@ class Summary:
 def summary(report: Report) -> Summary:
     """Return the sizes, figures and times of a run with at least one point."""
     points = report.points
-    when, last = ending(report)
+    when, last = final_figures(report)
     columns = ["before", *(_heading(point) for point in points), when]
     found = _Rows([], len(columns))
     _sizes(found, report)
@@ -50,7 +50,7 @@ def summary(report: Report) -> Summary:
     return Summary(columns, found.rows, notes)
 
 
-def ending(report: Report) -> tuple[str, dict[str, float]]:
+def final_figures(report: Report) -> tuple[str, dict[str, float]]:
     """Return the figures that a run ended with, and when they were taken.
 
     They are those of the last validation after the last point, none if there was none.

@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lrcompress.report.formatting import change, share
-from lrcompress.report.layer_groups import by_kind
+from lrcompress.report.layer_groups import by_layer_type
 from lrcompress.report.record import (
-    Forecast,
     LayerRecord,
     PointRecord,
+    PredictedLoss,
     Report,
     sum_or_none,
 )
@@ -23,7 +23,7 @@ WIDTH = 130  # columns that the widest table needs
 
 def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     """Return one row per kind of layer: the same path in every block, numbers aside."""
-    shared, kinds = by_kind(layers)
+    shared, kinds = by_layer_type(layers)
     table = plain_table(title + (f"; layers of {shared}" if shared else ""))
     table.add_column("layer", no_wrap=True)
     sparse = any(x.rows is not None for members in kinds.values() for x in members)
@@ -87,12 +87,12 @@ def plan_table(
     return Group(ranks_table(layers, title), Text("\n".join(lines)))
 
 
-def forecast_table(found: Sequence[Forecast], title: str) -> RenderableType:
+def loss_curves_table(found: Sequence[PredictedLoss], title: str) -> RenderableType:
     """Return what every method is predicted to lose at every ``keep``: of the loss, or an error."""
     methods = list(dict.fromkeys(one.method for one in found))
     known = {(one.method, one.keep): one for one in found}
 
-    def say(one: Forecast) -> str:
+    def say(one: PredictedLoss) -> str:
         return (
             share(one.error)
             if one.predicted_loss is None and one.error

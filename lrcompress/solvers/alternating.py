@@ -13,7 +13,7 @@ _ENOUGH = 1e-2  # a sweep that lowers the squared error by no larger share is th
 _SEEN = 1e-12  # eigenvalues of normal equations below this share of the largest are zeros
 
 
-def alternated(
+def alternating_minimization(
     matrix: Tensor, x: Tensor, y: Tensor, product: Map
 ) -> tuple[Tensor, Tensor, float, float, int]:
     """Lower ``⟨R − XY, 𝓜(R − XY)⟩`` by one factor after the other.
@@ -72,7 +72,7 @@ def _improved(
     return x, y, pull, saved
 
 
-def half_exact(
+def alternating_least_squares(
     target: Tensor, metric: Tensor, exact: Tensor, other: Tensor, near: Tensor, root: Tensor
 ) -> tuple[Tensor, Tensor, float, float, int]:
     """Lower ``‖T − M‖²`` in a metric, ``M[i, (e, h)] = Σ_s X[i, e, s] Y[h, s]``, X exactly.

@@ -15,7 +15,7 @@ _FLOOR = 1e-10  # the least eigenvalue of a column metric, of the largest, as it
 
 
 @dataclass(frozen=True)
-class TableTruncation:
+class EmbeddingTruncation:
     """Every truncation of one table: its error curve, and factors at any rank.
 
     Attributes:
@@ -51,9 +51,9 @@ class TableTruncation:
 
 
 @torch.no_grad()
-def truncate_table(
+def truncate_embedding(
     table: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
-) -> TableTruncation:
+) -> EmbeddingTruncation:
     """Return all truncations of an embedding that are optimal for its rows' weights.
 
     Minimises ``‖D^½ (E − M) H^½‖²`` over tables ``M`` of rank ``r``, for every ``r`` at once, with
@@ -82,7 +82,7 @@ def truncate_table(
 
     Example:
         >>> table = torch.tensor([[2.0, 0.0], [0.0, 1.0]])  # the row that is read more is kept
-        >>> truncate_table(table, rows=torch.tensor([1.0, 9.0])).factors(1).right.abs().round()
+        >>> truncate_embedding(table, rows=torch.tensor([1.0, 9.0])).factors(1).right.abs().round()
         tensor([[0., 1.]])
     """
     _check(table, rows, columns)
@@ -96,7 +96,7 @@ def truncate_table(
     energies, basis = torch.linalg.eigh(root.mT @ moment @ root)
     basis = basis.flip(1)
     energies = energies.flip(0).clamp(min=0)[: min(table.shape)]
-    return TableTruncation(energies, table.detach(), root @ basis, basis.mT @ back)
+    return EmbeddingTruncation(energies, table.detach(), root @ basis, basis.mT @ back)
 
 
 def _parts(table: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrcompress.errors import SettingError, ShapeError
 from lrcompress.linalg import balanced, whitening
-from lrcompress.solvers.alternating import Map, alternated, half_exact
+from lrcompress.solvers.alternating import Map, alternating_least_squares, alternating_minimization
 from lrcompress.solvers.truncation import FLOOR, check, descending, relative_error
 
 Sizes = tuple[int, int]
@@ -96,9 +96,9 @@ class KroneckerSums:
         error, lost = relative_error(self.energies, terms), float(self.energies[terms:].sum())
         sweeps = 0
         if not self.exact and terms < most:
-            x, y, error, lost, sweeps = self._in_halves(x.double(), y.double()) or alternated(
-                self._whitened, x, y, self._product()
-            )
+            x, y, error, lost, sweeps = self._in_halves(
+                x.double(), y.double()
+            ) or alternating_minimization(self._whitened, x, y, self._product())
         (m1, n1), (m, n) = self.shape, self._weight.shape
         output, input = self._sides
         first = _back(x.double().view(m1, n1, terms), output.first, input.first)
@@ -119,7 +119,7 @@ class KroneckerSums:
         return matrix @ basis, basis.mT
 
     def _in_halves(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float, float, int] | None:
-        """Improve the start by :func:`half_exact`; return None where that does not fit.
+        """Improve the start by :func:`alternating_least_squares`, or return None.
 
         It does where all but one metric is separable, and along this one the longer factor is a
         row or a column.
@@ -144,7 +144,7 @@ class KroneckerSums:
             return None
         near = one[0](torch.eye(a.shape[1]).to(metric))
         root = two[1](torch.eye(b.shape[1]).to(metric))
-        a, c, error, lost, sweeps = half_exact(
+        a, c, error, lost, sweeps = alternating_least_squares(
             target[:, 0], metric, _along(a, 1, one[1]), two[1](b[0]), near.mT @ near, root
         )
         a, b = _along(a, 1, one[0]), two[0](c)[None]

@@ -23,7 +23,7 @@ from lrcompress.statistics.moments import (
     Sums,
     shapes,
 )
-from lrcompress.statistics.views import is_table, view
+from lrcompress.statistics.views import is_embedding, view
 
 _FISHER = frozenset({"input_fisher", "output_fisher"})
 _WITH_INPUTS = _FISHER | {"weighted_moment", "token_fisher"}
@@ -132,7 +132,7 @@ class Recorder:
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for layer, module in self.layers.items():
             out_features, in_features = view(module, layer, table=True).shape
-            table = is_table(module)
+            table = is_embedding(module)
             own = [kind for kind in self.kinds if (kind in TABLE_KINDS) == table]
             self._shapes[layer] = shapes(own, in_features, out_features)
         self._decoders = list(_decoders(model))
@@ -149,7 +149,7 @@ class Recorder:
         return 4 * (sum(torch.Size(shape).numel() for shape in every) + sum(tables))
 
     @property
-    def watching(self) -> bool:
+    def observing(self) -> bool:
         """Whether a step is being watched now."""
         return self._pass is not None
 

@@ -35,7 +35,7 @@ def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     return F.cross_entropy(flat, labels.to(flat.device))
 
 
-class LogitsTap:
+class LogitsCapture:
     """Catches a model's logits on their way out, during the steps that ask for it.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.distributed import BUCKET, Team
+from lrcompress.distributed import BUCKET, Processes
 from lrcompress.errors import ObservationError
 from lrcompress.statistics.moments import Statistics, Sums
 
@@ -34,7 +34,7 @@ def reduced_bytes(statistics: Statistics) -> int:
 @torch.no_grad()
 def all_reduce_(
     statistics: Statistics,
-    team: Team,
+    processes: Processes,
     device: torch.device | str = "cpu",
     *,
     bucket: int = BUCKET,
@@ -47,7 +47,7 @@ def all_reduce_(
 
     Args:
         statistics: of this process, changed in place.
-        team: the processes.
+        processes: the processes.
         device: for sums that others have and this one lacks.
         bucket: the most values sent at once, but at least a row of a moment.
 
@@ -58,37 +58,39 @@ def all_reduce_(
     Cost:
         :func:`reduced_bytes` in ``⌈values / bucket⌉ + 1`` reductions, after one exchange of names.
     """
-    if team.size == 1:
+    if processes.size == 1:
         return
-    everyone = team.gather(_described(statistics))
+    everyone = processes.all_gather(_described(statistics))
     _check_alike(everyone)
     _adopt_(statistics, everyone, device)
     every = [sums for _, sums in sorted(_every(statistics), key=lambda named: named[0])]
     counts = [count for sums in every for count in (sums.tokens, sums.examples, sums.skipped)]
     if not counts:
         return
-    packed = torch.stack([count.to(team.device) for count in counts])
-    team.sum_(packed)
+    packed = torch.stack([count.to(processes.device) for count in counts])
+    processes.all_reduce_(packed)
     for count, value in zip(counts, packed.unbind(), strict=True):
         count.copy_(value)
     for parts in _buckets(every, bucket):
         dtype = parts[0].block.dtype
-        flat = torch.empty(sum(p.size for p in parts), device=team.device, dtype=dtype)
+        flat = torch.empty(sum(p.size for p in parts), device=processes.device, dtype=dtype)
         places = torch.split(flat, [p.size for p in parts])
         for part, place in zip(parts, places, strict=True):
             part.pack(place)
-        team.sum_(flat)
+        processes.all_reduce_(flat)
         for part, place in zip(parts, places, strict=True):
             part.unpack_(place)
 
 
-def fold_(statistics: Statistics, team: Team, device: torch.device | str = "cpu") -> None:
+def reduce_to_first_(
+    statistics: Statistics, processes: Processes, device: torch.device | str = "cpu"
+) -> None:
     """Move the statistics of all processes to the first, so that the others start from nothing.
 
     The whole stays what it was, and one file that the first process writes holds it all.
     """
-    all_reduce_(statistics, team, device)
-    if team.index > 0:
+    all_reduce_(statistics, processes, device)
+    if processes.index > 0:
         statistics.clear_()
 
 

@@ -83,7 +83,7 @@ def register(
     (_TABLES if table else _VIEWS)[_qualified(kind)] = view
 
 
-def is_table(layer: nn.Module) -> bool:
+def is_embedding(layer: nn.Module) -> bool:
     """Return whether the layer gives rows of a table by number, as an embedding does."""
     return isinstance(layer, nn.Embedding) or _qualified(type(layer)) in _TABLES
 
@@ -93,7 +93,7 @@ def is_linear(layer: nn.Module) -> bool:
     return _qualified(type(layer)) in _VIEWS
 
 
-def stacked(model: nn.Module) -> dict[str, str]:
+def stacked_matrices(model: nn.Module) -> dict[str, str]:
     """Return what of a model are matrices without a layer, with the reason why they stay.
 
     The experts of a mixture may be one parameter, a matrix each. Its name and its module's are
@@ -115,7 +115,7 @@ def view(layer: nn.Module, name: str = "layer", *, table: bool = False) -> Linea
     Raises:
         LayerError: if its type has none; the message lists those that do.
     """
-    if table and is_table(layer):
+    if table and is_embedding(layer):
         return _TABLES.get(_qualified(type(layer)), _embedding)(layer)
     if not is_linear(layer):
         known = ", ".join(sorted(known.rpartition(".")[2] for known in _VIEWS))

@@ -38,7 +38,7 @@ def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a sharded checkpoint, whose .metadata can run code when it is read. If you "
-            f"trust it, make one file of it first: {how_to_join(path)}"
+            f"trust it, make one file of it first: {consolidate_command(path)}"
         )
     if not path.exists():
         raise CheckpointError(f"{path} cannot be read as a checkpoint: there is no such file")
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[
     return checkpoint
 
 
-def read_lightning(path: str | PathLike[str]) -> dict[str, Any]:
+def read_lightning_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """Return a checkpoint of Lightning, or a state dict under ``state_dict`` as if it were one.
 
     Raises:
@@ -72,7 +72,7 @@ def read_lightning(path: str | PathLike[str]) -> dict[str, Any]:
     return {**({} if state is checkpoint else checkpoint), "state_dict": state}
 
 
-def how_to_join(folder: Path) -> str:
+def consolidate_command(folder: Path) -> str:
     """Return the command with which the library that wrote a folder makes one file of it."""
     if (folder / "zero_to_fp32.py").exists() or (folder / "checkpoint").is_dir():
         name = "convert_zero_checkpoint_to_fp32_state_dict"
@@ -107,14 +107,14 @@ def _check(path: Path) -> None:
         structure = archive.read(name)
     if any(opcode.proto > _PROTOCOL for opcode, _, _ in pickletools.genops(structure)):
         raise CheckpointError(f"is pickled by a protocol above {_PROTOCOL}, as torch does not")
-    _Rehearsal(structure, name.removesuffix("data.pkl"), sizes).load()
+    _CheckingUnpickler(structure, name.removesuffix("data.pkl"), sizes).load()
 
 
 class _Storage(NamedTuple):
     elements: int
 
 
-class _Rehearsal(pickle._Unpickler):
+class _CheckingUnpickler(pickle._Unpickler):
     """Goes through a pickle as loading would, and makes nothing of it but plain values.
 
     What may be called are the methods below: each checks its arguments and gives nothing back.

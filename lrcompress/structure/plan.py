@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompress.errors import CheckpointError, LayerError, NoMatchError, ShapeError, nearest
-from lrcompress.nn import KINDS, FactoredTable, LowRankEmbedding, LowRankLinear, Replacement
-from lrcompress.statistics.views import is_linear, is_table, view
-from lrcompress.structure.checkpoint import how_to_join, read_checkpoint
+from lrcompress.nn import KINDS, FactoredEmbedding, LowRankEmbedding, LowRankLinear, Replacement
+from lrcompress.statistics.views import is_embedding, is_linear, view
+from lrcompress.structure.checkpoint import consolidate_command, read_checkpoint
 from lrcompress.structure.surgery import replace_
 from lrcompress.structure.tied_weights import (
-    first_holders,
-    plain_forms,
-    restate_,
+    plain_layers,
     same_storage,
-    share_,
+    tie_factors_,
+    tied_layers,
+    update_tied_weights_keys_,
 )
 
 VERSION = 1
@@ -67,7 +67,7 @@ class Plan:
     @classmethod
     def of(cls, model: nn.Module) -> "Plan":
         """Return the structure that ``model`` has now."""
-        return cls(tuple(_plans_now(model, lambda module: isinstance(module, Replacement))))
+        return cls(tuple(_current_layers(model, lambda module: isinstance(module, Replacement))))
 
     @classmethod
     def matching(cls, model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> "Plan":
@@ -80,10 +80,10 @@ class Plan:
         Raises:
             CheckpointError: if what should be factors are not of their form.
         """
-        every = _plans_now(model, lambda module: is_linear(module) or is_table(module))
+        every = _current_layers(model, lambda module: is_linear(module) or is_embedding(module))
         modules = dict(model.named_modules())
-        stored = [_stored(modules[x.name], x, state, f"{prefix}{x.name}.") for x in every]
-        factors = {x.name: KINDS[x.kind].told_by for x in stored if x.kind != DENSE}
+        stored = [_stored_layer(modules[x.name], x, state, f"{prefix}{x.name}.") for x in every]
+        factors = {x.name: KINDS[x.kind].sizing_tensors for x in stored if x.kind != DENSE}
         tied = same_storage(state, factors, prefix)
         wanted = [replace(x, tied=tied.get(x.name, "")) for x in stored]
         return cls(tuple(x for x, now in zip(wanted, every, strict=True) if x != now))
@@ -104,15 +104,15 @@ class Plan:
         built = {layer.name: _build(layer, modules) for layer in self.layers}
         _check_ties(self.layers, modules | built)
         old = [modules[layer.name] for layer in self.layers if layer.kind == DENSE]
-        plain = plain_forms(module for module in old if isinstance(module, Replacement))
+        plain = plain_layers(module for module in old if isinstance(module, Replacement))
         for name, new in built.items():
             new = plain.get(new, new)  # type: ignore[call-overload]
             if new is not modules[name]:
                 replace_(model, name, new)
         for layer in self.layers:
             if layer.tied:
-                share_(model.get_submodule(layer.name), model.get_submodule(layer.tied))
-        restate_(model)
+                tie_factors_(model.get_submodule(layer.name), model.get_submodule(layer.tied))
+        update_tied_weights_keys_(model)
         return model
 
     def to_dict(self) -> dict[str, object]:
@@ -154,9 +154,9 @@ def _layer_plan(name: str, module: nn.Module) -> LayerPlan:
     return LayerPlan(name, DENSE, {"in": in_features, "out": out_features})
 
 
-def _plans_now(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[LayerPlan]:
+def _current_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[LayerPlan]:
     found = {name: module for name, module in model.named_modules() if wanted(module)}
-    tied = first_holders(found)
+    tied = tied_layers(found)
     return [replace(_layer_plan(n, m), tied=tied.get(n, "")) for n, m in found.items()]
 
 
@@ -171,7 +171,7 @@ def _check_ties(layers: Iterable[LayerPlan], modules: Mapping[str, nn.Module]) -
             continue
         sides = [modules.get(name) for name in (layer.name, layer.tied)]
         kinds = {type(side) for side in sides}
-        alike = len(kinds) == 1 and isinstance(sides[0], FactoredTable)
+        alike = len(kinds) == 1 and isinstance(sides[0], FactoredEmbedding)
         if not (alike or kinds <= {LowRankLinear, LowRankEmbedding}):
             raise CheckpointError(
                 f"layer {layer.name!r} of kind {layer.kind!r} cannot share the factors of "
@@ -185,7 +185,7 @@ def _check_ties(layers: Iterable[LayerPlan], modules: Mapping[str, nn.Module]) -
             )
 
 
-def _stored(
+def _stored_layer(
     module: nn.Module, now: LayerPlan, state: Mapping[str, Tensor], prefix: str
 ) -> LayerPlan:
     """Return the layer as ``state`` holds it, or as it is where ``state`` does not.
@@ -194,17 +194,19 @@ def _stored(
         CheckpointError: if its factors are not of their form.
     """
     for kind in KINDS.values():
-        found = {part: state[prefix + part] for part in kind.told_by if prefix + part in state}
-        if len(found) < len(kind.told_by) or not kind.takes(module):
+        found = {
+            part: state[prefix + part] for part in kind.sizing_tensors if prefix + part in state
+        }
+        if len(found) < len(kind.sizing_tensors) or not kind.can_replace(module):
             continue
-        for part, axes in kind.told_by.items():
+        for part, axes in kind.sizing_tensors.items():
             if not isinstance(found[part], Tensor) or found[part].ndim != axes:
                 got = tuple(getattr(found[part], "shape", ()))
                 raise CheckpointError(
                     f"{prefix}{part} must be a tensor with {axes} axes, got shape {got}"
                 )
         shapes = {part: tuple(value.shape) for part, value in found.items()}
-        return LayerPlan(now.name, kind.kind, kind.told_sizes(shapes))
+        return LayerPlan(now.name, kind.kind, kind.sizes_from_shapes(shapes))
     if f"{prefix}weight" in state:
         return LayerPlan(now.name, DENSE, {side: now.sizes[side] for side in _SIDES})
     return now
@@ -225,20 +227,20 @@ def _build(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module:
         )
     if now == replace(layer, tied="") or layer.kind == DENSE:
         return old
-    return _made(layer, old, sides)
+    return _built(layer, old, sides)
 
 
-def _made(layer: LayerPlan, old: nn.Module, sides: Mapping[str, int]) -> nn.Module:
+def _built(layer: LayerPlan, old: nn.Module, sides: Mapping[str, int]) -> nn.Module:
     if layer.kind not in KINDS:
         raise CheckpointError(
             f"layer {layer.name!r} is of kind {layer.kind!r}; known: {', '.join((*KINDS, DENSE))}"
         )
     kind = KINDS[layer.kind]
-    if not kind.takes(old):
+    if not kind.can_replace(old):
         raise LayerError(
             f"layer {layer.name!r} is a {type(old).__name__}, which cannot become {layer.kind!r}"
         )
-    limits = kind.limits(sides)
+    limits = kind.size_limits(sides)
     for size, (least, most) in limits.items():
         if not least <= layer.sizes.get(size, -1) <= most:
             raise ShapeError(
@@ -294,5 +296,5 @@ def _plan_in(folder: Path) -> Plan:
             return Plan.from_dict(state["plan"])
     raise CheckpointError(
         f"{path} holds no plan, since no callback of lrcompress was saved with it; make one file "
-        f"of the folder: {how_to_join(folder)}"
+        f"of the folder: {consolidate_command(folder)}"
     )

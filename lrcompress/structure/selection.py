@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
-from lrcompress.statistics.views import is_linear, stacked, view
+from lrcompress.statistics.views import is_linear, stacked_matrices, view
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def select(
         # the factors of a factored layer are linear layers too, but not for themselves
         if name and is_linear(module) and not is_linear(everything[name.rpartition(".")[0]])
     }
-    stacks = stacked(model)
+    stacks = stacked_matrices(model)
     if targets is None:
         wanted = [name for name in linear if any(part.isdigit() for part in name.split("."))]
         if not wanted:
@@ -139,8 +139,8 @@ def _obstacles(model: nn.Module, linear: dict[str, nn.Module], shared: bool) -> 
 def _unsuited(model: nn.Module, name: str, weight: Tensor) -> str | None:
     if name.endswith(".base_layer") or "lora_" in name:
         return "it is wrapped by an adapter; merge the adapter first"
-    parted = hasattr(weight, "full_tensor")  # an nn.Parameter too, though not by its type
-    if not weight.is_floating_point() or not (parted or type(weight) is nn.Parameter):
+    sharded = hasattr(weight, "full_tensor")  # an nn.Parameter too, though not by its type
+    if not weight.is_floating_point() or not (sharded or type(weight) is nn.Parameter):
         return f"its weight is quantised ({weight.dtype}, {type(weight).__name__})"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight without calling it, as its in_proj_weight"

@@ -66,7 +66,7 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 @contextmanager
-def whole_or_not(
+def all_or_nothing(
     model: nn.Module, names: Iterable[str], optimizers: Iterable[Optimizer]
 ) -> Iterator[None]:
     """Put layers and optimizers back as they were if the block that replaces them fails.
@@ -105,7 +105,7 @@ def _listed(group: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 Carry = Callable[[Sequence[Tensor], bool], list[Tensor]]
-Heirs = Mapping[int, Sequence[tuple[Tensor, str]]]
+Successors = Mapping[int, Sequence[tuple[Tensor, str]]]
 
 
 def carry_dense(left: Tensor, right: Tensor, transposed: bool) -> Carry:
@@ -250,10 +250,10 @@ def swap_parameters_(
     if names is None:
         names = ("right.weight", "left.weight") if len(new) > 1 else ("weight",)
     coming = list(zip(new, names, strict=True))
-    heirs = {id(p): coming[i : i + 1] for i, p in enumerate(old)} if len(old) > 1 else {}
-    heirs = heirs or {id(old[0]): coming}
+    successors = {id(p): coming[i : i + 1] for i, p in enumerate(old)} if len(old) > 1 else {}
+    successors = successors or {id(old[0]): coming}
     for optimizer in optimizers:
-        _swap_in_groups(optimizer.param_groups, heirs, staying)
+        _swap_in_groups(optimizer.param_groups, successors, staying)
         held = [optimizer.state.get(p, {}) for p in old]
         if not staying:
             for p in old:
@@ -263,35 +263,38 @@ def swap_parameters_(
                 optimizer.state[parameter] = state
 
 
-def _swap_in_groups(groups: Sequence[dict[str, Any]], heirs: Heirs, staying: bool) -> None:
+def _swap_in_groups(
+    groups: Sequence[dict[str, Any]], successors: Successors, staying: bool
+) -> None:
     renamed: dict[str, str] = {}
     for group in groups:
-        renamed |= _swap_in_group(group, heirs, staying)
+        renamed |= _swap_in_group(group, successors, staying)
     for group in groups:
         if "param_names" in group:
             group["param_names"][:] = [renamed.get(name, name) for name in group["param_names"]]
 
 
-def _swap_in_group(group: dict[str, Any], heirs: Heirs, staying: bool) -> dict[str, str]:
+def _swap_in_group(group: dict[str, Any], successors: Successors, staying: bool) -> dict[str, str]:
     """Swap in one group, and return what becomes of the names of biases."""
     params: list[Tensor] = []
     names: list[str] = []
     renamed: dict[str, str] = {}
-    num_new = sum(map(len, heirs.values()))
+    num_new = sum(map(len, successors.values()))
     given = group.get("param_names") or [""] * len(group["params"])
     for parameter, name in zip(group["params"], given, strict=True):
-        if staying or id(parameter) not in heirs:
+        if staying or id(parameter) not in successors:
             params.append(parameter)
             names.append(name)
-        if id(parameter) in heirs:
-            path = name.split(".")[: -len(heirs)]  # a factor's name has one part more
+        if id(parameter) in successors:
+            path = name.split(".")[: -len(successors)]  # a factor's name has one part more
             base = "".join(f"{part}." for part in path)
-            params += [heir for heir, _ in heirs[id(parameter)]]
-            names += [base + named for _, named in heirs[id(parameter)]]
+            params += [successor for successor, _ in successors[id(parameter)]]
+            names += [base + named for _, named in successors[id(parameter)]]
             # Kronecker factors have their bias beside them, not on one of them
-            own = any(named == "first" for some in heirs.values() for _, named in some)
+            own = any(named == "first" for some in successors.values() for _, named in some)
             before, after = (
-                "left.bias" if count > 1 and not own else "bias" for count in (len(heirs), num_new)
+                "left.bias" if count > 1 and not own else "bias"
+                for count in (len(successors), num_new)
             )
             renamed[base + before] = base + after
     group["params"][:] = params

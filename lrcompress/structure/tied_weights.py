@@ -10,7 +10,7 @@ from lrcompress.nn import Replacement
 _TIED, _OWN = "all_tied_weights_keys", "_tied_weights_keys"  # of a model of transformers
 
 
-def first_holders(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return layers whose factors another one before them holds too, and which that is."""
     holders: dict[tuple[int, ...], str] = {}
     found = {}
@@ -43,14 +43,14 @@ def same_storage(
     return found
 
 
-def share_(layer: nn.Module, source: nn.Module) -> None:
+def tie_factors_(layer: nn.Module, source: nn.Module) -> None:
     """Let a layer hold the very factors of another one of the same sizes."""
     for part in _factors(source):
         holder, _, key = part.rpartition(".")
         setattr(layer.get_submodule(holder), key, source.get_parameter(part))
 
 
-def plain_forms(layers: Iterable[Replacement]) -> dict[Replacement, nn.Module]:
+def plain_layers(layers: Iterable[Replacement]) -> dict[Replacement, nn.Module]:
     """Return a plain layer for each; those that shared their factors share a weight."""
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     made = {}
@@ -64,7 +64,7 @@ def plain_forms(layers: Iterable[Replacement]) -> dict[Replacement, nn.Module]:
     return made
 
 
-def restate_(model: nn.Module) -> None:
+def update_tied_weights_keys_(model: nn.Module) -> None:
     """Let models of ``transformers`` in ``model`` know which parameters are tied now.
 
     They hold a mapping of names, by which weights are tied again, and left out of files. Names
@@ -84,7 +84,7 @@ def restate_(model: nn.Module) -> None:
 
 
 def _still_tied(model: nn.Module, target: str, source: str) -> list[tuple[str, str]]:
-    ours = [_names_now(model, key) for key in (target, source)]
+    ours = [_current_names(model, key) for key in (target, source)]
     if ours == [[target], [source]]:
         return [(target, source)]
     pairs = zip(*ours, strict=True) if len(ours[0]) == len(ours[1]) else ()
@@ -94,7 +94,7 @@ def _still_tied(model: nn.Module, target: str, source: str) -> list[tuple[str, s
     return [(t, s) for t, s, one, other in found if one is other or t in unset]
 
 
-def _names_now(model: nn.Module, key: str) -> list[str]:
+def _current_names(model: nn.Module, key: str) -> list[str]:
     path, _, last = key.rpartition(".")
     layer = model.get_submodule(path)
     if not isinstance(layer, Replacement):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrcompress.bench import TorchSubject, compare
+from lrcompress.bench import TorchModel, compare
 from lrcompress.errors import SettingError
 from lrcompress.structure.plan import LayerPlan, Plan
 
@@ -33,7 +33,7 @@ def factored(model: nn.Module) -> nn.Module:
 
 def test_the_ideal_is_that_of_the_layers_alone() -> None:
     dense = Net()
-    pair = TorchSubject("small", factored(dense)), TorchSubject("dense", dense)
+    pair = TorchModel("small", factored(dense)), TorchModel("dense", dense)
     run = compare(*pair, {"x": torch.randn(8, 32, 512)}, device="cpu", rounds=9)
     assert (run.batch, run.length, list(run.speeds)) == (8, 32, ["small", "dense"])
     wide, tiny = run.layers
@@ -50,10 +50,10 @@ def test_the_ideal_is_that_of_the_layers_alone() -> None:
 
 def test_without_a_reference_or_common_layers_there_is_no_ideal() -> None:
     batch = {"x": torch.randn(2, 3, 512)}
-    dense = TorchSubject("dense", Net())
+    dense = TorchModel("dense", Net())
     alone = compare(dense, None, batch, device="cpu", rounds=1)
     assert (alone.faster, alone.ideal, alone.layers) == (None, None, [])
-    twice = compare(TorchSubject("other", Net()), dense, batch, device="cpu", rounds=1)
+    twice = compare(TorchModel("other", Net()), dense, batch, device="cpu", rounds=1)
     assert twice.faster is not None
     assert (twice.ideal, twice.layers) == (None, [])
     with pytest.raises(SettingError, match="two models are called 'dense'; give them two names"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lrcompress.bench.latency_ranks import allocate_faster, relative_time
-from lrcompress.budget import Candidate, allocate, shares
+from lrcompress.bench.latency_ranks import allocate_by_latency, relative_time
+from lrcompress.budget import Candidate, allocate, kept_share
 from lrcompress.nn import LowRankLinear
 
 # Two calls in place of one are slower where there is next to nothing to compute, and faster
@@ -21,19 +21,19 @@ import torch
 from torch import nn
 import lrcompress.bench.latency_ranks as faster
 from lrcompress.engine.compress import Settings, factor_
-from lrcompress.distributed import Team
+from lrcompress.distributed import Processes
 from lrcompress.statistics.moments import Statistics
 
 torch.distributed.init_process_group("gloo")
-team = Team.of()
+processes = Processes.of()
 def never(*_):
     raise AssertionError("measured in a process that does not decide")
-if team.index:
+if processes.index:
     faster.relative_time = never
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(1024, 2048), *(nn.Linear(16, 16) for _ in range(20)))
 settings = Settings(method="svd", keep=0.2, keep_measured=True, measured_tokens=64)
-record = factor_(model, Statistics(), settings, team=team)
+record = factor_(model, Statistics(), settings, processes=processes)
 print(sum(bool(x.note) for x in record.layers), [x.rank for x in record.layers])
 """
 
@@ -46,7 +46,7 @@ def asked(model: nn.Module) -> list[Candidate]:
 def test_the_others_pay_for_layers_that_stay() -> None:
     model = nn.Sequential(WIDE, *(nn.Linear(16, 16) for _ in range(100)))
     layers = asked(model)
-    choice = allocate_faster(model, layers, 0.2, "uniform", 1, TOKENS)
+    choice = allocate_by_latency(model, layers, 0.2, "uniform", 1, TOKENS)
     first = allocate(layers, 0.2)
     cut = {name for name, rank in first.items() if rank is not None} - {"0"}
     assert len(cut) > 50
@@ -56,18 +56,18 @@ def test_the_others_pay_for_layers_that_stay() -> None:
     assert note.startswith(f"stays as it is: a rank of {first['100']} takes ")
     assert note.endswith("× its time at 64 tokens")
     assert choice.ranks["0"] < first["0"]  # type: ignore[operator]
-    assert 0.2 - 3072 / (1024 * 2048) < shares(layers, choice.ranks) <= 0.2
+    assert 0.2 - 3072 / (1024 * 2048) < kept_share(layers, choice.ranks) <= 0.2
     assert choice.missed == ""
 
 
 def test_a_keep_that_cannot_be_met_is_told_and_the_others_do_not_suffer() -> None:
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(100)), WIDE)
     layers = asked(model)
-    choice = allocate_faster(model, layers, 0.01, "uniform", 1, TOKENS)
+    choice = allocate_by_latency(model, layers, 0.01, "uniform", 1, TOKENS)
     first = allocate(layers, 0.01)
     assert choice.ranks["100"] == first["100"]
     assert all(choice.ranks[str(i)] is None for i in range(100))
-    kept = shares(layers, choice.ranks)
+    kept = kept_share(layers, choice.ranks)
     assert kept > 0.01
     assert choice.missed == (
         f"keep=0.01 is missed, {kept:.3f} remains: 100 of 101 layers are not faster with factors "
@@ -77,7 +77,7 @@ def test_a_keep_that_cannot_be_met_is_told_and_the_others_do_not_suffer() -> Non
 
 def test_where_nothing_is_faster_all_stays() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
-    choice = allocate_faster(model, asked(model), 0.5, "uniform", 1, TOKENS)
+    choice = allocate_by_latency(model, asked(model), 0.5, "uniform", 1, TOKENS)
     assert choice.ranks == {"0": None}
     assert choice.missed.startswith("keep=0.5 is missed, 1.000 remains: 1 of 1 layers")
 
@@ -85,14 +85,14 @@ def test_where_nothing_is_faster_all_stays() -> None:
 def test_what_is_asked_for_by_name_is_not_measured() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     layers = [Candidate("0", 16, 16, rank=3), Candidate("1", 16, 16, keep=0.5)]
-    choice = allocate_faster(model, layers, None, "uniform", 1, TOKENS)
+    choice = allocate_by_latency(model, layers, None, "uniform", 1, TOKENS)
     assert (choice.ranks, choice.notes) == ({"0": 3, "1": 4}, {})
 
 
 def test_a_factored_layer_stays_factored() -> None:
     model = nn.Sequential(LowRankLinear(16, 16, rank=1))
     layers = [Candidate("0", 16, 16, highest=1)]
-    assert allocate_faster(model, layers, 0.5, "uniform", 1, 4).ranks == {"0": 1}
+    assert allocate_by_latency(model, layers, 0.5, "uniform", 1, 4).ranks == {"0": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from lrcompress.bench import TorchSubject
+from lrcompress.bench import TorchModel
 
 
 class Net(nn.Module):
@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 def test_memory_is_what_is_held_and_what_a_call_allocates() -> None:
     model, x = Net(), torch.randn(8, 5, 64)
-    subject = TorchSubject("net", model)
+    subject = TorchModel("net", model)
     weights = 64 * 256 + 256 * 16
     assert subject.parameters == weights
     assert subject.stored_bytes == 4 * weights  # held twice, stored once
@@ -36,7 +36,7 @@ def test_memory_is_what_is_held_and_what_a_call_allocates() -> None:
 def test_attention_is_counted(tiny_bert: Path) -> None:
     model = tf.BertModel.from_pretrained(tiny_bert)
     ids = torch.ones(3, 10, dtype=torch.int64)
-    flops = TorchSubject("bert", model).flops({"input_ids": ids, "attention_mask": ids})
+    flops = TorchModel("bert", model).flops({"input_ids": ids, "attention_mask": ids})
     hidden, inner, tokens = 32, 64, 3 * 10
     products = tokens * (4 * hidden**2 + 2 * hidden * inner)
     attention = 2 * tokens * 10 * hidden
@@ -46,7 +46,7 @@ def test_attention_is_counted(tiny_bert: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in itself
 def test_a_compiled_module_computes_the_same() -> None:
     model, x = Net().eval(), torch.randn(4, 64)
-    subject = TorchSubject("net", model, stored_bytes=7, compiled=True)
+    subject = TorchModel("net", model, stored_bytes=7, compiled=True)
     found = subject.call({"x": x})
     assert isinstance(found, Tensor)
     torch.testing.assert_close(found, model(x))

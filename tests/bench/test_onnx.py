@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrcompress.bench import OnnxSubject, compare
+from lrcompress.bench import OnnxModel, compare
 from lrcompress.errors import SettingError
 
 
@@ -44,7 +44,7 @@ def written(path: Path, widths: Sequence[int]) -> Path:
 def test_the_ideal_comes_from_products_with_weights(tmp_path: Path) -> None:
     small = written(tmp_path / "small.onnx", [512, 32, 512])
     dense = written(tmp_path / "dense.onnx", [512, 512])
-    pair = [OnnxSubject(path.stem, path, threads=1) for path in (small, dense)]
+    pair = [OnnxModel(path.stem, path, threads=1) for path in (small, dense)]
     batch = {"x": torch.randn(4, 64, 512)}
     now, before = (one.products(batch) for one in pair)
     assert now.size == 2 * 32 * 512 + 512 * 4
@@ -65,4 +65,4 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     path = tmp_path / "model.onnx"
     path.touch()
     with pytest.raises(SettingError, match="needs onnxruntime, which is not installed: pip inst"):
-        OnnxSubject("model", path)
+        OnnxModel("model", path)

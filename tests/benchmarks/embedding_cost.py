@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from lrcompress.solvers.embedding import truncate_table
+from lrcompress.solvers.embedding import truncate_embedding
 
 
 def peak() -> float:
@@ -35,7 +35,7 @@ def main() -> None:
     product = time.perf_counter() - began
     for name, columns in (("frequency", None), ("frequency and head", x.mT @ x)):
         began = time.perf_counter()
-        factors = truncate_table(table, rows, columns).factors(given.rank)
+        factors = truncate_embedding(table, rows, columns).factors(given.rank)
         taken = time.perf_counter() - began
         print(
             f"{given.vocabulary:,} × {given.width} to rank {given.rank}, {name}: {taken:.1f} s, "

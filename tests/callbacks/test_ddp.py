@@ -78,14 +78,14 @@ def made(name, **kwargs):
 
 def seen_by(callback):
     "The statistics before each change, of moments the triangle that is read."
-    grabbed, change = [], callback._change
+    grabbed, change = [], callback._change_model
     def first(*args):
         held = callback._observation.statistics.state_dict()
         grabbed.append({{name: {{kind: value.triu() if value.ndim == 2 else value
                                 for kind, value in sums.items()}}
                         for side in ("inputs", "outputs") for name, sums in held[side].items()}})
         change(*args)
-    callback._change = first
+    callback._change_model = first
     return grabbed
 
 
@@ -410,18 +410,18 @@ def lose(case):
     if number == 1 and case == "solving":
         lrcompress.engine.distributed_solve.truncate = die
     elif number == 1 and case == "sharing":
-        lrcompress.engine.distributed_solve.share_ = die
+        lrcompress.engine.distributed_solve.broadcast_layers_ = die
     elif number == 1 and case == "hanging":
         lrcompress.engine.distributed_solve.truncate = wait
     model = tagger()
     callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)
-    before, change = [], callback._change
+    before, change = [], callback._change_model
     patience = timedelta(seconds=8 if case == "hanging" else 300)
     run = trainer(callback, strategy=DDPStrategy(timeout=patience))
     def first(*args):
         before.append(copy.deepcopy([kept(run, model), dict(model.named_parameters())]))
         change(*args)
-    callback._change = first
+    callback._change_model = first
     try:
         run.fit(model, Loader(parts()))
     except PlatformError as error:
@@ -482,7 +482,7 @@ class DeepSpeedStrategy(DDPStrategy):
 def test_refuses_what_cannot_follow(strategy: Any, message: str) -> None:
     trainer: Any = SimpleNamespace(callbacks=[], strategy=strategy)
     with pytest.raises(PlatformError, match=message):
-        trainer_state.refuse(trainer, "Factorize")
+        trainer_state.check_trainer(trainer, "Factorize")
 
 
 def test_refuses_optimizers_that_hold_a_part_of_their_state() -> None:
@@ -490,12 +490,12 @@ def test_refuses_optimizers_that_hold_a_part_of_their_state() -> None:
         pass
 
     with pytest.raises(PlatformError, match=r"use the optimizer it wraps"):
-        trainer_state.refuse_optimizers([ZeroRedundancyOptimizer([torch.ones(1)])], "Factorize")
+        trainer_state.check_optimizers([ZeroRedundancyOptimizer([torch.ones(1)])], "Factorize")
 
 
 def test_a_hook_s_memory_of_buckets_is_forgotten() -> None:
     state = PowerSGDState(None)
     state.iter, state.error_dict[0] = 2000, torch.ones(3)
-    ddp._forget_buckets(state)
+    ddp._reset_communication_hook(state)
     assert (state.iter, state.error_dict) == (0, {})
-    ddp._forget_buckets(None)
+    ddp._reset_communication_hook(None)

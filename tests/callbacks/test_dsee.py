@@ -23,7 +23,7 @@ from lrcompress.errors import (
     SettingError,
     ShapeError,
 )
-from lrcompress.nn import NarrowLinear, UpdatedLinear
+from lrcompress.nn import LowRankUpdateLinear, PrunedLinear
 from lrcompress.tasks import TextClassification, TextData
 
 pytestmark = [
@@ -110,7 +110,7 @@ def test_a_fine_tune_ends_with_what_was_asked_for(
     trained: list[int] = []
 
     def look(run: L.Trainer, module: nn.Module) -> None:
-        if isinstance(module.get_submodule(UP[0]), UpdatedLinear):
+        if isinstance(module.get_submodule(UP[0]), LowRankUpdateLinear):
             learning = {id(p) for p in module.parameters() if p.requires_grad}
             assert set.union(*held(run)) == learning
             assert {id(p) for p in run.optimizers[0].state} == learning
@@ -170,7 +170,9 @@ def test_pruned_entries_stay_zero_and_merging_changes_nothing(
     def look(run: L.Trainer, module: nn.Module) -> None:
         if run.global_step > 7:
             zeros.append({n: module.get_submodule(n).weight == 0 for n in (*UP, *DOWN)})
-            assert isinstance(module.get_submodule(UP[0]), UpdatedLinear) == (run.global_step < 18)
+            assert isinstance(module.get_submodule(UP[0]), LowRankUpdateLinear) == (
+                run.global_step < 18
+            )
             with torch.no_grad():
                 outputs.append(module.eval()(batch))
             module.train()
@@ -183,7 +185,7 @@ def test_pruned_entries_stay_zero_and_merging_changes_nothing(
     assert not torch.equal(outputs[0], outputs[-1])
     unmerged = tagger()
     trainer(dsee(merge=False)).fit(unmerged, loader())
-    assert isinstance(unmerged.get_submodule(UP[0]), UpdatedLinear)
+    assert isinstance(unmerged.get_submodule(UP[0]), LowRankUpdateLinear)
     torch.testing.assert_close(model.eval()(batch), unmerged.eval()(batch))
     down = model.get_submodule(DOWN[0]).weight
     kept = down != 0
@@ -281,7 +283,9 @@ def test_heads_are_removed(bert: Make, loader: Make, trainer: Make) -> None:
     batches = list(tokens())
 
     def look(run: L.Trainer, module: Heads) -> None:
-        layers = [m for m in module.modules() if isinstance(m, UpdatedLinear) and m.sizes["heads"]]
+        layers = [
+            m for m in module.modules() if isinstance(m, LowRankUpdateLinear) and m.sizes["heads"]
+        ]
         if layers:
             coefficients[run.global_step] = torch.stack([x.coefficients.detach() for x in layers])
         outputs.insert(0, module.model.eval()(**batches[0]).logits.detach())
@@ -315,14 +319,14 @@ def test_heads_are_removed(bert: Make, loader: Make, trainer: Make) -> None:
     assert (point.model_before, point.model_after) == (before, after)
     assert point.keep == 0.5
     dense = merged(model.model)
-    assert not [m for m in dense.modules() if isinstance(m, NarrowLinear)]
+    assert not [m for m in dense.modules() if isinstance(m, PrunedLinear)]
     torch.testing.assert_close(dense(**batches[0]).logits, outputs[0])
 
 
 def test_the_penalty_is_a_term_of_the_loss(bert: Make, loader: Make, trainer: Make) -> None:
     class Penalised(Heads):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-            found = [m.coefficients for m in self.modules() if isinstance(m, UpdatedLinear)]
+            found = [m.coefficients for m in self.modules() if isinstance(m, LowRankUpdateLinear)]
             return super().training_step(batch, batch_idx) + 0.3 * torch.cat(found).abs().sum()
 
     options: dict[str, Any] = HEADS | {"prune_at": 0.99, "merge": False}
@@ -332,7 +336,9 @@ def test_the_penalty_is_a_term_of_the_loss(bert: Make, loader: Make, trainer: Ma
         one.configure_optimizers = lambda one=one: torch.optim.SGD(one.parameters(), lr=0.1)
         trainer(dsee(l1=l1, **options), max_steps=6).fit(one, loader(list(tokens())))
     found = [
-        torch.stack([m.coefficients for m in one.modules() if isinstance(m, UpdatedLinear)][2::3])
+        torch.stack(
+            [m.coefficients for m in one.modules() if isinstance(m, LowRankUpdateLinear)][2::3]
+        )
         for one in (model, other)
     ]
     assert found[0].abs().max() < 0.99
@@ -355,7 +361,7 @@ def test_a_run_with_heads_is_resumed_saved_and_loaded(
     lrcompress.save_pretrained(whole.model, tmp_path / "out")
     again = lrcompress.load_pretrained(tmp_path / "out").eval()
     assert torch.equal(again(**batch).logits, expected)
-    assert isinstance(again.bert.encoder.layer[0].attention.self.query, NarrowLinear)
+    assert isinstance(again.bert.encoder.layer[0].attention.self.query, PrunedLinear)
 
     with pytest.raises(CheckpointError, match=r"written after the updates were merged"):
         trainer(dsee(**HEADS), max_epochs=4).fit(

@@ -212,7 +212,7 @@ def test_every_method_in_a_fit_with_linear_layers_distilled_and_exported(
     (record,) = callback.report.points[0].layers
     assert record.after == sum(p.numel() for p in table.parameters())
     assert callback.report.points[0].method == f"{method} embedding by fisher"
-    joined = callback._report_of_run(module.trainer)
+    joined = callback._run_report(module.trainer)
     assert len(joined.points) == 2
     now = sum(p.numel() for p in student.parameters())
     assert joined.points[-1].model_after == now
@@ -277,10 +277,10 @@ def test_optimizer_state_goes_to_the_factors_exactly(
     model, seen = tagger(), {}
 
     class Grab(lrcompress.FactorizeEmbedding):
-        def _change(self, trainer: Any, module: Any, now: int) -> None:
+        def _change_model(self, trainer: Any, module: Any, now: int) -> None:
             (optimizer,) = trainer.optimizers
             dense = optimizer.state[module.embed.weight]["exp_avg"].clone()
-            super()._change(trainer, module, now)
+            super()._change_model(trainer, module, now)
             left, right = module.embed.left.weight, module.embed.right.weight
             moved = [optimizer.state[p]["exp_avg"] for p in (left, right)]
             torch.testing.assert_close(moved[0], dense @ right.mT)
@@ -328,11 +328,11 @@ def test_tokens_that_were_never_read_are_projected_like_others(trainer: Make, lo
     model, grabbed = made(gpt2), {}
 
     class Grab(lrcompress.FactorizeEmbedding):
-        def _change(self, trainer: Any, module: Any, now: int) -> None:
+        def _change_model(self, trainer: Any, module: Any, now: int) -> None:
             grabbed["table"] = module.model.transformer.wte.weight.detach().clone()
             inputs = self._observation.statistics.inputs
             grabbed["count"] = inputs["model.transformer.wte"].values["token_count"]
-            super()._change(trainer, module, now)
+            super()._change_model(trainer, module, now)
             grabbed["new"] = module.model.transformer.wte.weight.detach().clone()
 
     callback = Grab(rank=12, every_n_steps=1, verbose=False, report_path=None)
@@ -484,9 +484,9 @@ def run(name, ckpt_path=None, **options):
     torch.manual_seed(1000 * number)  # a new layer is drawn otherwise in every process
     seen = []
     class Grab(lrcompress.FactorizeEmbedding):
-        def _change(self, *args):
+        def _change_model(self, *args):
             seen.append(self._observation.statistics.state_dict())
-            super()._change(*args)
+            super()._change_model(*args)
     callback = Grab(at=0.5, every_n_steps=1, verbose=False, report_path=None, **options)
     saving = ModelCheckpoint(f"{{root}}/{{name}}", "{{step}}", every_n_train_steps=1, save_top_k=-1,
         save_on_train_epoch_end=False)
@@ -528,9 +528,9 @@ def test_two_processes_end_alike_resume_and_count_as_one(
     seen: list[Any] = []
 
     class Grab(lrcompress.FactorizeEmbedding):
-        def _change(self, *args: Any) -> None:
+        def _change_model(self, *args: Any) -> None:
             seen.append(self._observation.statistics.state_dict())
-            super()._change(*args)
+            super()._change_model(*args)
 
     model = tagger(dropout=0.0)
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from lrcompress.errors import (
     SettingError,
     ShapeError,
 )
-from lrcompress.nn import Factored, KroneckerLinear, LowRankLinear
+from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
@@ -72,7 +72,7 @@ def test_a_fine_tune_comes_out_smaller(
     trainer(callback).fit(model, loader(), loader())
 
     point = callback.report.points[0]
-    ranks = {n: m.rank for n, m in model.named_modules() if isinstance(m, Factored)}
+    ranks = {n: m.rank for n, m in model.named_modules() if isinstance(m, FactoredLinear)}
     assert ranks == {layer.name: layer.rank for layer in point.layers if layer.rank}
     assert len(ranks) >= 3
     assert point.model_after == sum(p.numel() for p in model.parameters()) < before
@@ -274,13 +274,13 @@ def test_loss_scaling_does_not_change_what_is_observed(
 
 def _grab_statistics(callback: lrcompress.Factorize) -> list[Any]:
     grabbed: list[Any] = []
-    change = callback._change
+    change = callback._change_model
 
     def first(*args: Any) -> None:
         grabbed.append(callback._observation.statistics)
         change(*args)
 
-    callback._change = first  # type: ignore[method-assign]
+    callback._change_model = first  # type: ignore[method-assign]
     return grabbed
 
 

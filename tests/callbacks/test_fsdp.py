@@ -31,7 +31,7 @@ PRELUDE = """
 import gc, signal, weakref
 from sharded_runs import *
 import torch.distributed as dist
-from lrcompress.callbacks import sharding
+from lrcompress.callbacks import fsdp as fsdp_module
 
 
 def made(name, checkpoint=None, **kwargs):
@@ -76,12 +76,12 @@ class Kill(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-plain = sharding.whole
+plain = fsdp_module.full_tensor
 for name, make in runs.items():
     for strategy in ("ddp", fsdp(distributed=name == "losparse")):
         where = "ddp" if strategy == "ddp" else "fsdp"
         model, memory = made(name, dropout=0.0), Memory()
-        sharding.whole = memory.counted
+        fsdp_module.full_tensor = memory.counted
         run = trainer(memory, eval(make), root=root, save_to=f"{root}/{name} {where}",
                       every=3, strategy=strategy)
         run.fit(model, loader(), loader())
@@ -94,7 +94,7 @@ for name, make in runs.items():
             assert memory.bound / 3 < memory.most <= memory.bound, (name, memory.most)
             units = [m for m in model.modules() if isinstance(m, FSDPModule)]
             assert len(units) == 3
-            owners = sharding._owners(model)
+            owners = fsdp_module._fsdp_params(model)
             assert all(id(p) in owners for p in model.parameters())
             if name == "distilled":
                 teacher = model._distillation.teacher.module
@@ -116,7 +116,7 @@ for name, folder, step, distributed in cases:
     run.fit(model, loader(), loader(), ckpt_path=path)
     save(kept(run, model), f"{folder} {step} resumed")
 """
-ALONE = """
+ONE_PROCESS = """
 for name, make in runs.items():
     if name == "distilled":  # its labels are drawn, and its losses are means over a process's rows
         continue
@@ -175,15 +175,15 @@ refused("measure_layers=True puts layers back in turn.*use strategy='ddp'",
 caching = Distilled(tagger(), losses=[Logits()], cache=f"{root}/cache")
 refused("would wait; leave cache= out", lambda: fit(one_point(), model=caching))
 
-plain = lrcompress.engine.distributed_solve.share_
-def broken(model, owner, optimizers, team):
-    plain(model, owner, optimizers, team)
+plain = lrcompress.engine.distributed_solve.broadcast_layers_
+def broken(model, owner, optimizers, processes):
+    plain(model, owner, optimizers, processes)
     if NUMBER == 1:
         model.get_submodule(next(iter(owner))).left.weight.data[0, 0] += 1e-6
-lrcompress.engine.distributed_solve.share_ = broken
+lrcompress.engine.distributed_solve.broadcast_layers_ = broken
 refused("'model.blocks.0.down.left.weight' was not the same in all 2 processes when it was",
         lambda: fit(one_point()))
-lrcompress.engine.distributed_solve.share_ = plain
+lrcompress.engine.distributed_solve.broadcast_layers_ = plain
 
 
 class Meddle(L.Callback):
@@ -198,13 +198,13 @@ refused("'blocks.1.up.weight' is not the one that its unit .* replaced a layer w
 
 # layers that cannot be followed
 mesh = init_device_mesh("cpu", (SIZE,))
-team = sharding.ShardedTeam.of()
+processes = fsdp_module.ShardedProcesses.of()
 
 
 def check(change, name="0", **kwargs):
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 4), torch.nn.Linear(4, 4))
     change(model)
-    sharding.check_layers(model, [name], team, "Factorize")
+    fsdp_module.check_layers(model, [name], processes, "Factorize")
 
 refused("layer '0' is a unit of its own", lambda: check(lambda m: fully_shard(m[0], mesh=mesh)))
 refused("layer '1' is not sharded", lambda: check(lambda m: fully_shard(m[0], mesh=mesh), "1"))
@@ -276,7 +276,7 @@ def test_fsdp_is_as_ddp_and_a_killed_run_ends_as_the_whole_one(
     assert [out.splitlines()[-1] for out in told] == ["all refused"] * 2
     for name, folder, step, _ in CASES:
         assert_same(torch.load(tmp_path / f"{folder} {step} resumed.pt"), whole[name])
-    launch(write(tmp_path, ALONE), 1)
+    launch(write(tmp_path, ONE_PROCESS), 1)
     for name in RUNS.keys() - {"distilled"}:
         one = whole[name]
         alone = torch.load(tmp_path / f"{name} alone.pt")

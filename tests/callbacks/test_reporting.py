@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 
 import lrcompress
-from lrcompress.callbacks.sensitivity import Dense
+from lrcompress.callbacks.sensitivity import DenseLayers
 from lrcompress.engine.compress import factor_
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import SettingError
@@ -191,7 +191,7 @@ def test_what_a_layer_loses_alone_is_the_loss_of_the_dense_model_with_that_layer
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             settings = Settings(method="svd", keep=0.4)
             start = copy.deepcopy(pl_module)
-            dense = Dense(pl_module, settings.select(pl_module).names)
+            dense = DenseLayers(pl_module, settings.select(pl_module).names)
             record = factor_(pl_module, Statistics(), settings)
             for name in dense.layers:  # biases are refitted by the methods that know the inputs
                 pl_module.get_submodule(name).bias.data.add_(0.1)

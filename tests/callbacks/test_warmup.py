@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from lrcompress.callbacks.warmup import _RATES, Restart
+from lrcompress.callbacks.warmup import _RATES, LearningRateWarmup
 from lrcompress.schedules import Warmup
 
 
@@ -22,7 +22,7 @@ class Noting(torch.optim.SGD):
 
 def test_a_rate_is_put_back_after_each_step_whatever_restarts_there_are() -> None:
     optimizer = Noting()
-    first, second = Restart(Warmup(4, 1.0)), Restart(Warmup(2, 0.5))
+    first, second = LearningRateWarmup(Warmup(4, 1.0)), LearningRateWarmup(Warmup(2, 0.5))
     with ExitStack() as one:
         first.attach([optimizer], one)
         optimizer.step()
@@ -43,7 +43,7 @@ def test_a_rate_is_put_back_after_each_step_whatever_restarts_there_are() -> Non
 
 def test_steps_are_those_of_the_first_optimizer() -> None:
     optimizers = [Noting(), Noting()]
-    restart = Restart(Warmup(2, 1.0))
+    restart = LearningRateWarmup(Warmup(2, 1.0))
     with ExitStack() as stack:
         restart.attach(optimizers, stack)
         for number in (1, 0, 1, 0):

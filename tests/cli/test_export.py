@@ -15,7 +15,7 @@ from lrcompress.cli import main
 from lrcompress.cli.int8 import int8_table
 from lrcompress.errors import RecipeError
 from lrcompress.export import load_pretrained, run_onnx
-from lrcompress.nn import Factored
+from lrcompress.nn import FactoredLinear
 from lrcompress.structure.plan import LayerPlan, Plan
 from lrcompress.tasks import TextClassification
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_becomes_a_folder(recipe: Path, checkpoint: Path, tmp_path:
     assert main(["export", str(checkpoint), str(out), "--config", str(recipe)]) == 0
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     model = load_pretrained(out)
-    assert sum(isinstance(m, Factored) for m in model.modules()) == 2
+    assert sum(isinstance(m, FactoredLinear) for m in model.modules()) == 2
     assert all(value.equal(state[f"model.{key}"]) for key, value in model.state_dict().items())
     assert tf.AutoTokenizer.from_pretrained(out).model_max_length == 64
 

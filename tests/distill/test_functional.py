@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrcompress.distill.functional import relation_gap, relative_gap, soft_divergence
+from lrcompress.distill.functional import (
+    relation_kl_divergence,
+    relative_squared_error,
+    soft_kl_divergence,
+)
 from lrcompress.errors import ShapeError
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
@@ -41,22 +45,22 @@ def test_soft_divergence_is_that_of_the_definition() -> None:
         9.0 * kl(softmax((t / 3).tolist()), softmax((s / 3).tolist()))
         for s, t in zip(student, teacher, strict=True)
     ]
-    found = soft_divergence(student, teacher, temperature=3.0)
+    found = soft_kl_divergence(student, teacher, temperature=3.0)
     assert float(found) == pytest.approx(sum(slow) / 4, rel=1e-4)
 
 
 def test_of_tokens_only_the_real_ones_count() -> None:
     student, teacher = random(3, 5, 4), random(3, 5, 4, seed=1)
     rows = MASK.bool()
-    alone = soft_divergence(student[rows], teacher[rows], 2.0)
-    assert torch.allclose(soft_divergence(student, teacher, 2.0, MASK), alone)
+    alone = soft_kl_divergence(student[rows], teacher[rows], 2.0)
+    assert torch.allclose(soft_kl_divergence(student, teacher, 2.0, MASK), alone)
 
 
 @pytest.mark.parametrize("size", [(4,), (4, 1)])
 def test_of_single_logits_it_is_the_mean_squared_error(size: tuple[int, ...]) -> None:
     student, teacher = random(*size), random(*size, seed=1)
     slow = sum((float(s) - float(t)) ** 2 for s, t in zip(student, teacher, strict=True)) / 4
-    assert float(soft_divergence(student, teacher, 2.0)) == pytest.approx(slow, rel=1e-5)
+    assert float(soft_kl_divergence(student, teacher, 2.0)) == pytest.approx(slow, rel=1e-5)
 
 
 def test_the_relative_gap_is_a_ratio_of_sums_over_real_positions() -> None:
@@ -68,15 +72,17 @@ def test_the_relative_gap_is_a_ratio_of_sums_over_real_positions() -> None:
                 if MASK[i, j]:
                     gap += (float(student[i, j, k]) - float(teacher[i, j, k])) ** 2
                     size += float(teacher[i, j, k]) ** 2
-    assert float(relative_gap(student, teacher, MASK)) == pytest.approx(gap / size, rel=1e-4)
-    more = relative_gap(padded(student), padded(teacher), longer(MASK))
-    assert torch.allclose(more, relative_gap(student, teacher, MASK))
+    assert float(relative_squared_error(student, teacher, MASK)) == pytest.approx(
+        gap / size, rel=1e-4
+    )
+    more = relative_squared_error(padded(student), padded(teacher), longer(MASK))
+    assert torch.allclose(more, relative_squared_error(student, teacher, MASK))
 
 
 def test_the_relative_gap_knows_no_scale() -> None:
     student, teacher = random(3, 5, 2), random(3, 5, 2, seed=1)
-    scaled = relative_gap(1000 * student, 1000 * teacher)
-    assert torch.allclose(scaled, relative_gap(student, teacher))
+    scaled = relative_squared_error(1000 * student, 1000 * teacher)
+    assert torch.allclose(scaled, relative_squared_error(student, teacher))
 
 
 @pytest.mark.parametrize(("heads", "widths"), [((2, 2), (4, 4)), ((4, 2), (8, 4))])
@@ -100,9 +106,9 @@ def test_relations_are_those_of_the_definition(
                     keys = [second[i, j, other * size : (other + 1) * size] for j in real]
                     relations.append(softmax([float(query @ k) / math.sqrt(size) for k in keys]))
                 slow.append(kl(*relations))
-    found = relation_gap(student, teacher, heads, MASK)
+    found = relation_kl_divergence(student, teacher, heads, MASK)
     assert float(found) == pytest.approx(sum(slow) / len(slow), rel=1e-4)
-    more = relation_gap(
+    more = relation_kl_divergence(
         tuple(map(padded, student)), tuple(map(padded, teacher)), heads, longer(MASK)
     )
     assert torch.allclose(more, found, rtol=1e-4)
@@ -110,15 +116,19 @@ def test_relations_are_those_of_the_definition(
 
 def test_nothing_is_lost_between_a_thing_and_itself() -> None:
     features = random(3, 5, 4)
-    assert float(soft_divergence(features[:, 0], features[:, 0], 2.0)) == 0
-    assert float(relative_gap(features, features, MASK)) == 0
-    assert float(relation_gap((features, features), (features, features), (2, 2), MASK)) == 0
+    assert float(soft_kl_divergence(features[:, 0], features[:, 0], 2.0)) == 0
+    assert float(relative_squared_error(features, features, MASK)) == 0
+    assert (
+        float(relation_kl_divergence((features, features), (features, features), (2, 2), MASK)) == 0
+    )
 
 
 def test_gradients_are_finite_where_there_is_padding() -> None:
     student = random(3, 5, 4).requires_grad_()
     mask = MASK * torch.tensor([[1], [1], [0]])  # an example of nothing but padding
-    relation_gap((student, student), (random(3, 5, 4), random(3, 5, 4)), (2, 2), mask).backward()
+    relation_kl_divergence(
+        (student, student), (random(3, 5, 4), random(3, 5, 4)), (2, 2), mask
+    ).backward()
     assert student.grad is not None
     assert bool(student.grad.isfinite().all())
     assert float(student.grad[0, 3:].abs().sum()) == 0
@@ -127,6 +137,6 @@ def test_gradients_are_finite_where_there_is_padding() -> None:
 def test_a_mask_of_another_shape_is_refused() -> None:
     features = random(3, 4, 2)
     with pytest.raises(ShapeError, match=r"mask is \(3, 5\), which does not fit .*\(3, 4, 2\)"):
-        relative_gap(features, features, MASK)
+        relative_squared_error(features, features, MASK)
     with pytest.raises(ShapeError, match=r"mask is \(3, 5\), which does not fit .*\(3, 4\)"):
-        relation_gap((features, features), (features, features), (1, 1), MASK)
+        relation_kl_divergence((features, features), (features, features), (1, 1), MASK)

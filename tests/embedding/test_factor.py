@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrcompress.embedding import TableSettings, factor_tables_
+from lrcompress.embedding import EmbeddingSettings, factor_tables_
 from lrcompress.errors import LayerError, ObservationError
 from lrcompress.nn import KroneckerEmbedding, LowRankEmbedding, LowRankLinear, SafeEmbedding
 from lrcompress.statistics.moments import Statistics
@@ -32,8 +32,8 @@ def trained() -> tuple[Model, torch.optim.Adam]:
     return model, optimizer
 
 
-def cut(method: str, **options: object) -> TableSettings:
-    return TableSettings(method=method, targets=["words"], weighting="none", **options)  # type: ignore[arg-type]
+def cut(method: str, **options: object) -> EmbeddingSettings:
+    return EmbeddingSettings(method=method, targets=["words"], weighting="none", **options)  # type: ignore[arg-type]
 
 
 def test_all_that_hold_a_table_share_the_nearest_one() -> None:
@@ -84,7 +84,7 @@ def test_an_error_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = trained()
     weight, state = model.words.weight, optimizer.state[model.words.weight]
     with pytest.raises(ObservationError, match="'words' was never read"):
-        factor_tables_(model, Statistics(), TableSettings(rank=2, targets=["words"]))
+        factor_tables_(model, Statistics(), EmbeddingSettings(rank=2, targets=["words"]))
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no more")

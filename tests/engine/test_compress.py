@@ -30,7 +30,7 @@ from lrcompress.structure.plan import Plan
 
 F = nn.functional
 WIDTH, CLASSES = 10, 3
-each_method = pytest.mark.parametrize("method", LOW_RANK)  # others: test_shapes.py
+each_method = pytest.mark.parametrize("method", LOW_RANK)  # others: test_kronecker_shapes.py
 
 
 @pytest.fixture(autouse=True)
@@ -689,12 +689,14 @@ def test_optimizer_state_follows_the_second_time_as_defined() -> None:
                 moment = 0.9 * moment + model.get_submodule(names[0]).weight.grad  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("failing", ["sharded.share_", "engine._set_"])
+@pytest.mark.parametrize(
+    "failing", ["distributed_solve.broadcast_layers_", "compress._set_factors_"]
+)
 def test_what_fails_in_the_middle_of_replacing_leaves_all_as_it_was(
     failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, name = failing.split(".")
-    unit = getattr(lrcompress, place)
+    unit = getattr(lrcompress.engine, place)
     model, data = Net(), batches()
     named = [{"params": list(model.blocks.parameters()), "param_names": []}, model.head.weight]
     named[0]["param_names"] = [f"blocks.{name}" for name, _ in model.blocks.named_parameters()]
@@ -706,7 +708,7 @@ def test_what_fails_in_the_middle_of_replacing_leaves_all_as_it_was(
     plain, calls = getattr(unit, name), itertools.count()
 
     def fails_late(*args: Any) -> Any:
-        if name == "share_" or next(calls) == 2:
+        if name == "broadcast_layers_" or next(calls) == 2:
             raise KeyboardInterrupt
         return plain(*args)
 

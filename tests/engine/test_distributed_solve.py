@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lrcompress.distributed import ALONE, Team
+from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.compress import factor_
-from lrcompress.engine.distributed_solve import Dealt, Measured, solve
+from lrcompress.engine.distributed_solve import LayerSummary, Solutions, solve_layers
 from lrcompress.engine.settings import Settings
 from lrcompress.nn import LowRankLinear
 from lrcompress.statistics.moments import Statistics
@@ -21,25 +21,27 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8), nn.Linear(8, 8), nn.Linear(8, 30))
 
 
-def solved(team: Team) -> Dealt:
+def solved(processes: Processes) -> Solutions:
     names, plain = ["0", "1", "2", "3"], Statistics()
-    return solve(model(), names, plain, "svd", refit_bias=False, shrink=(0.0, 0.0), team=team)
+    return solve_layers(
+        model(), names, plain, "svd", refit_bias=False, shrink=(0.0, 0.0), processes=processes
+    )
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_layer_is_solved_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = solved(ALONE)
-    told: dict[str, Measured] = {}
+    alone = solved(ONE_PROCESS)
+    told: dict[str, LayerSummary] = {}
     others = [dict(alone.measured)]  # what processes that are not there would tell
-    monkeypatch.setattr(Team, "attempt", lambda _, work: told.update(work()) or others)
-    owned = [name for index in range(size) for name in solved(Team(index, size)).own]
+    monkeypatch.setattr(Processes, "run_on_all", lambda _, work: told.update(work()) or others)
+    owned = [name for index in range(size) for name in solved(Processes(index, size)).own]
     assert sorted(owned) == ["0", "1", "2", "3"]
     for name, one in alone.measured.items():
         assert torch.equal(told[name].energies, one.energies)
 
 
 def test_what_is_known_of_a_layer() -> None:
-    for name, one in solved(ALONE).measured.items():
+    for name, one in solved(ONE_PROCESS).measured.items():
         values = torch.linalg.svdvals(model()[int(name)].weight.detach().double()).square()
         torch.testing.assert_close(one.energies, values)
         error = float((values[3:].sum() / values.sum()).sqrt())
@@ -68,7 +70,7 @@ def test_one_alone_is_the_default() -> None:
     settings = Settings(method="svd", keep=0.5, targets=["*"], align=1)
     records = [
         factor_(one, Statistics(), settings),
-        factor_(other, Statistics(), settings, team=ALONE),
+        factor_(other, Statistics(), settings, processes=ONE_PROCESS),
     ]
     assert replace(records[0], seconds=0.0) == replace(records[1], seconds=0.0)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):

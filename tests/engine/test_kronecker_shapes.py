@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.engine.compress import compress, preview
-from lrcompress.engine.kronecker_shapes import check_layers, unit_of
-from lrcompress.engine.loss_curves import forecast
+from lrcompress.engine.kronecker_shapes import check_layers, term_parameters
+from lrcompress.engine.loss_curves import loss_curves
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError
 from lrcompress.export import merge_dense
 from lrcompress.nn import KroneckerLinear
-from lrcompress.pruning.budget import Shares
+from lrcompress.pruning.budget import LoSparseBudget
 from lrcompress.statistics.moments import Statistics
 from lrcompress.structure.selection import select
 
@@ -79,7 +79,7 @@ def test_where_no_terms_are_smaller_a_layer_stays_dense() -> None:
     assert type(net[1]) is nn.Linear
     assert record.layers[1].rank is record.layers[1].first is None
     assert record.layers[1].error == 0
-    assert unit_of(None, (5, 24)) == 120
+    assert term_parameters(None, (5, 24)) == 120
 
 
 def test_merging_gives_a_plain_model_back() -> None:
@@ -153,10 +153,10 @@ def test_what_cannot_be_is_refused(
 
 def test_others_that_need_low_rank_factors_say_so() -> None:
     net = model()
-    with pytest.raises(SettingError, match=r"forecast takes low-rank methods, svd.*'kronecker'"):
-        forecast(net, Statistics(), Settings(method="svd", keep=0.5), ["svd", "kronecker"])
+    with pytest.raises(SettingError, match=r"loss curve takes low-rank methods, svd.*'kronecker'"):
+        loss_curves(net, Statistics(), Settings(method="svd", keep=0.5), ["svd", "kronecker"])
     with pytest.raises(SettingError, match=r"LoSparse starts from a low-rank split.*'kronecker'"):
-        Shares(keep=0.3, low_rank_share=0.5).check_method("kronecker")
+        LoSparseBudget(keep=0.3, low_rank_share=0.5).check_method("kronecker")
     compress(net, batches(), loss, method="kronecker", keep=0.6)
     for method in ("kronecker", "svd"):
         with pytest.raises(LayerError, match=r"layer '0' is a sum of Kronecker products already"):

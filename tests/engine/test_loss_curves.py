@@ -1,4 +1,4 @@
-"""A forecast is what a cut then does."""
+"""A predicted loss is what a cut then does."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.engine.compress import compress, observe
-from lrcompress.engine.loss_curves import forecast
+from lrcompress.engine.loss_curves import loss_curves
 from lrcompress.engine.settings import Settings
 from lrcompress.objective import COMPARABLE, LOW_RANK, METHODS
 from lrcompress.statistics.moments import Statistics
@@ -40,7 +40,7 @@ def test_it_says_what_compressing_with_that_keep_records(model: nn.Module, metho
     batches = [torch.randn(16, 12) for _ in range(4)]
     before = copy.deepcopy(model.state_dict())
     settings = Settings(align=2)
-    found = forecast(model, observed(model, batches), settings, [method], [0.7, 0.4, 0.01])
+    found = loss_curves(model, observed(model, batches), settings, [method], [0.7, 0.4, 0.01])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for one in found[:2]:
         record = compress(
@@ -56,5 +56,5 @@ def test_it_says_what_compressing_with_that_keep_records(model: nn.Module, metho
 
 
 def test_every_method_is_there_at_every_keep(model: nn.Module) -> None:
-    found = forecast(model, observed(model, [torch.randn(16, 12)]), Settings(), LOW_RANK)
+    found = loss_curves(model, observed(model, [torch.randn(16, 12)]), Settings(), LOW_RANK)
     assert len({(one.method, one.keep) for one in found}) == len(found) == 7 * 10

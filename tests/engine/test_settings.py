@@ -1,4 +1,4 @@
-"""Settings that are checked when they are made; most are in test_engine.py, where they act."""
+"""Settings that are checked when they are made; most are in test_compress.py, where they act."""
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lrcompress.export import load_pretrained, merge_dense, save_pretrained
-from lrcompress.nn import Factored, LowRankLinear
+from lrcompress.nn import FactoredLinear, LowRankLinear
 from lrcompress.structure.plan import Plan
 
 from .conftest import ARCHITECTURES, inputs, made
@@ -62,7 +62,7 @@ def test_dequantize_of_transformers_merges_in_place(tmp_path: Path) -> None:
     model = load_pretrained(tmp_path)
     expected = model(**inputs(model)).logits
     model.dequantize()
-    assert not any(isinstance(m, Factored) for m in model.modules())
+    assert not any(isinstance(m, FactoredLinear) for m in model.modules())
     torch.testing.assert_close(model(**inputs(model)).logits, expected)
     assert not hasattr(model.config, "quantization_config")
 

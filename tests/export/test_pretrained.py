@@ -16,7 +16,7 @@ from torch import nn
 import lrcompress
 from lrcompress.errors import CheckpointError, SettingError
 from lrcompress.export import CompressionQuantizer, load_pretrained, merge_dense, save_pretrained
-from lrcompress.nn import Factored, LowRankLinear, LowRankSparseLinear
+from lrcompress.nn import FactoredLinear, LowRankLinear, LowRankSparseLinear
 from lrcompress.report import LayerRecord, PointRecord, Report
 from lrcompress.structure.plan import LayerPlan, Plan
 from lrcompress.tasks import TextClassification, TextData
@@ -129,7 +129,7 @@ def test_layers_of_a_head_that_is_not_loaded_are_left_out(tmp_path: Path) -> Non
     save_pretrained(model, tmp_path)
     assert same_state(load_pretrained(tmp_path), model)
     body = load_pretrained(tmp_path, tf.RobertaModel)
-    assert sum(isinstance(m, Factored) for m in body.modules()) == 12
+    assert sum(isinstance(m, FactoredLinear) for m in body.modules()) == 12
     assert load_pretrained(tmp_path, tf.RobertaForSequenceClassification).num_labels == 2
 
 

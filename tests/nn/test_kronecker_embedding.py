@@ -24,7 +24,7 @@ def test_rows_are_kronecker_products_with_the_block() -> None:
     torch.testing.assert_close(dense(tokens), layer(tokens))
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     assert KroneckerEmbedding.tensors(layer.sizes) == shapes
-    assert KroneckerEmbedding.told_sizes(shapes) == layer.sizes
+    assert KroneckerEmbedding.sizes_from_shapes(shapes) == layer.sizes
 
 
 def test_widths_that_do_not_divide_are_refused() -> None:

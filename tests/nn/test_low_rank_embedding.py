@@ -7,7 +7,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 from lrcompress.errors import LayerError
 from lrcompress.nn import LowRankEmbedding
-from lrcompress.statistics.views import is_table, view
+from lrcompress.statistics.views import is_embedding, view
 from lrcompress.structure.plan import LayerPlan, Plan
 
 
@@ -28,7 +28,7 @@ def test_it_looks_up_rows_of_the_product(dtype: torch.dtype) -> None:
     assert not layer.training
     assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (20, 6, 3)
     assert view(layer, table=True).shape == (20, 6)
-    assert is_table(layer)
+    assert is_embedding(layer)
     layer(tokens).sum().backward()
     assert not layer.left.weight.grad[3].any()
 

@@ -9,23 +9,23 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lrcompress.errors import ShapeError
-from lrcompress.nn import UpdatedLinear
+from lrcompress.nn import LowRankUpdateLinear
 from lrcompress.statistics.views import view
 
 SIZES = [(3, 4, 0), (0, 5, 0), (2, 0, 0), (0, 0, 3), (2, 4, 3)]
 each_size = pytest.mark.parametrize(("rank", "entries", "heads"), SIZES)
 
 
-def random_layer(rank: int = 3, entries: int = 4, heads: int = 0) -> UpdatedLinear:
+def random_layer(rank: int = 3, entries: int = 4, heads: int = 0) -> LowRankUpdateLinear:
     torch.manual_seed(0)
-    layer = UpdatedLinear.in_place_of(nn.Linear(12, 8), rank, entries, heads)
+    layer = LowRankUpdateLinear.in_place_of(nn.Linear(12, 8), rank, entries, heads)
     for name in ("left", "right", "entries", "coefficients"):
         nn.init.normal_(getattr(layer, name)) if getattr(layer, name).numel() else None
     layer.support.copy_(torch.tensor([3, 20, 21, 95, 50][:entries]).sort().values)
     return layer
 
 
-def written_out(layer: UpdatedLinear) -> Tensor:
+def written_out(layer: LowRankUpdateLinear) -> Tensor:
     """The weight, by the definition."""
     weight = layer.frozen.clone()
     for row in range(8):
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_merged_weight(rank: int, entries: int, heads
 
 def test_starts_as_the_layer_it_stands_for() -> None:
     dense, x = nn.Linear(12, 8).double(), torch.randn(5, 12).double()
-    layer = UpdatedLinear.in_place_of(dense, 3, 4, 3)
+    layer = LowRankUpdateLinear.in_place_of(dense, 3, 4, 3)
     nn.init.normal_(layer.right)
     assert torch.equal(layer(x), dense(x))
     assert layer.bias is dense.bias
@@ -85,9 +85,9 @@ def test_starts_as_the_layer_it_stands_for() -> None:
 
 def test_a_conv1d_is_one_again() -> None:
     dense, x = Conv1D(8, 12), torch.randn(5, 12)
-    layer = UpdatedLinear.in_place_of(dense, 2, 3)
+    layer = LowRankUpdateLinear.in_place_of(dense, 2, 3)
     torch.testing.assert_close(layer(x), dense(x))
-    again = UpdatedLinear.in_place_of(layer, 1).to_dense()
+    again = LowRankUpdateLinear.in_place_of(layer, 1).to_dense()
     assert type(again) is Conv1D
     assert torch.equal(again.weight, dense.weight)
 
@@ -97,7 +97,7 @@ def test_pruned_entries_do_not_come_back() -> None:
     first, second = torch.rand(8, 12) > 0.3, torch.rand(8, 12) > 0.3
     layer.prune_(first).prune_(second)
     assert layer.mask.equal(first & second)
-    again = UpdatedLinear.in_place_of(nn.Linear(12, 8), 3, 4, 0, 1)
+    again = LowRankUpdateLinear.in_place_of(nn.Linear(12, 8), 3, 4, 0, 1)
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again.weight, layer.weight)
 
@@ -128,6 +128,6 @@ def test_says_whether_its_places_lie_within_it() -> None:
 
 def test_says_what_does_not_fit() -> None:
     with pytest.raises(ShapeError, match="5 heads cannot share 12 inputs evenly"):
-        UpdatedLinear.in_place_of(nn.Linear(12, 8), 1, 0, 5)
+        LowRankUpdateLinear.in_place_of(nn.Linear(12, 8), 1, 0, 5)
     with pytest.raises(ShapeError, match=r"kept must be \(8, 12\) as the weight, got \(12, 8\)"):
         random_layer().prune_(torch.ones(12, 8).bool())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrcompress.nn import KINDS, FactoredTable, Replacement
+from lrcompress.nn import KINDS, FactoredEmbedding, Replacement
 
 BASE = {"in": 12, "out": 8}
 
@@ -16,7 +16,7 @@ OTHERWISE = {"narrow", "safe_embedding"}
 
 
 def original(kind: type[Replacement]) -> nn.Module:
-    if issubclass(kind, FactoredTable):
+    if issubclass(kind, FactoredEmbedding):
         return nn.Embedding(BASE["out"], BASE["in"])
     return nn.Linear(BASE["in"], BASE["out"])
 
@@ -27,7 +27,7 @@ def made(kind: type[Replacement]) -> Replacement:
 
 def small(kind: type[Replacement]) -> dict[str, int]:
     """Own sizes of a layer of that kind: a little above the least."""
-    return {size: min(least + 1, most) for size, (least, most) in kind.limits(BASE).items()}
+    return {size: min(least + 1, most) for size, (least, most) in kind.size_limits(BASE).items()}
 
 
 @each_kind
@@ -35,9 +35,9 @@ def test_a_layer_is_stored_as_its_kind_says(kind: type[Replacement]) -> None:
     layer = made(kind)
     stored = {k: tuple(v.shape) for k, v in layer.state_dict().items() if not k.endswith("bias")}
     assert stored == kind.tensors(BASE | small(kind))
-    told = {part: stored[part] for part in kind.told_by}
-    assert {part: len(shape) for part, shape in told.items()} == dict(kind.told_by)
-    assert kind.told_sizes(told) == layer.sizes == BASE | small(kind)
+    told = {part: stored[part] for part in kind.sizing_tensors}
+    assert {part: len(shape) for part, shape in told.items()} == dict(kind.sizing_tensors)
+    assert kind.sizes_from_shapes(told) == layer.sizes == BASE | small(kind)
 
 
 @each_kind
@@ -52,7 +52,7 @@ def test_a_plain_layer_of_it_computes_the_same(kind: type[Replacement]) -> None:
     layer = made(kind)
     for factor in layer.factors:
         nn.init.normal_(factor)
-    x = torch.arange(5) if issubclass(kind, FactoredTable) else torch.randn(5, BASE["in"])
+    x = torch.arange(5) if issubclass(kind, FactoredEmbedding) else torch.randn(5, BASE["in"])
     plain = layer.to_dense()
     assert type(plain) is layer.plain is type(original(kind))
     torch.testing.assert_close(plain(x), layer(x))
@@ -61,9 +61,9 @@ def test_a_plain_layer_of_it_computes_the_same(kind: type[Replacement]) -> None:
 @each_kind
 def test_it_takes_layers_of_its_family_and_no_others(kind: type[Replacement]) -> None:
     for other in KINDS.values():
-        family = issubclass(kind, FactoredTable) == issubclass(other, FactoredTable)
-        assert kind.takes(original(other)) == kind.takes(made(other)) == family
-    assert not kind.takes(nn.LayerNorm(8))
+        family = issubclass(kind, FactoredEmbedding) == issubclass(other, FactoredEmbedding)
+        assert kind.can_replace(original(other)) == kind.can_replace(made(other)) == family
+    assert not kind.can_replace(nn.LayerNorm(8))
 
 
 @each_kind

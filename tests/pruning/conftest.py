@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from lrcompress.engine.compress import observe
 from lrcompress.engine.settings import Settings
 from lrcompress.importance import Importance
-from lrcompress.nn import Factored
-from lrcompress.pruning import Pruner, Quota, Shares, split_
+from lrcompress.nn import FactoredLinear
+from lrcompress.pruning import LoSparseBudget, Pruner, Quota, split_
 from lrcompress.statistics.moments import KINDS, Statistics
 
 WIDTH, HIDDEN, CLASSES = 20, 32, 3
@@ -61,7 +61,7 @@ class Bench:
     @property
     def dense(self) -> int:
         sizes = (self.model.get_submodule(name) for name in self.names)
-        return sum(m.out_features * m.in_features for m in sizes if isinstance(m, Factored))
+        return sum(m.out_features * m.in_features for m in sizes if isinstance(m, FactoredLinear))
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, labels = batch
@@ -94,14 +94,14 @@ class Bench:
         return recorder.statistics
 
     def split(
-        self, shares: Shares, method: str = "svd", **settings: Any
+        self, shares: LoSparseBudget, method: str = "svd", **settings: Any
     ) -> tuple[dict[str, Tensor], list[Quota]]:
         chosen = Settings(method=method, **settings)
         statistics = self.statistics() if method != "svd" else Statistics()
         return split_(self.model, statistics, chosen, shares, optimizers=[self.optimizer])
 
     def pruner(
-        self, shares: Shares, importance: Importance | None = None, method: str = "svd"
+        self, shares: LoSparseBudget, importance: Importance | None = None, method: str = "svd"
     ) -> Pruner:
         names = self.names
         means, quotas = self.split(shares, method)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lrcompress.errors import SettingError
-from lrcompress.pruning import Quota, Shares
+from lrcompress.pruning import LoSparseBudget, Quota
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,14 @@ from lrcompress.pruning import Quota, Shares
 def test_shares_say_what_there_is_to_prune(
     given: dict[str, Any], sparse: bool, start_rank: float | None, competes: bool
 ) -> None:
-    shares = Shares(keep=0.3, **given)
+    shares = LoSparseBudget(keep=0.3, **given)
     assert shares.sparse == sparse
     assert shares.start_rank == start_rank
     assert shares.competes == competes
 
 
 def test_by_default_shares_are_those_of_losparse() -> None:
-    shares = Shares(keep=0.2)
+    shares = LoSparseBudget(keep=0.2)
     assert (shares.low_rank_share, shares.initial_rank) == (0.25, None)
     assert (shares.row_score, shares.granularity, shares.revive) == ("mean", "rows", False)
 
@@ -42,21 +42,21 @@ def test_by_default_shares_are_those_of_losparse() -> None:
 @pytest.mark.parametrize("keep", [0, -1, 1.5, math.nan, "0.3", True, None])
 def test_a_keep_out_of_range_is_refused(keep: Any) -> None:
     with pytest.raises(SettingError, match=rf"^keep must be above 0 and at most 1 .*got {keep!r}"):
-        Shares(keep=keep)
+        LoSparseBudget(keep=keep)
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, math.nan, True, None, "0.5", "all"])
 def test_a_low_rank_share_out_of_range_is_refused(share: Any) -> None:
     message = rf"^low_rank_share must be above 0 and at most 1, or 'auto', got {share!r}$"
     with pytest.raises(SettingError, match=message):
-        Shares(keep=0.3, low_rank_share=share)
+        LoSparseBudget(keep=0.3, low_rank_share=share)
 
 
 @pytest.mark.parametrize("rank", [0, -0.1, 1.1, 8, math.nan, True, "auto", "0.5"])
 def test_an_initial_rank_that_is_no_share_is_refused(rank: Any) -> None:
     message = rf"^initial_rank is a share of the full rank, above 0 and at most 1, got {rank!r}$"
     with pytest.raises(SettingError, match=message):
-        Shares(keep=0.3, initial_rank=rank)
+        LoSparseBudget(keep=0.3, initial_rank=rank)
 
 
 @pytest.mark.parametrize("score", ["max", "", None])
@@ -64,14 +64,14 @@ def test_an_unknown_row_score_is_refused(score: Any) -> None:
     with pytest.raises(
         SettingError, match=rf"^row_score must be one of mean, group, got {score!r}"
     ):
-        Shares(keep=0.3, row_score=score)
+        LoSparseBudget(keep=0.3, row_score=score)
 
 
 @pytest.mark.parametrize("granularity", ["row", "", None])
 def test_an_unknown_granularity_is_refused(granularity: Any) -> None:
     message = rf"^granularity must be one of rows, entries, got {granularity!r}$"
     with pytest.raises(SettingError, match=message):
-        Shares(keep=0.3, granularity=granularity)
+        LoSparseBudget(keep=0.3, granularity=granularity)
 
 
 @pytest.mark.parametrize("share", [1, 1.0, "auto"])
@@ -81,12 +81,12 @@ def test_entries_need_a_budget_of_their_own(share: Any) -> None:
         rf"low_rank_share must be a number below 1, got {share!r}$"
     )
     with pytest.raises(SettingError, match=message):
-        Shares(keep=0.3, granularity="entries", low_rank_share=share)
+        LoSparseBudget(keep=0.3, granularity="entries", low_rank_share=share)
 
 
 def test_shares_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Shares(keep=0.3).keep = 0.5  # type: ignore[misc]
+        LoSparseBudget(keep=0.3).keep = 0.5  # type: ignore[misc]
 
 
 def test_a_quota_falls_from_what_there_is_to_what_stays() -> None:

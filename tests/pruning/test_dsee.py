@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from lrcompress.errors import LayerError, NoMatchError, NotFiniteError, SettingError, ShapeError
-from lrcompress.nn import LowRankLinear, UpdatedLinear
+from lrcompress.nn import LowRankLinear, LowRankUpdateLinear
 from lrcompress.pruning.dsee import (
     attach_,
     check_updatable,
@@ -75,7 +75,7 @@ def test_attached_pruned_and_merged_on_conv1d(gpt: nn.Module) -> None:
     assert not any((left[name] & ~first[name]).any() for name in names)
     expected = out(gpt)
     merge_updates_(gpt)
-    assert not [m for m in gpt.modules() if isinstance(m, UpdatedLinear)]
+    assert not [m for m in gpt.modules() if isinstance(m, LowRankUpdateLinear)]
     torch.testing.assert_close(out(gpt), expected)
     merged = {name: gpt.get_submodule(name).weight != 0 for name in C_ATTN}
     assert all(merged[name].T.equal(left[name]) for name in C_ATTN)
@@ -102,7 +102,7 @@ def test_says_what_cannot_be_updated(gpt: nn.Module) -> None:
     gpt.get_submodule(C_ATTN[1]).weight.data[3, 3] = torch.nan
     with pytest.raises(NotFiniteError, match=r"weight holds 1 non-finite of 768 values"):
         attach_(gpt, C_ATTN, rank=1, entries=1)
-    assert not [m for m in gpt.modules() if isinstance(m, UpdatedLinear)]
+    assert not [m for m in gpt.modules() if isinstance(m, LowRankUpdateLinear)]
     gpt.transformer.h[0].mlp.c_fc = LowRankLinear(16, 64, 2)
     with pytest.raises(
         LayerError, match=r"c_fc' is a LowRankLinear; DSEE starts from plain layers"

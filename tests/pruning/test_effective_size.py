@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from lrcompress.export import merge_dense
-from lrcompress.nn import UpdatedLinear
+from lrcompress.nn import LowRankUpdateLinear
 from lrcompress.pruning.dsee import attach_, freeze_, prune_, update_parameters
-from lrcompress.pruning.effective_size import effective_size, outlook, records, trained_size
+from lrcompress.pruning.effective_size import effective_size, preview, records, trained_size
 
 NAMES = ("0", "2")
 
@@ -35,10 +35,10 @@ def test_records_say_what_is_left_and_what_is_stored() -> None:
     made = model()
     whole = records(made, NAMES)
     assert [(x.rank, x.after, x.stored) for x in whole] == [(None, 96, 96), (None, 48, 48)]
-    expected = outlook(made, NAMES, 0.25)
+    expected = preview(made, NAMES, 0.25)
     prune_(made, NAMES, 0.25, "layer")
     found = records(made, NAMES)
     assert found == records(merge_dense(made), NAMES) == expected
     assert [(x.rank, x.after, x.stored) for x in found] == [(0, 24, 96), (0, 12, 48)]
-    assert outlook(made, NAMES, 1.0) == whole
-    assert isinstance(made[0], UpdatedLinear)
+    assert preview(made, NAMES, 1.0) == whole
+    assert isinstance(made[0], LowRankUpdateLinear)

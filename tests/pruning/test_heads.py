@@ -18,9 +18,15 @@ from transformers import (
 )
 
 from lrcompress.errors import LayerError
-from lrcompress.nn import LowRankLinear, NarrowLinear, UpdatedLinear
+from lrcompress.nn import LowRankLinear, LowRankUpdateLinear, PrunedLinear
 from lrcompress.pruning.dsee import attach_, merge_updates_
-from lrcompress.pruning.effective_size import effective_size, narrower, outcome, outlook, records
+from lrcompress.pruning.effective_size import (
+    effective_size,
+    preview,
+    pruned_features,
+    pruning_record,
+    records,
+)
 from lrcompress.pruning.heads import (
     attentions,
     kept_heads,
@@ -95,12 +101,12 @@ def test_removed_heads_are_as_silent_as_masked_ones(config: Any) -> None:
     silence_(model, dict(zip(outputs, STAYS, strict=True)))
     torch.testing.assert_close(out(model), expected)
     names = [name for one in found for name in one.names]
-    would = records(model, names, narrower(model, found))
+    would = records(model, names, pruned_features(model, found))
     remove_heads_(model, found)
     merge_updates_(model)
 
     torch.testing.assert_close(out(model), expected)
-    assert not [m for m in model.modules() if isinstance(m, UpdatedLinear)]
+    assert not [m for m in model.modules() if isinstance(m, LowRankUpdateLinear)]
     assert before - sum(p.numel() for p in model.parameters()) == 5 * (4 * 8 * 32 + 3 * 8)
     assert records(model, names) == would
     assert sum(x.after for x in would) == 3 * 4 * 8 * 32
@@ -126,7 +132,7 @@ def test_coefficients_become_part_of_the_weights_and_full_attention_stays_plain(
     merge_updates_(model)
     kinds = {type(model.get_submodule(name)) for name in found[0].names}
     assert kinds == {nn.Linear}
-    assert isinstance(model.get_submodule(found[1].output), NarrowLinear)
+    assert isinstance(model.get_submodule(found[1].output), PrunedLinear)
     assert not torch.equal(out(model), expected)
 
 
@@ -174,7 +180,7 @@ def test_what_is_expected_of_equal_shares() -> None:
     model = made(CONFIGS["bert"])
     found = attentions(model, select(model).names)
     names = [name for one in found for name in one.names]
-    layers = outlook(model, names, 0.5, found)
+    layers = preview(model, names, 0.5, found)
     assert sum(x.after for x in layers) == sum(x.before for x in layers) // 2
     assert layers[0].rows == 16
     assert (layers[3].rows, layers[3].parameters, layers[3].stored) == (32, 512, 512)
@@ -186,7 +192,7 @@ def test_what_will_be_left_is_said_before_heads_are_gone() -> None:
     names = [name for one in found for name in one.names]
     attach_(model, (), rank=0, entries=0, heads={one.output: one.heads for one in found})
     silence_(model, {one.output: torch.arange(one.heads) < one.heads // 2 for one in found})
-    said = outcome("DSEE, heads", 3, model, names, found, merge=True)
+    said = pruning_record("DSEE, heads", 3, model, names, found, merge=True)
     remove_heads_(model, found)
     gates = sum(one.heads for one in found)  # that become part of the weights
     assert 0 <= said.effective - effective_size(model) <= gates
@@ -213,6 +219,6 @@ def test_says_which_attention_it_knows() -> None:
     layer = model.encoder.layer[1].attention
     layer.self.key = LowRankLinear(32, 32, 4)
     assert len(attentions(model, names)) == 2
-    layer.self.key = NarrowLinear.of(nn.Linear(32, 32), rows=STAYS[0].repeat_interleave(8))
-    with pytest.raises(LayerError, match=r"layer.1.attention.self.key' is a NarrowLinear: its he"):
+    layer.self.key = PrunedLinear.of(nn.Linear(32, 32), rows=STAYS[0].repeat_interleave(8))
+    with pytest.raises(LayerError, match=r"layer.1.attention.self.key' is a PrunedLinear: its he"):
         attentions(model, names)

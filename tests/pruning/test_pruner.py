@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lrcompress.importance import Importance
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear
-from lrcompress.pruning import Pruner, Quota, Shares
+from lrcompress.pruning import LoSparseBudget, Pruner, Quota
 from lrcompress.report.record import LayerRecord
 from lrcompress.schedules import Cubic
 from lrcompress.statistics.views import view
@@ -115,7 +115,7 @@ def everything(bench: Any) -> tuple[Any, Any]:
     return bench.model.state_dict(), bench.optimizer.state_dict()["state"]
 
 
-def course(bench: Any, pruner: Pruner, steps: int = STOP + 3) -> None:
+def train_and_prune(bench: Any, pruner: Pruner, steps: int = STOP + 3) -> None:
     """Train and prune as a callback would."""
     for step in range(steps):
         if step >= START and pruner.importance.steps == 0:
@@ -133,7 +133,7 @@ def test_what_stays_are_the_best_of_all_layers_by_their_average_scores(
     make: Make, given: dict[str, Any], window: int, beta2: float
 ) -> None:
     bench = make(torch.float64)
-    pruner = bench.pruner(Shares(keep=KEEP, **given), Importance(0.85, beta2, window))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, **given), Importance(0.85, beta2, window))
     open_: list[dict[Unit, float]] = []
     mean: dict[Unit, float] = {}
     spread: dict[Unit, float] = {}
@@ -167,7 +167,7 @@ def test_what_is_pruned_stays_pruned_and_pruning_twice_is_pruning_once(
     make: Make, given: dict[str, Any]
 ) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP, **given))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, **given))
     before, keeps = alive(pruner), []
     for step in range(STOP + 5):
         if step >= START and pruner.importance.steps == 0:
@@ -192,7 +192,7 @@ def test_only_with_revive_a_row_returns_when_it_matters_again(
     make: Make, granularity: str, revive: bool
 ) -> None:
     bench = make()
-    shares = Shares(keep=KEEP, revive=revive, granularity=granularity)
+    shares = LoSparseBudget(keep=KEEP, revive=revive, granularity=granularity)
     pruner = bench.pruner(shares, Importance(0.0, 1.0, 1))
     bench.train(1, pruner)
     pruner.prune_(0.0, [bench.optimizer])
@@ -222,7 +222,7 @@ def test_only_with_revive_a_row_returns_when_it_matters_again(
 def test_of_each_layer_one_component_always_stays(make: Make, given: dict[str, Any]) -> None:
     """Also of a layer whose components all matter less than any other's."""
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP, **given), Importance(0.0, 1.0, 1))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, **given), Importance(0.0, 1.0, 1))
     layers = pruner.layers
     scores = {name: torch.rand(len(layer.kept)) + 1 for name, layer in layers.items()}
     poor = layers["blocks.1.gate"]
@@ -240,15 +240,15 @@ def test_components_that_have_to_stay_are_paid_by_rows(
     make: Make, given: dict[str, Any], keep: float
 ) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=keep, **given))
-    course(bench, pruner)
+    pruner = bench.pruner(LoSparseBudget(keep=keep, **given))
+    train_and_prune(bench, pruner)
     assert all(layer.kept[: layer.rank].sum() == 1 for layer in pruner.layers.values())
     assert keep * bench.dense - 32 < spent(pruner) <= keep * bench.dense
 
 
 def test_without_scores_or_quotas_nothing_is_pruned(make: Make) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP), Importance(0.85, 1.0, 3))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP), Importance(0.85, 1.0, 3))
     before = alive(pruner)
     bench.train(2, pruner)
     pruner.prune_(0.0, [bench.optimizer])
@@ -256,7 +256,7 @@ def test_without_scores_or_quotas_nothing_is_pruned(make: Make) -> None:
     assert alive(pruner) == before
 
     bench = make()
-    pruner = bench.pruner(Shares(keep=1))
+    pruner = bench.pruner(LoSparseBudget(keep=1))
     before = alive(pruner)
     bench.train(4, pruner)
     pruner.prune_(0.0, [bench.optimizer])
@@ -268,8 +268,8 @@ def test_without_scores_or_quotas_nothing_is_pruned(make: Make) -> None:
 def test_a_layer_the_loss_never_depends_on_goes_first(make: Make, given: dict[str, Any]) -> None:
     bench = make()
     bench.model.reads_all = False  # the gates
-    pruner = bench.pruner(Shares(keep=KEEP, **given))
-    course(bench, pruner)
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, **given))
+    train_and_prune(bench, pruner)
     gates = [pruner.layers[name] for name in bench.names if "gate" in name]
     assert len(gates) == 2
     for gate in gates:
@@ -282,7 +282,7 @@ def test_a_layer_the_loss_never_depends_on_goes_first(make: Make, given: dict[st
 
 def test_gradients_are_scaled_as_asked(make: Make) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP), Importance(0.0, 1.0, 1))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP), Importance(0.0, 1.0, 1))
     bench.backward()
     pruner.observe()
     plain = {name: score.clone() for name, score in pruner.importance.scores().items()}
@@ -293,7 +293,7 @@ def test_gradients_are_scaled_as_asked(make: Make) -> None:
 
 def test_it_knows_which_optimizer_trains_its_layers(make: Make) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP))
     assert pruner.trained_by(bench.optimizer)
     assert not pruner.trained_by(torch.optim.SGD(bench.model.head.parameters(), lr=0.1))
 
@@ -329,7 +329,7 @@ def test_pruned_units_and_their_optimizer_state_are_zero_and_stay_zero(
     make: Make, given: dict[str, Any], revive: bool
 ) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP, revive=revive, **given))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, revive=revive, **given))
     for step in range(STOP + 2):
         if step >= START and pruner.importance.steps == 0:
             pruner.prune_(CUBIC(step), [bench.optimizer])
@@ -358,9 +358,9 @@ def test_no_optimizer_moves_what_was_pruned(
     make: Make, given: dict[str, Any], optimizer: Callable[[Any], torch.optim.Optimizer]
 ) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP, **given))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, **given))
     bench.optimizer = optimizer(bench.model.parameters())
-    course(bench, pruner)
+    train_and_prune(bench, pruner)
     for _ in range(5):
         bench.train(1, pruner)
         zeros = pruned_parts(pruner, bench.optimizer)
@@ -369,8 +369,8 @@ def test_no_optimizer_moves_what_was_pruned(
 
 def test_single_entries_are_put_back_to_zero_only_by_holding_them(make: Make) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP, granularity="entries"))
-    course(bench, pruner)
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, granularity="entries"))
+    train_and_prune(bench, pruner)
     bench.train(1)  # without holding
     assert any(v.any() for v in pruned_parts(pruner, bench.optimizer, state=False).values())
     pruner.hold_([bench.optimizer])
@@ -386,7 +386,7 @@ def test_the_output_at_the_mean_input_does_not_change_where_a_bias_can_take_it_u
     make: Make, given: dict[str, Any], revive: bool
 ) -> None:
     bench = make(torch.float64)
-    pruner = bench.pruner(Shares(keep=KEEP, revive=revive, **given), method="drone")
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, revive=revive, **given), method="drone")
     assert len(pruner.means) == 4
     pruned = 0
     for step in range(STOP + 2):
@@ -408,7 +408,7 @@ def test_the_output_at_the_mean_input_does_not_change_where_a_bias_can_take_it_u
 @each_share
 def test_without_means_biases_stay_as_they_are(make: Make, given: dict[str, Any]) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP, **given))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, **given))
     bench.train(4, pruner)
     biases = {n: layer.bias.clone() for n, layer in pruner.layers.items() if layer.bias is not None}
     pruner.prune_(0.0, [bench.optimizer])
@@ -438,8 +438,8 @@ def test_what_remains_is_keep_to_within_one_unit(
 ) -> None:
     bench = make()
     dense = sum(view(bench.model.get_submodule(name)).weight.numel() for name in bench.names)
-    pruner = bench.pruner(Shares(keep=keep, revive=revive, **given))
-    course(bench, pruner)
+    pruner = bench.pruner(LoSparseBudget(keep=keep, revive=revive, **given))
+    train_and_prune(bench, pruner)
     left = spent(pruner)
     largest = max(cost_of(pruner, (n, q.parts[0], 0)) for q in pruner.quotas for n in bench.names)
     assert keep * dense - largest < left <= keep * dense
@@ -465,8 +465,8 @@ def test_the_compacted_model_gives_what_the_masked_one_did(
     make: Make, given: dict[str, Any]
 ) -> None:
     bench = make(torch.float64)
-    pruner = bench.pruner(Shares(keep=KEEP, **given), method="drone")
-    course(bench, pruner)
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, **given), method="drone")
+    train_and_prune(bench, pruner)
     x = bench.batches[0][0].double()
     before = bench.model(x)
     pruner.compact_(bench.model, [bench.optimizer])
@@ -479,8 +479,8 @@ def test_training_goes_on_as_if_nothing_had_been_compacted(
 ) -> None:
     benches = [make(torch.float64), make(torch.float64)]
     for compact, bench in enumerate(benches):
-        pruner = bench.pruner(Shares(keep=0.25, **given))
-        course(bench, pruner)
+        pruner = bench.pruner(LoSparseBudget(keep=0.25, **given))
+        train_and_prune(bench, pruner)
         if compact:
             records = pruner.compact_(bench.model, [bench.optimizer])
             assert all(record.rank is not None for record in records)
@@ -493,8 +493,8 @@ def test_training_goes_on_as_if_nothing_had_been_compacted(
 
 def test_single_entries_are_still_held_after_compaction(make: Make) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP, granularity="entries"))
-    course(bench, pruner)
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, granularity="entries"))
+    train_and_prune(bench, pruner)
     records = {r.name: r for r in pruner.compact_(bench.model, [bench.optimizer])}
     assert set(pruner.masks) == set(pruner.layers) != set()
     for _ in range(3):
@@ -507,16 +507,16 @@ def test_single_entries_are_still_held_after_compaction(make: Make) -> None:
 
 def test_rows_need_no_holding_after_compaction(make: Make) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP))
-    course(bench, pruner)
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP))
+    train_and_prune(bench, pruner)
     pruner.compact_(bench.model, [bench.optimizer])
     assert pruner.masks == pruner.layers == {}
 
 
 def test_a_layer_without_rows_becomes_low_rank_alone(make: Make) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP, low_rank_share=1))
-    course(bench, pruner)
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP, low_rank_share=1))
+    train_and_prune(bench, pruner)
     records = pruner.compact_(bench.model, [bench.optimizer])
     for record in records:
         module = bench.model.get_submodule(record.name)
@@ -531,7 +531,7 @@ def test_what_is_larger_than_it_was_becomes_dense_again(make: Make, given: dict[
     bench = make(torch.float64)
     names, dense = bench.names, [type(bench.model.get_submodule(name)) for name in bench.names]
     sizes = {name: view(bench.model.get_submodule(name)).weight.numel() for name in names}
-    pruner = bench.pruner(Shares(keep=1, **given))
+    pruner = bench.pruner(LoSparseBudget(keep=1, **given))
     bench.train(3, pruner)
     pruner.prune_(0.0, [bench.optimizer])
     x = bench.batches[0][0].double()
@@ -552,7 +552,7 @@ def test_what_is_larger_than_it_was_becomes_dense_again(make: Make, given: dict[
 def test_a_pruner_read_back_goes_on_as_if_nothing_had_happened(
     make: Make, given: dict[str, Any], revive: bool, at: int
 ) -> None:
-    shares = Shares(keep=KEEP, revive=revive, **given)
+    shares = LoSparseBudget(keep=KEEP, revive=revive, **given)
     whole, resumed = make(), make()
     pruners = {}
     for bench in (whole, resumed):
@@ -566,8 +566,8 @@ def test_a_pruner_read_back_goes_on_as_if_nothing_had_happened(
     again = Pruner.from_state(state, resumed.model, shares, Importance(0.85, 0.9, 3))
     assert again.quotas == pruners[id(whole)].quotas
     assert again.quotas == [Quota(q.parts, q.start, q.final) for q in again.quotas]
-    course(whole, pruners[id(whole)])
-    course(resumed, again)
+    train_and_prune(whole, pruners[id(whole)])
+    train_and_prune(resumed, again)
     assert alive(again) == alive(pruners[id(whole)])
     for key, value in whole.model.state_dict().items():
         assert resumed.model.state_dict()[key].equal(value)
@@ -575,9 +575,9 @@ def test_a_pruner_read_back_goes_on_as_if_nothing_had_happened(
 
 def test_the_state_is_of_plain_types_and_tensors(make: Make, tmp_path: Any) -> None:
     bench = make()
-    shares = Shares(keep=KEEP, granularity="entries", initial_rank=0.5)
+    shares = LoSparseBudget(keep=KEEP, granularity="entries", initial_rank=0.5)
     pruner = bench.pruner(shares, method="drone")
-    course(bench, pruner, 6)
+    train_and_prune(bench, pruner, 6)
     torch.save(pruner.state_dict(), tmp_path / "state")
     state = torch.load(tmp_path / "state", weights_only=True)
     again = Pruner.from_state(state, bench.model, shares, Importance())
@@ -587,10 +587,10 @@ def test_the_state_is_of_plain_types_and_tensors(make: Make, tmp_path: Any) -> N
 
 def test_the_keep_of_now_falls_from_all_to_what_was_asked(make: Make) -> None:
     bench = make()
-    pruner = bench.pruner(Shares(keep=KEEP))
+    pruner = bench.pruner(LoSparseBudget(keep=KEEP))
     extra = sum(
         layer.rank * (layer.out_features + layer.in_features) for layer in pruner.layers.values()
     )
     assert pruner.keep == pytest.approx(1 + extra / bench.dense)
-    course(bench, pruner)
+    train_and_prune(bench, pruner)
     assert math.isclose(pruner.keep, KEEP, abs_tol=32 / bench.dense)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lrcompress.budget import divide
+from lrcompress.budget import allocate_ranks_and_rows
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, SettingError
 from lrcompress.nn import LowRankSparseLinear
 from lrcompress.objective import LOW_RANK, METHODS, metric_of
-from lrcompress.pruning import Shares, outlook, split_
+from lrcompress.pruning import LoSparseBudget, preview, split_
 from lrcompress.solvers.truncation import truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
@@ -70,14 +70,14 @@ def assert_nothing_is_lost(bench: Any, split: Callable[[], object], tolerance: f
 @each_share
 def test_nothing_is_lost_but_by_rounding(make: Make, method: str, given: dict[str, Any]) -> None:
     bench = make()
-    shares = Shares(keep=0.3, **given)
+    shares = LoSparseBudget(keep=0.3, **given)
     assert_nothing_is_lost(bench, lambda: bench.split(shares, method), 3e-6)
 
 
 @pytest.mark.parametrize("method", COMPARABLE)
 def test_nothing_is_lost_where_ranks_and_rows_share_one_budget(make: Make, method: str) -> None:
     bench = make(torch.float64)
-    shares = Shares(keep=0.3, low_rank_share="auto")
+    shares = LoSparseBudget(keep=0.3, low_rank_share="auto")
     assert_nothing_is_lost(bench, lambda: bench.split(shares, method), 1e-6)
 
 
@@ -94,7 +94,7 @@ def test_linear_and_conv1d_of_any_shape_are_split_exactly(
     fan_in = view(layer).shape[1]
     x, bias = torch.randn(2, 3, fan_in), layer.bias
     before = model(x).detach()
-    split_(model, Statistics(), Settings(method="svd"), Shares(keep=0.9, **given))
+    split_(model, Statistics(), Settings(method="svd"), LoSparseBudget(keep=0.9, **given))
     new = model[0]
     assert isinstance(new, LowRankSparseLinear)
     assert new.bias is bias
@@ -109,7 +109,7 @@ def test_the_factors_are_the_best_of_their_rank_in_the_metric(make: Make, method
     bench = make(torch.float64)
     statistics, weights = bench.statistics(), weights_of(bench)
     settings = Settings(method=method)
-    split_(bench.model, statistics, settings, Shares(keep=0.4, low_rank_share=0.5))
+    split_(bench.model, statistics, settings, LoSparseBudget(keep=0.4, low_rank_share=0.5))
     for name, layer in layers_of(bench).items():
         refit = layer.bias is not None
         metric = metric_of(method, statistics, name, refit_bias=refit, shrink=settings.shrink)
@@ -135,7 +135,7 @@ def test_the_optimizer_goes_on_with_the_state_that_belongs_to_every_part(
         old = view(bench.model.get_submodule(name))
         before[name], transposed[name] = state_of(bench, old.parameters[0]), old.transposed
     assert any(transposed.values())
-    bench.split(Shares(keep=0.3, **given))
+    bench.split(LoSparseBudget(keep=0.3, **given))
     held = {id(p) for group in bench.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in bench.model.parameters()}
     assert all(id(p) in held for p in bench.optimizer.state)
@@ -158,7 +158,7 @@ def test_the_first_step_after_splitting_moves_rows_as_it_would_have_moved_the_we
     make: Make,
 ) -> None:
     dense, split = make(), make()
-    split.split(Shares(keep=0.3))
+    split.split(LoSparseBudget(keep=0.3))
     rows = {name: layer.rows.detach().clone() for name, layer in layers_of(split).items()}
     weights = weights_of(dense)
     for bench in (dense, split):
@@ -180,7 +180,7 @@ def test_uniform_ranks_are_the_same_share_of_every_layer_rounded_up(
 ) -> None:
     bench = make()
     sizes = {name: weight.shape for name, weight in weights_of(bench).items()}
-    bench.split(Shares(keep=keep, low_rank_share=share))
+    bench.split(LoSparseBudget(keep=keep, low_rank_share=share))
     assert cost_of(bench) <= keep * bench.dense
     for name, (out, fan_in) in sizes.items():
         rank, wanted = ranks_of(bench)[name], keep * share * out * fan_in
@@ -194,7 +194,7 @@ def test_ranks_that_rounding_up_would_make_too_dear_still_fit(
     make: Make, keep: float, share: float
 ) -> None:
     bench = make()
-    _, quotas = bench.split(Shares(keep=keep, low_rank_share=share))
+    _, quotas = bench.split(LoSparseBudget(keep=keep, low_rank_share=share))
     assert all(rank >= 1 for rank in ranks_of(bench).values())
     budget = math.floor(keep * bench.dense + 1e-6)
     assert cost_of(bench) + sum(quota.final for quota in quotas) == budget
@@ -213,7 +213,7 @@ def test_global_ranks_go_where_the_predicted_loss_is_within_the_same_budget(
         solved = truncate(weights[name], metric.output, metric.input)
         assert metric.loss_scale is not None
         curves[name] = solved.energies * metric.loss_scale
-    bench.split(Shares(keep=0.6, low_rank_share=0.8), method)
+    bench.split(LoSparseBudget(keep=0.6, low_rank_share=0.8), method)
     ranks = ranks_of(bench)
     part, unit = 0.48 * bench.dense, 52
     assert part - unit < cost_of(bench) <= part
@@ -229,14 +229,14 @@ def test_global_ranks_go_where_the_predicted_loss_is_within_the_same_budget(
 @pytest.mark.parametrize("start", range(1, 21))
 def test_an_initial_rank_is_that_share_of_the_full_rank(make: Make, start: int) -> None:
     bench = make()
-    bench.split(Shares(keep=0.3, initial_rank=start / 20))
+    bench.split(LoSparseBudget(keep=0.3, initial_rank=start / 20))
     assert set(ranks_of(bench).values()) == {start}
 
 
 def test_a_share_of_a_rank_is_a_rank(make: Make) -> None:
     for given in ({"initial_rank": 1e-12}, {"low_rank_share": 1e-12}, {"initial_rank": 0.51 / 20}):
         bench = make()
-        bench.split(Shares(keep=0.3, **given))
+        bench.split(LoSparseBudget(keep=0.3, **given))
         assert set(ranks_of(bench).values()) == {1}
 
 
@@ -265,8 +265,8 @@ def test_auto_ranks_are_those_that_divide_the_predicted_losses(
     units = {name: sum(weight.shape) for name, weight in weights.items()}
     budget = math.floor(keep * sum(w.numel() for w in weights.values()))
 
-    _, quotas = bench.split(Shares(keep=keep, low_rank_share="auto"), method)
-    assert ranks_of(bench) == divide(losses, units, budget)
+    _, quotas = bench.split(LoSparseBudget(keep=keep, low_rank_share="auto"), method)
+    assert ranks_of(bench) == allocate_ranks_and_rows(losses, units, budget)
     assert [quota.final for quota in quotas] == [budget - cost_of(bench)]
 
 
@@ -279,7 +279,7 @@ def test_quotas_start_with_what_there_is_and_add_up_to_keep(
     make: Make, given: dict[str, Any], keep: float
 ) -> None:
     bench = make()
-    shares = Shares(keep=keep, **given)
+    shares = LoSparseBudget(keep=keep, **given)
     _, quotas = bench.split(shares)
     budget = math.floor(keep * bench.dense + 1e-6)
     pruned = [part for quota in quotas for part in quota.parts]
@@ -295,7 +295,7 @@ def test_quotas_start_with_what_there_is_and_add_up_to_keep(
 
 @each_share
 def test_at_keep_one_there_is_nothing_to_prune(make: Make, given: dict[str, Any]) -> None:
-    assert make().split(Shares(keep=1, **given))[1] == []
+    assert make().split(LoSparseBudget(keep=1, **given))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_means_are_those_of_the_inputs_of_layers_with_a_bias(
     for batch in bench.batches:
         bench.loss(batch)
     handle.remove()
-    means, _ = bench.split(Shares(keep=0.3), method, **settings)
+    means, _ = bench.split(LoSparseBudget(keep=0.3), method, **settings)
     with_bias = {name for name in bench.names if "gate" not in name}
     assert set(means) == (with_bias if given else set())
     if means and method != "weighted_kfac":
@@ -353,13 +353,13 @@ def test_a_keep_below_one_rank_a_layer_says_which_could_be_met(
         "take 288; the least keep is 0.0858$"
     )
     with pytest.raises(SettingError, match=message):
-        untouched.split(Shares(keep=0.05, **given))
+        untouched.split(LoSparseBudget(keep=0.05, **given))
 
 
 def test_the_least_keep_that_is_named_can_be_met(make: Make) -> None:
     for given in EACH_SHARE:
         bench = make()
-        bench.split(Shares(keep=0.0858, **given))
+        bench.split(LoSparseBudget(keep=0.0858, **given))
         layers = [bench.model.get_submodule(name) for name in bench.names]
         assert all(isinstance(layer, LowRankSparseLinear) for layer in layers)
 
@@ -372,7 +372,7 @@ def test_auto_ranks_need_a_method_that_predicts_the_loss(untouched: Any, method:
         "or give initial_rank=$"
     )
     with pytest.raises(SettingError, match=message):
-        untouched.split(Shares(keep=0.3, low_rank_share="auto"), method)
+        untouched.split(LoSparseBudget(keep=0.3, low_rank_share="auto"), method)
 
 
 @pytest.mark.parametrize("given", EACH_SHARE[:3], ids=str)
@@ -380,14 +380,14 @@ def test_a_layer_that_is_factored_already_is_refused_by_name(
     make: Make, given: dict[str, Any]
 ) -> None:
     bench = make()
-    bench.split(Shares(keep=0.3), targets=["blocks.1.down"])
+    bench.split(LoSparseBudget(keep=0.3), targets=["blocks.1.down"])
     layers = list(bench.model.modules())
     message = (
         "^layer 'blocks.1.down' is factored already; LoSparse starts from dense layers: leave it "
         "out with exclude=, or use one of Factorize and LoSparse$"
     )
     with pytest.raises(LayerError, match=message):
-        bench.split(Shares(keep=0.3, **given))
+        bench.split(LoSparseBudget(keep=0.3, **given))
     assert list(bench.model.modules()) == layers
 
 
@@ -401,8 +401,8 @@ def test_an_outlook_is_about_as_large_as_keep_says(
 ) -> None:
     bench = make()
     before = copy.deepcopy(bench.model.state_dict())
-    shares = Shares(keep=keep, **given)
-    records, selection, nbytes = outlook(bench.model, Settings(method="kfac"), shares)
+    shares = LoSparseBudget(keep=keep, **given)
+    records, selection, nbytes = preview(bench.model, Settings(method="kfac"), shares)
     assert [record.name for record in records] == list(selection.names) == list(bench.names)
     for record in records:
         assert record.rank is not None

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from lrcompress.report import LayerRecord, Report
-from lrcompress.report.plots import Plot, forecast_figure, pixels, plots
-from lrcompress.report.record import Forecast
+from lrcompress.report.plots import Plot, loss_curves_figure, pixels, plots
+from lrcompress.report.record import PredictedLoss
 
 from .conftest import factorized, pruned
 
@@ -106,10 +106,10 @@ def test_pixels_are_an_image_on_white(whole: Report) -> None:
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20
 
 
-def test_a_forecast_is_drawn_where_the_loss_is_known() -> None:
-    found = [Forecast("kfac", k, 0.1, k / 2) for k in (0.5, 0.2)]
-    found += [Forecast("svd", 0.5, 0.3, None), Forecast("kfac", 0.01, None, None)]
-    assert lines(forecast_figure(found)) == {"kfac": ([0.5, 0.2], [0.25, 0.1])}
+def test_a_loss_curve_is_drawn_where_the_loss_is_known() -> None:
+    found = [PredictedLoss("kfac", k, 0.1, k / 2) for k in (0.5, 0.2)]
+    found += [PredictedLoss("svd", 0.5, 0.3, None), PredictedLoss("kfac", 0.01, None, None)]
+    assert lines(loss_curves_figure(found)) == {"kfac": ([0.5, 0.2], [0.25, 0.1])}
 
 
 def test_axes_keep_their_height_however_many_names_there_are() -> None:

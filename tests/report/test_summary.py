@@ -1,7 +1,7 @@
 """Before, after and at the end: what the figures are taken from."""
 
 from lrcompress.report import LayerRecord, Report
-from lrcompress.report.summary import ending, summary
+from lrcompress.report.summary import final_figures, summary
 
 from .conftest import factorized, pruned
 
@@ -35,7 +35,7 @@ def test_metrics_and_times_stand_where_they_were_taken(whole: Report) -> None:
 
 def test_the_end_is_the_last_validation_after_the_last_point() -> None:
     report = Report([factorized()], {}, {}, {"val_loss": ((40, 0.5), (60, 0.4)), "x": ((40, 1.0),)})
-    assert ending(report) == ("at 60", {"val_loss": 0.4})
+    assert final_figures(report) == ("at 60", {"val_loss": 0.4})
     assert rows(report)["val_loss"] == ["0.5000", "0.7000", "0.4000"]
     (note,) = summary(report).notes
     assert note.startswith("predicted: of the training loss")

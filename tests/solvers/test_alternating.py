@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.solvers import alternating
-from lrcompress.solvers.alternating import alternated, half_exact
+from lrcompress.solvers.alternating import alternating_least_squares, alternating_minimization
 
 ROWS, E, H, TERMS = 5, 2, 7, 2
 
@@ -35,7 +35,7 @@ def lost(target: Tensor, x: Tensor, y: Tensor, metric: Tensor) -> Tensor:
 def in_halves(target: Tensor, x: Tensor, y: Tensor, metric: Tensor) -> tuple[object, ...]:
     near, far = metric.diagonal(dim1=1, dim2=3).sum(-1), metric.diagonal(dim1=0, dim2=2).sum(-1)
     root = torch.linalg.inv(torch.linalg.cholesky(far + 1e-6 * torch.eye(H))).mT
-    return half_exact(target, metric, x, y, near, root)
+    return alternating_least_squares(target, metric, x, y, near, root)
 
 
 def in_turn(target: Tensor, x: Tensor, y: Tensor, metric: Tensor) -> tuple[object, ...]:
@@ -44,7 +44,7 @@ def in_turn(target: Tensor, x: Tensor, y: Tensor, metric: Tensor) -> tuple[objec
     def product(change: Tensor) -> Tensor:
         return (change.reshape(ROWS, E * H) @ c).view(ROWS * E, H)
 
-    found, other, *told = alternated(
+    found, other, *told = alternating_minimization(
         target.reshape(-1, H), x.reshape(-1, TERMS), y.mT.contiguous(), product
     )
     return found.view(ROWS, E, TERMS), other.mT, *told

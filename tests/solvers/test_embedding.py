@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
 from lrcompress.solvers import embedding as module
-from lrcompress.solvers.embedding import truncate_table
+from lrcompress.solvers.embedding import truncate_embedding
 from lrcompress.solvers.truncation import truncate
 
 
@@ -27,7 +27,7 @@ def cost(table: Tensor, left: Tensor, right: Tensor, rows: Tensor, columns: Tens
 def test_gradient_descent_finds_nothing_better(tied: bool) -> None:
     table, rows, moment = problem()
     columns = moment if tied else torch.eye(10, dtype=torch.float64)
-    found = truncate_table(table, rows, moment if tied else None)
+    found = truncate_embedding(table, rows, moment if tied else None)
     best = found.factors(3)
     least = cost(table, best.left, best.right, rows, columns)
     scale = rows.max()  # of the energies: weights count relatively
@@ -58,31 +58,31 @@ def test_it_is_the_general_optimum(rank: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "_ROWS", 7)  # of which 40 is no multiple
     table, rows, moment = problem()
     for columns in (None, moment):
-        ours = truncate_table(table, rows, columns).factors(rank)
+        ours = truncate_embedding(table, rows, columns).factors(rank)
         known = truncate(table, rows, columns).factors(rank)
         torch.testing.assert_close(ours.left @ ours.right, known.left @ known.right)
         assert ours.error == pytest.approx(known.error, abs=1e-9)
-    assert truncate_table(table.bfloat16(), rows).factors(rank).left.dtype == torch.bfloat16
+    assert truncate_embedding(table.bfloat16(), rows).factors(rank).left.dtype == torch.bfloat16
 
 
 def test_a_table_that_is_wide_or_of_low_rank_is_exact_at_full_rank() -> None:
     table, rows, moment = problem(5, 10)
     low = torch.cat([table, table])[:, :4] @ table[:4]
     for one, weights in ((table, rows), (low, torch.cat([rows, rows]))):
-        factors = truncate_table(one, weights, moment).factors(min(one.shape))
+        factors = truncate_embedding(one, weights, moment).factors(min(one.shape))
         torch.testing.assert_close(factors.left @ factors.right, one)
-    assert len(truncate_table(table, rows).energies) == 5
+    assert len(truncate_embedding(table, rows).energies) == 5
 
 
 def test_a_vocabulary_of_5000_and_rows_that_do_not_count() -> None:
     torch.manual_seed(0)
     table, rows = torch.randn(5000, 64), torch.zeros(5000)
     rows[:40] = 1.0  # no more than there are ranks: these are exact
-    factors = truncate_table(table, rows).factors(40)
+    factors = truncate_embedding(table, rows).factors(40)
     torch.testing.assert_close((factors.left @ factors.right)[:40], table[:40], rtol=0, atol=1e-4)
-    alike = truncate_table(table, torch.zeros(5000)).factors(8)
+    alike = truncate_embedding(table, torch.zeros(5000)).factors(8)
     torch.testing.assert_close(
-        alike.left @ alike.right, (p := truncate_table(table).factors(8)).left @ p.right
+        alike.left @ alike.right, (p := truncate_embedding(table).factors(8)).left @ p.right
     )
 
 
@@ -100,9 +100,9 @@ def test_what_does_not_fit_is_said(
     arguments: tuple[Tensor, ...], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        truncate_table(*arguments)
+        truncate_embedding(*arguments)
 
 
 def test_a_rank_out_of_range_is_named() -> None:
     with pytest.raises(SettingError, match=r"from 1 to 2 for a table of shape \(3, 2\), got 3"):
-        truncate_table(torch.ones(3, 2)).factors(3)
+        truncate_embedding(torch.ones(3, 2)).factors(3)

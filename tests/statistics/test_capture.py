@@ -288,7 +288,7 @@ def test_a_step_that_is_broken_off_adds_nothing() -> None:
     recorder.drop()
     step.__exit__(None, None, None)
     recorder.drop()  # and outside of a step there is nothing to drop
-    assert not recorder.watching
+    assert not recorder.observing
     assert (recorder.statistics.steps, recorder.statistics.inputs) == (0, {})
 
 
@@ -559,10 +559,10 @@ def test_hooks_are_there_during_the_step_and_gone_after_it() -> None:
     recorder = Recorder(model, LAYERS, KINDS)
     assert no_hooks(model)
     with recorder.step(batch[1]):
-        assert recorder.watching
+        assert recorder.observing
         assert not no_hooks(model)
     assert no_hooks(model)
-    assert not recorder.watching
+    assert not recorder.observing
 
 
 @pytest.mark.parametrize("when", ["before", "forward", "backward"])
@@ -589,7 +589,7 @@ def test_hooks_are_gone_and_nothing_is_added_when_the_step_raises(when: str) -> 
     for handle in handles:
         handle.remove()
     assert no_hooks(model)
-    assert not recorder.watching
+    assert not recorder.observing
     if when != "backward":
         assert recorder.statistics.steps == 0
         assert not recorder.statistics.inputs
@@ -841,7 +841,7 @@ def test_a_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         recorder.step(torch.ones(shape)),
     ):
         pass
-    assert not recorder.watching
+    assert not recorder.observing
 
 
 def test_a_layer_of_a_type_that_is_not_known_is_refused() -> None:

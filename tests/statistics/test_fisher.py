@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lrcompress.errors import NoMatchError, ObservationError, SettingError
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.fisher import LogitsTap, drawn_loss
+from lrcompress.statistics.fisher import LogitsCapture, drawn_loss
 
 DRAWS = 20_000
 
@@ -102,7 +102,7 @@ class Outer(nn.Module):
 
 def test_logits_are_found_by_their_name_in_the_output_of_a_submodule() -> None:
     model = Outer(Inner())
-    tap = LogitsTap(model)
+    tap = LogitsCapture(model)
     with tap.listening():
         output = model(torch.randn(4, 2))
     assert tap.take() is output.logits
@@ -118,7 +118,7 @@ def test_logits_of_a_transformers_model_are_found() -> None:
         max_position_embeddings=8,
     )
     model = Outer(BertForSequenceClassification(config))
-    tap = LogitsTap(model)
+    tap = LogitsCapture(model)
     with tap.listening():
         output = model(torch.ones(2, 3, dtype=torch.long))
     assert tap.take() is output.logits
@@ -126,7 +126,7 @@ def test_logits_of_a_transformers_model_are_found() -> None:
 
 def test_logits_are_the_output_of_the_submodule_that_is_named() -> None:
     model = Outer(Inner(named=False))
-    tap = LogitsTap(model, "inner.layer")
+    tap = LogitsCapture(model, "inner.layer")
     with tap.listening():
         output = model(torch.randn(4, 2))
     assert tap.take() is output
@@ -134,12 +134,12 @@ def test_logits_are_the_output_of_the_submodule_that_is_named() -> None:
 
 def test_a_submodule_that_is_not_there_is_refused_with_the_nearest() -> None:
     with pytest.raises(NoMatchError, match=r"logits='inner.leyer' names no .*nearest: inner.layer"):
-        LogitsTap(Outer(Inner()), "inner.leyer")
+        LogitsCapture(Outer(Inner()), "inner.leyer")
 
 
 def test_a_model_without_logits_is_told_what_to_name() -> None:
     model = Outer(Inner(named=False))
-    tap = LogitsTap(model)
+    tap = LogitsCapture(model)
     with tap.listening():
         model(torch.randn(4, 2))
     with pytest.raises(ObservationError, match=r"no module's output has \.logits; name the .*="):
@@ -148,7 +148,7 @@ def test_a_model_without_logits_is_told_what_to_name() -> None:
 
 def test_a_named_submodule_that_gave_none_is_named() -> None:
     model = Outer(Inner())
-    tap = LogitsTap(model, "inner")  # its output is no tensor
+    tap = LogitsCapture(model, "inner")  # its output is no tensor
     with tap.listening():
         model(torch.randn(4, 2))
     with pytest.raises(ObservationError, match=r"'inner' returned no tensor with a gradient"):
@@ -157,7 +157,7 @@ def test_a_named_submodule_that_gave_none_is_named() -> None:
 
 def test_passes_without_gradients_and_earlier_steps_are_not_heard() -> None:
     model = Outer(Inner())
-    tap = LogitsTap(model)
+    tap = LogitsCapture(model)
     with tap.listening():
         model(torch.randn(4, 2))
     with tap.listening(), torch.no_grad():
@@ -168,7 +168,7 @@ def test_passes_without_gradients_and_earlier_steps_are_not_heard() -> None:
 
 def test_logits_are_taken_once() -> None:
     model = Outer(Inner())
-    tap = LogitsTap(model)
+    tap = LogitsCapture(model)
     with tap.listening():
         model(torch.randn(4, 2))
     tap.take()
@@ -178,7 +178,7 @@ def test_logits_are_taken_once() -> None:
 
 def test_hooks_are_gone_when_the_block_raises() -> None:
     model = Outer(Inner())
-    tap = LogitsTap(model)
+    tap = LogitsCapture(model)
     with pytest.raises(KeyboardInterrupt), tap.listening():
         raise KeyboardInterrupt
     assert not any(module._forward_hooks for module in model.modules())

@@ -1,11 +1,11 @@
-"""Reducing statistics, as far as one process can tell; tests/test_parallel.py has four."""
+"""Reducing statistics, as far as one process can tell; tests/test_distributed.py has four."""
 
 import pytest
 import torch
 
-from lrcompress.distributed import ALONE
+from lrcompress.distributed import ONE_PROCESS
 from lrcompress.statistics.moments import KINDS, Statistics, Sums, shapes
-from lrcompress.statistics.reduction import _buckets, all_reduce_, fold_, reduced_bytes
+from lrcompress.statistics.reduction import _buckets, all_reduce_, reduce_to_first_, reduced_bytes
 
 
 def statistics() -> Statistics:
@@ -44,8 +44,8 @@ def test_the_bytes_are_those_of_one_triangle() -> None:
 
 def test_one_process_keeps_what_it_has() -> None:
     one, other = statistics(), statistics()
-    all_reduce_(one, ALONE)
-    fold_(one, ALONE)
+    all_reduce_(one, ONE_PROCESS)
+    reduce_to_first_(one, ONE_PROCESS)
     assert one.steps == 2
     assert torch.equal(
         one.inputs["a"].values["input_moment"], other.inputs["a"].values["input_moment"]

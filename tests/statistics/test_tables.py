@@ -8,7 +8,7 @@ from lrcompress.errors import ObservationError
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics, Sums
 from lrcompress.statistics.reduction import _buckets, reduced_bytes
-from lrcompress.statistics.views import is_linear, is_table, view
+from lrcompress.statistics.views import is_embedding, is_linear, view
 
 KINDS = ("token_count", "token_fisher", "input_moment")
 
@@ -104,8 +104,8 @@ def test_sequences_without_a_mask_raise_if_one_was_expected() -> None:
 
 def test_an_embedding_is_a_table_and_no_linear_layer() -> None:
     layer = nn.Embedding(5, 3)
-    assert is_table(layer)
+    assert is_embedding(layer)
     assert not is_linear(layer)
     assert view(layer, table=True).shape == (5, 3)
     assert view(layer, table=True).weight.data_ptr() == layer.weight.data_ptr()
-    assert not is_table(nn.Linear(2, 2))
+    assert not is_embedding(nn.Linear(2, 2))

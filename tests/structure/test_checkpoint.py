@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lrcompress.callbacks import Factorize
 from lrcompress.errors import CheckpointError, LRCompressError
-from lrcompress.structure.checkpoint import read_checkpoint, read_lightning
+from lrcompress.structure.checkpoint import read_checkpoint, read_lightning_checkpoint
 from lrcompress.structure.plan import LayerPlan, Plan, restore_structure
 
 Editor = Callable[[dict[str, bytes]], object]
@@ -65,7 +65,7 @@ def loaded(path: Path) -> dict[str, Tensor] | str:
     module = Small()
     try:
         restore_structure(module, path)
-        module.load_state_dict(read_lightning(path)["state_dict"])
+        module.load_state_dict(read_lightning_checkpoint(path)["state_dict"])
     except LRCompressError as error:
         return str(error)
     except RuntimeError as error:

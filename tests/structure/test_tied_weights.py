@@ -11,7 +11,7 @@ from lrcompress.export import merge_dense
 from lrcompress.nn import LowRankEmbedding, LowRankLinear
 from lrcompress.structure.parameter_counts import dense_bytes, dense_size
 from lrcompress.structure.plan import LayerPlan, Plan, restore_structure
-from lrcompress.structure.tied_weights import first_holders, same_storage
+from lrcompress.structure.tied_weights import same_storage, tied_layers
 
 SIZES = {"in": 6, "out": 20, "rank": 2}
 EMBED = LayerPlan("embed", "low_rank_embedding", SIZES)
@@ -33,7 +33,7 @@ def test_a_plan_says_who_shares_whose_factors() -> None:
     assert isinstance(model.embed, LowRankEmbedding)
     assert isinstance(model.head, LowRankLinear)
     assert model.head.left.weight is model.embed.left.weight
-    assert first_holders(dict(model.named_modules())) == {"head": "embed"}
+    assert tied_layers(dict(model.named_modules())) == {"head": "embed"}
     assert Plan.of(model) == plan == Plan.from_dict(plan.to_dict())
     assert (dense_size(model), dense_bytes(model)) == before
     assert "tied" not in str(Plan((EMBED,)).to_dict())
