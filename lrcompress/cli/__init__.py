@@ -1,6 +1,6 @@
 """Compress language models by low-rank factors while Lightning fine-tunes them.
 
-usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
+usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]   (or lrcompress --version)
 
   fit        train as the recipe says, and compress on the way
   validate   run once over the validation data
@@ -15,8 +15,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]
   report     write the page of a run, or of several side by side:
              lrcompress report RUN [RUN ...] --out PAGE
 
-A recipe is a LightningCLI file with trainer, model and data; every key of it can be
-given on the command line too, and what comes later wins. All of them: lrcompress fit --help
+A recipe is a LightningCLI file with trainer, model and data; every key of it can be given on
+the command line too, and what comes later wins. `lrcompress VERB --help` lists all of them.
 
   lrcompress fit --config recipe.yaml
   lrcompress fit --config recipe.yaml --model.path bert-base-uncased --trainer.max_epochs 1
@@ -50,6 +50,7 @@ from lightning.pytorch.utilities import disable_possible_user_warnings
 from typing_extensions import override
 
 import lrcompress.tasks  # noqa: F401  so that recipes may say TextClassification
+from lrcompress import __version__
 from lrcompress.callbacks import Factorize, WholeCheckpointIO, factor_checkpoint
 from lrcompress.cli.bench import bench
 from lrcompress.cli.export import export
@@ -77,6 +78,9 @@ def main(args: list[str] | None = None) -> int:
     if not args or args[0] in {"-h", "--help"}:
         sys.stdout.write(f"{__doc__}\n")
         return 0 if args else 2
+    if args == ["--version"]:
+        sys.stdout.write(f"lrcompress {__version__}\n")
+        return 0
     if "" not in sys.path:
         sys.path.append("")  # modules beside the recipe, as under `python -m`
     try:
@@ -223,7 +227,11 @@ class _RecipeCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=SaveRecipe,
             save_config_kwargs={"save_to_log_dir": False},
-            parser_kwargs={"prog": "lrcompress", **settings, **dict.fromkeys(verbs, settings)},
+            parser_kwargs={
+                "prog": "lrcompress",
+                **settings,
+                **{verb: dict(settings) for verb in verbs},  # each gets a description of its own
+            },
         )
 
     @staticmethod
@@ -232,6 +240,19 @@ class _RecipeCLI(LightningCLI):
         verbs = LightningCLI.subcommands()
         del verbs["predict"]
         return verbs | {verb: {"model", "datamodule"} for verb in ("plan", "factor")}
+
+    @override
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Let the help of a verb begin with its own options, and not with the Trainer's."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"lrcompress {subcommand} --config RECIPE [--KEY VALUE ...]"
+        groups: Any = parser._action_groups
+        own = groups.pop()  # a verb's arguments are added last
+        own.title = f"options of {subcommand}"
+        groups.insert(0, own)
+        return parser
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

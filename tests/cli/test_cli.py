@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import lrcompress
 from lrcompress.cli import main
 from lrcompress.errors import SettingError
 
@@ -288,3 +289,27 @@ def test_on_resuming_the_recipe_says_what_the_model_is(tiny_bert: Path, tmp_path
     assert main(["fit", *arguments, *again, "--model.lr=0.5", checkpoint]) == 0
     saved = torch.load(tmp_path / "again" / "last.ckpt", weights_only=True)
     assert saved["hyper_parameters"]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("verb", "says", "own"),
+    [
+        ("plan", "Print which layers the recipe would replace", "--curve"),
+        ("factor", "Factor a finished fit's weights", "--checkpoint"),
+        ("fit", "Runs the full optimization routine", "--ckpt_path"),
+    ],
+)
+def test_the_help_of_a_verb_begins_with_its_own_options(
+    verb: str, says: str, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    places = [told.index(part) for part in (f"usage: lrcompress {verb} ", says, own, "--trainer.")]
+    assert places == sorted(places)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lrcompress {lrcompress.__version__}\n"
