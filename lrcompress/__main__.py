@@ -1,4 +1,4 @@
-"""``python -m lrcompress`` is ``lrcompress``."""
+"""``python -m lrcompress``: the command line ``lrcompress``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Which rank each layer gets: error curves and costs in, ranks out.
+"""Rank allocation: a budget of parameters is shared by layers according to error curves.
 
 A rank costs ``out + in`` parameters, a layer left dense ``out·in``. ``keep`` is the share of
 the targeted layers' parameters that remains, over all of them together.
@@ -23,14 +23,14 @@ ALLOCATIONS = ("uniform", "global")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that asks for a share of the budget.
+    """A layer as rank allocation sees it: its size, error curve and bounds.
 
     Attributes:
         name: of the layer.
         out_features: its rows.
         in_features: its columns.
-        energies: ``(min(out, in),)`` descending; what each further rank saves, in the currency
-            of the budget (predicted loss). Only global allocation reads it.
+        energies: ``(min(out, in),)`` descending; the predicted loss that each further rank
+            saves. Only global allocation reads it.
         rank: a rank that is fixed in advance, or None.
         keep: a share of this layer that is fixed in advance, or None.
         lowest: the least rank it may get.
@@ -67,18 +67,22 @@ class Candidate:
 
     @property
     def top(self) -> int:
-        """The greatest rank it may get; one above ``useful`` stands for dense."""
+        """The greatest rank it may get; ``useful + 1`` stands for dense."""
         dense = self.useful + 1
         return dense if self.highest is None or not self.useful else min(self.useful, self.highest)
 
     @property
     def least(self) -> int:
-        """The least rank it may get, which for a layer that no factors make smaller is dense."""
+        """The least rank it may get; dense for a layer that no factors make smaller."""
         return min(self.lowest, self.top)
 
 
 def check_keep(keep: float, name: str = "keep") -> float:
-    """Return ``keep`` if it is a share of parameters that may remain.
+    """Return ``keep`` as a float if it is a valid share of parameters.
+
+    Args:
+        keep: parameters that remain / parameters before.
+        name: of the argument, for the error message.
 
     Raises:
         SettingError: unless ``0 < keep ≤ 1``.
@@ -100,7 +104,7 @@ def _percent(keep: object) -> bool:
 
 
 def cost(candidate: Candidate, rank: int | None) -> int:
-    """Return the parameters of a layer at ``rank``; None, or a rank that saves none, is dense.
+    """Return the parameters of a layer at ``rank``; dense for None or a rank that saves none.
 
     Example:
         >>> [cost(Candidate("layer", 4, 6), rank) for rank in (1, 2, 3, None)]
@@ -129,9 +133,12 @@ def allocate(
         allocation: ``"uniform"`` or ``"global"``.
         align: what ranks are multiples of.
 
+    Returns:
+        Layer name to rank, in the order of ``candidates``.
+
     Raises:
-        SettingError: if ``keep`` is out of range or cannot be met: the layers' own ranks or
-            least ranks take more than it leaves.
+        SettingError: if ``keep`` is missing, out of range or cannot be met (the layers' own ranks
+            or least ranks take more than it leaves), or a rank of a layer is out of range.
 
     Cost:
         ``O(R log R)`` with ``R`` the sum of all possible ranks.
@@ -244,7 +251,7 @@ def _tails(candidate: Candidate) -> list[float]:
 def _hull(
     candidate: Candidate, tails: Sequence[float], start: int, top: int, align: int
 ) -> list[tuple[float, int]]:
-    """Return the moves ``(saved per parameter, to rank)`` along the lower convex hull."""
+    """Return the steps ``(saved per parameter, to rank)`` along the lower convex hull."""
     grid = range((start // align + 1) * align, min(top, candidate.useful) + 1, align)
     hull: list[tuple[int, int]] = []  # (parameters, rank)
     for rank in dict.fromkeys((start, *grid, top if top > candidate.useful else start)):
@@ -266,10 +273,10 @@ def _fill(
     align: int,
     worth: Callable[[Candidate, int], float],
 ) -> dict[str, int]:
-    """Spend what is left, first up to multiples of ``align``, then rank by rank.
+    """Spend the rest of the budget, first up to multiples of ``align``, then rank by rank.
 
-    Each time the layer is next whose next rank is worth most; single ranks go to layers that
-    are off a multiple already, while there are any.
+    Each time the layer with the greatest worth of its next rank gets it; single ranks go first to
+    layers whose rank is no multiple already.
     """
     left = budget - sum(cost(c, ranks[c.name]) for c in free)
     for step in dict.fromkeys((align, 1)):
@@ -287,7 +294,7 @@ def _fill(
 
 
 def _grown(candidate: Candidate, rank: int, step: int) -> int:
-    """Return the next multiple of ``step`` if it may be had, else the same rank."""
+    """Return the next multiple of ``step`` if bounds allow it, else the same rank."""
     more = (rank // step + 1) * step
     return more if more <= min(candidate.top, candidate.useful + (step == 1)) else rank
 
@@ -295,13 +302,16 @@ def _grown(candidate: Candidate, rank: int, step: int) -> int:
 def match_bounds(
     keep_range: tuple[float, float], out_features: int, in_features: int, unit: int | None = None
 ) -> tuple[int, int | None]:
-    """Return the ranks that a least and a greatest keep per layer stand for.
+    """Return the least and the greatest rank for a range of keep per layer.
 
     Args:
-        keep_range: the two.
+        keep_range: least and greatest keep.
         out_features: rows of the weight.
         in_features: columns of the weight.
         unit: parameters one rank costs; None is ``out + in``.
+
+    Returns:
+        The two ranks; the second is None where a layer may stay dense.
 
     Example:
         >>> match_bounds((0.1, 0.5), out_features=100, in_features=100)
@@ -314,14 +324,14 @@ def match_bounds(
 
 
 def kept_share(candidates: Sequence[Candidate], ranks: Mapping[str, int | None]) -> float:
-    """Return the keep that ``ranks`` amount to over all ``candidates``."""
+    """Return the keep over all ``candidates`` that ``ranks`` result in."""
     return sum(cost(c, ranks[c.name]) for c in candidates) / sum(c.dense for c in candidates)
 
 
 def kept_units(
     scores: Mapping[Key, Tensor], costs: Mapping[Key, Tensor], budget: float
 ) -> dict[Key, Tensor]:
-    """Return which units stay: the best of all layers together whose parameters fit a budget.
+    """Return which units stay: the best of all layers whose parameters fit one budget.
 
     Units are taken in falling order of their scores, equal ones in the order of the layers,
     until the next one would exceed the budget. A score of ``inf`` comes first whatever it
@@ -331,6 +341,9 @@ def kept_units(
         scores: ``(units,)`` of every layer, per parameter.
         costs: ``(units,)`` of every layer, parameters of each unit.
         budget: parameters that may stay.
+
+    Returns:
+        ``(units,)`` bool of every layer.
 
     Cost:
         One sort of all units; where all cost the same, one selection, in linear time.
@@ -364,9 +377,9 @@ def kept_units(
 def allocate_ranks_and_rows(
     row_losses: Mapping[str, Tensor], units: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """Return the rank of every layer that shares one budget best between ranks and rows.
+    """Return the rank of every layer when ranks and sparse rows share one budget.
 
-    A layer of rank ``r`` with rows ``K`` of the remainder kept whole is predicted to lose
+    A layer of rank ``r`` that keeps rows ``K`` of the remainder is predicted to lose
     ``Σ_{i∉K} e_l[r, i]`` and takes ``r·unit_l + |K|·in_l`` parameters. Minimises the sum of the
     losses under the budget, by its Lagrangian: at a price ``λ`` of a parameter, the best rank
     minimises ``λ·r·unit_l + Σ_i min(e_l[r, i], λ·in_l)``, and the least ``λ`` that fits is found
@@ -374,7 +387,7 @@ def allocate_ranks_and_rows(
 
     Args:
         row_losses: ``(most + 1, out)`` of every layer, from
-            :func:`~lrcompress.solvers.row_errors.row_energies`, in one currency.
+            :func:`~lrcompress.solvers.row_errors.row_energies`, as predicted losses.
         units: ``out + in`` of every layer.
         budget: parameters for ranks and rows together.
 

@@ -1,7 +1,6 @@
-"""Processes that train together: what they tell each other, and how work is dealt to them.
+"""Process groups: exchange objects and tensors between processes, and distribute work to them.
 
-A rank is that of a factor everywhere in this package; a member of a process group is a process
-here, with a number.
+In this package a rank is that of a matrix; a member of a process group is a process, with an index.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,15 +21,15 @@ BUCKET = 1 << 23  # values sent at once
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a group, seen by one of them. One alone never communicates.
+    """A process group as one of its processes sees it. A single process never communicates.
 
-    All methods but :meth:`deal` and :meth:`turns` are collective: every process calls them in the
-    same order. If the others cannot be reached any more, each raises a PlatformError that says
-    so. Here every process holds all parameters in full; where each holds a part, a subclass makes
-    layers whole.
+    All methods but :meth:`of`, :meth:`assign`, :meth:`rounds` and :meth:`reshard` are collective:
+    every process calls them in the same order. If the others cannot be reached any more, each
+    raises a PlatformError that says so. In this class every process holds all parameters in full;
+    a subclass for sharded parameters gathers layers.
 
     Attributes:
-        index: the number of this process.
+        index: number of this process in the group, from 0.
         size: how many there are.
         group: their process group; None is the default one.
         sharded: whether each process holds a part of every parameter.
@@ -43,20 +42,24 @@ class Processes:
 
     @classmethod
     def of(cls, group: Any = None) -> "Processes":
-        """Return the processes of a group; this one alone where nothing is initialised."""
+        """Return the processes of a group; this one alone if torch.distributed is not initialised.
+
+        Args:
+            group: a process group of torch; None is the default one.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
     @property
     def device(self) -> torch.device:
-        """Where tensors have to be to be sent."""
+        """The device that tensors must be on to be sent."""
         if self.size > 1 and "nccl" in dist.get_backend(self.group):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
     def all_gather(self, value: T) -> list[T]:
-        """Return the plain object of every process, in their order."""
+        """Return the picklable objects ``value`` of all processes, in their order."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -68,7 +71,7 @@ class Processes:
         """Return what ``work`` gives in every process; if it fails in one, fail in all.
 
         Args:
-            work: gives a plain object, its tensors on the CPU.
+            work: returns a picklable object, its tensors on the CPU.
 
         Raises:
             LRCompressError: what another process raised; the one that failed raises its own.
@@ -92,11 +95,11 @@ class Processes:
         return [one for one, _ in told]
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """Return what ``work`` gives in the first process, in all of them."""
+        """Return in all processes what ``work`` gives in the first; fails as :meth:`run_on_all`."""
         return self.run_on_all(lambda: work() if self.index == 0 else None)[0]  # type: ignore[return-value]
 
     def broadcast_(self, tensors: Sequence[Tensor], source: int) -> None:
-        """Give ``tensors`` the values they have in the process ``source``."""
+        """Give ``tensors`` the values they have in the process with index ``source``."""
         if self.size == 1:
             return
         group: Any = self.group or dist.group.WORLD
@@ -110,7 +113,7 @@ class Processes:
                 tensor.detach().copy_(values.view(tensor.shape))
 
     def all_reduce_(self, flat: Tensor) -> None:
-        """Add up a contiguous tensor over all processes, in place."""
+        """Sum a contiguous tensor over all processes, in place."""
         if self.size == 1:
             return
         there = flat.to(self.device)
@@ -121,7 +124,7 @@ class Processes:
 
     @contextmanager
     def _explain_failure(self) -> Iterator[None]:
-        """Say what a process that dies or hangs means for the others.
+        """Explain the backend's error when another process has died or hangs.
 
         Raises:
             PlatformError: in place of what the backend raises.
@@ -136,10 +139,16 @@ class Processes:
             ) from error
 
     def assign(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Return which process does what, so that the busiest has as little as possible.
+        """Return the process of each task, such that the largest load is small.
 
-        The greatest go first, each to the process with the least so far: at most a third more
-        than the best there is.
+        Greedy, in falling order of cost, each to the process with the least so far. The largest
+        load is at most 4/3 of the optimal one.
+
+        Args:
+            costs: by name of the task, in any unit.
+
+        Returns:
+            Task to index of the process, the same in all processes.
 
         Example:
             >>> Processes(0, 2).assign({"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0})
@@ -152,18 +161,21 @@ class Processes:
         return owner
 
     def rounds(self, owner: Mapping[str, int]) -> list[list[str]]:
-        """Return layers in the turns in which their owners work on them: all at once.
+        """Return the layers of each round of work: here all in one round.
 
-        Where parameters are sharded, at most one layer of every owner is whole at a time.
+        Where parameters are sharded, a round has at most one layer of every owner.
+
+        Args:
+            owner: layer to process, from :meth:`assign`.
         """
         return [list(owner)]
 
     def reshard(self, model: nn.Module) -> None:
-        """Have ``model`` hold its own parameters, not what a forward pass has gathered."""
+        """Free the parameters that a forward pass has gathered; here there are none."""
 
     @contextmanager
     def gathered(self, model: nn.Module, name: str) -> Iterator[None]:  # noqa: ARG002
-        """Have a layer's parameters whole inside the block, to be read and not changed."""
+        """Hold a layer's full parameters inside the block, for reading only."""
         yield
 
     @contextmanager
@@ -173,15 +185,15 @@ class Processes:
         names: Sequence[str],  # noqa: ARG002
         optimizers: Sequence[Optimizer] = (),  # noqa: ARG002
     ) -> Iterator[None]:
-        """Have layers and their optimizer state whole inside the block, which may replace them.
+        """Hold full layers and optimizer state inside the block, which may replace them.
 
-        Afterwards what then stands under these names is sharded as before. Values have to be the
-        same in all processes at the end of the block.
+        After the block the layers of these names are sharded as before. Their values must then be
+        the same in all processes.
         """
         yield
 
     def sum_rows_(self, parts: Tensor) -> None:
-        """Add up what each process found in :func:`local_rows`; here each has found it all."""
+        """Sum what each process found in its :func:`local_rows`; here each has all rows."""
 
     def first_difference(self, values: Mapping[str, object]) -> tuple[str, list[object]] | None:
         """Return the first name whose value is not the same in all processes, and its values."""
@@ -198,9 +210,15 @@ ONE_PROCESS = Processes()
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:
-    """Return the rows of a parameter, or of what is as it is, that this process holds.
+    """Return the rows of a parameter, its gradient or state that this process holds.
 
-    Of a plain tensor these are all. They share the tensor's memory; to be called without grad.
+    Of a plain tensor these are all rows. They share the tensor's memory; call without grad.
+
+    Args:
+        tensor: ``(rows, ...)``, plain or a DTensor sharded by rows over its whole mesh.
+
+    Returns:
+        The local rows, and their place in the whole tensor.
 
     Example:
         >>> local_rows(torch.zeros(3, 2))[1]
@@ -221,7 +239,7 @@ def _described_error(error: Exception) -> tuple[type[LRCompressError], str]:
 
 
 def _parts(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors of one dtype and device together, as many as make one bucket."""
+    """Yield tensors in buckets of one dtype and device, at most ``BUCKET`` values if possible."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         part = kinds.setdefault((tensor.dtype, tensor.device), [])
@@ -234,9 +252,9 @@ def _parts(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return a number for every tensor that another value or order of its bits would change.
+    """Return a checksum for every tensor, which depends on the values and their order.
 
-    It is exact arithmetic on the bits, so the same on every device.
+    It is integer arithmetic on the bits, so the same on every device.
 
     Example:
         >>> one, other = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])

@@ -4,14 +4,14 @@
     ├── ShapeError        arguments that do not fit together            (ValueError)
     ├── SettingError      an argument outside what it may be            (ValueError)
     ├── NotFiniteError    a NaN or an infinity reached a solver         (ArithmeticError)
-    ├── NoMatchError      a pattern or a name that names nothing        (LookupError)
+    ├── NoMatchError      a pattern or a name that matches nothing      (LookupError)
     ├── LayerError        a layer that cannot be observed or factored   (TypeError)
     ├── ObservationError  statistics that are missing or contradictory  (RuntimeError)
     ├── PlatformError     a trainer, strategy or callback in the way    (RuntimeError)
     ├── CheckpointError   a file that does not hold what was expected   (RuntimeError)
     ├── ExportError       an export that cannot be made, or differs     (RuntimeError)
     ├── ReportError       a report that cannot be read                  (RuntimeError)
-    └── RecipeError       a recipe that cannot be read, all its faults  (ValueError)
+    └── RecipeError       a recipe that cannot be read, all its errors  (ValueError)
 
 Each message says what was expected, what was found, and where it was found.
 """
@@ -37,7 +37,7 @@ class NotFiniteError(LRCompressError, ArithmeticError):
 
 
 class NoMatchError(LRCompressError, LookupError):
-    """A pattern or a name that names nothing there is."""
+    """A pattern or a name that matches nothing."""
 
 
 class LayerError(LRCompressError, TypeError):
@@ -65,11 +65,16 @@ class ReportError(LRCompressError, RuntimeError):
 
 
 class RecipeError(LRCompressError, ValueError):
-    """A recipe that cannot be read; the message lists all its faults."""
+    """A recipe that cannot be read; the message lists all its errors."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return the known names closest to ``name``, comma separated, for an error message.
+
+    Args:
+        name: what was given.
+        known: the valid names; the first of them are returned if none is close.
+        count: at most so many.
 
     Example:
         >>> nearest("kfca", ["svd", "kfac", "drone"])

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes."""
 
 import os
 from collections.abc import Iterator
@@ -8,13 +8,25 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a place to write a file to, which becomes ``path`` once it is complete.
+    """Yield a temporary path in the same folder, which is renamed to ``path`` after the block.
 
-    If writing fails, what was at ``path`` before stays there, and nothing else is left. The
-    folder is made if need be.
+    If the block fails, what was at ``path`` before stays there, and the temporary file is
+    removed. The folder is made if it does not exist. There is no ``fsync``: this protects from a
+    full disk or a killed process, not from a power failure.
+
+    Args:
+        path: the file to write.
 
     Raises:
         OSError: what the block raises, such as on a full disk, with the file's name.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(f"{folder}/note.txt") as temporary:
+        ...         _ = temporary.write_text("done")
+        ...     Path(folder, "note.txt").read_text()
+        'done'
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

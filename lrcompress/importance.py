@@ -1,11 +1,12 @@
-"""How much the loss depends on parts of a layer: scores of rows and of rank components.
+"""Importance scores for pruning: of rows, entries and rank components, from gradients.
 
 The loss changes by about ``−p·∂L/∂p`` when a parameter ``p`` is set to zero. What is pruned
 together is scored together: a *unit* is a row of the sparse part, an entry of it, or a rank
 component, which is the same as its singular value.
 
 Sources: Molchanov et al., "Importance Estimation for Neural Network Pruning" (2019); Zhang et
-al., "PLATON" (ICML 2022); Li et al., "LoSparse" (ICML 2023); Zhang et al., "AdaLoRA" (2023).
+al., "PLATON" (ICML 2022, arXiv 2206.12562); Li et al., "LoSparse" (ICML 2023, arXiv 2306.11222);
+Zhang et al., "AdaLoRA" (2023).
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +24,9 @@ def row_mean(weight: Tensor, gradient: Tensor) -> Tensor:
         weight: ``(rows, in)``.
         gradient: of the loss, ``(rows, in)``.
 
+    Returns:
+        ``(rows,)``, in units of the loss.
+
     Example:
         >>> row_mean(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 1.0]]))
         tensor([2.5000])
@@ -31,7 +35,14 @@ def row_mean(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def row_group(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Return ``|Σ_j w_ij ∂L/∂w_ij| / in`` of every row: the loss as a whole, a parameter.
+    """Return ``|Σ_j w_ij ∂L/∂w_ij| / in`` of every row: the predicted loss change per parameter.
+
+    Args:
+        weight: ``(rows, in)``.
+        gradient: of the loss, ``(rows, in)``.
+
+    Returns:
+        ``(rows,)``, in units of the loss.
 
     Example:
         >>> row_group(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 1.0]]))
@@ -42,7 +53,12 @@ def row_group(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def entries(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Return ``|w_ij ∂L/∂w_ij|`` of every entry, as one vector, row after row."""
+    """Return ``|w_ij ∂L/∂w_ij|`` of every entry, ``(rows · in,)``, row after row.
+
+    Args:
+        weight: ``(rows, in)``.
+        gradient: of the loss, ``(rows, in)``.
+    """
     return (weight * gradient).abs_().flatten()
 
 
@@ -50,15 +66,18 @@ ROW_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": row_mean, "
 
 
 def component(left: Tensor, gradient: Tensor) -> Tensor:
-    """Return ``σ_k ∂L/∂σ_k`` of every rank component of ``left right``; its size is the score.
+    """Return ``σ_k ∂L/∂σ_k`` of every rank component of ``left right``; the score is its magnitude.
 
     With ``left[:, k] right[k, :]`` scaled by ``σ_k``, ``σ_k ∂L/∂σ_k = Σ_i left_ik ∂L/∂left_ik``,
-    and the same sum over ``right``: no singular values need be kept apart. Of some of the rows
-    it gives their share of the sum.
+    and the same sum over ``right``: no separate singular values are needed. Given some of the
+    rows, it returns their share of the sum.
 
     Args:
         left: ``(out, rank)``.
         gradient: of the loss, ``(out, rank)``.
+
+    Returns:
+        ``(rank,)``, in units of the loss, with sign.
     """
     return (left * gradient).sum(0)
 
@@ -67,8 +86,8 @@ class Importance:
     """Scores of the units of every layer, averaged over training steps.
 
     Over each window of ``every_n_steps`` steps the scores are averaged to ``I``; then
-    ``Ī ← β₁ Ī + (1 − β₁) I`` and, for PLATON, ``Ū ← β₂ Ū + (1 − β₂) |I − Ī|``. The score is
-    ``Ī``, or ``Ī·Ū`` where ``β₂ < 1``. Scores that are not finite add nothing.
+    ``Ī ← β₁ Ī + (1 − β₁) I`` and, for PLATON, ``Ū ← β₂ Ū + (1 − β₂) |I − Ī|``, both from zero.
+    The score is ``Ī``, or ``Ī·Ū`` where ``β₂ < 1``. Scores that are not finite count as zero.
 
     Args:
         beta1: of the average, from 0 to below 1.
@@ -132,7 +151,7 @@ class Importance:
         return {"steps": self.steps, **copied}
 
     def load_state_dict(self, state: Mapping[str, object], device: torch.device | str) -> None:
-        """Go on from what :meth:`state_dict` described, on ``device``."""
+        """Load what :meth:`state_dict` returned, on ``device``."""
         self._open, self._mean, self._spread = (
             {name: value.to(device, copy=True) for name, value in state[key].items()}  # type: ignore[attr-defined]
             for key in ("open", "mean", "spread")

@@ -1,4 +1,4 @@
-"""Matrix mathematics that knows no layer: symmetric sums, their roots, balanced factors."""
+"""Matrix functions: Gram matrices, square roots, shrinkage, whitening, balanced factors."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ _NARROWEST = 128
 def add_gram_(total: Tensor, x: Tensor, scale: float = 1.0) -> None:
     """Add ``scale² xᵀ x`` to the upper triangle of ``total``; what is below is left undefined.
 
-    A symmetric sum needs half of the products only; it is built block row by block row to save
+    A symmetric sum needs half of the products only; it is computed block row by block row to save
     most of the other half. Read the result through :func:`symmetric`.
 
     Args:
@@ -35,7 +35,7 @@ def add_gram_(total: Tensor, x: Tensor, scale: float = 1.0) -> None:
 
 
 def symmetric(total: Tensor) -> Tensor:
-    """Return the whole symmetric matrix whose upper triangle ``total`` holds.
+    """Return the full symmetric matrix ``(n, n)`` whose upper triangle ``total`` holds.
 
     Example:
         >>> symmetric(torch.tensor([[1.0, 2.0], [9.0, 3.0]])).tolist()
@@ -46,7 +46,7 @@ def symmetric(total: Tensor) -> Tensor:
 
 
 def shrunk(metric: Tensor, share: float) -> Tensor:
-    """Return ``(1 − share)·metric + share·mean(diag)·I``, for few samples per dimension.
+    """Return ``(1 − share)·metric + share·mean(diag)·I``: shrinkage towards the identity.
 
     Args:
         metric: ``(n, n)`` symmetric, or ``(n,)``, the diagonal of a diagonal one.
@@ -63,15 +63,18 @@ def shrunk(metric: Tensor, share: float) -> Tensor:
 
 
 def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:
-    """Return ``R`` with ``R Rᵀ = moment``, and whether it is a lower triangle.
+    """Return a square root ``R`` with ``R Rᵀ = moment``, and whether it is lower triangular.
 
-    Cholesky where the matrix is positive definite, else by eigenvalues with the negative
-    ones, which rounding makes of zeros, set to zero. Nothing is added to the diagonal.
+    Cholesky where the matrix is positive definite, else by eigenvalues. Negative eigenvalues,
+    which rounding makes of zeros, are set to zero. Nothing is added to the diagonal.
 
     Args:
         moment: ``(n, n)`` symmetric positive semidefinite, float64.
         floor: share of the largest eigenvalue that smaller ones are raised to, for roots that
-            will be inverted; the columns of ``R`` are then orthogonal, or it is a triangle.
+            will be inverted.
+
+    Returns:
+        ``R (n, n)``, lower triangular or with orthogonal columns, and which of the two.
 
     Cost:
         ``n³/3`` operations; about ``9 n³`` where the matrix is singular.
@@ -87,9 +90,9 @@ def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:
 def whitening(
     metric: Tensor | None, floor: float
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Return what applies ``P`` and what applies ``P⁻¹``, for some ``P`` with ``PᵀP = metric``.
+    """Return functions that apply ``P`` and ``P⁻¹``, for some ``P`` with ``PᵀP = metric``.
 
-    Both take and give ``(n, columns)``.
+    Both map ``(n, columns)`` to ``(n, columns)``.
 
     Args:
         metric: ``(n, n)`` symmetric, ``(n,)`` its diagonal, or None for the identity; float64.
@@ -115,11 +118,11 @@ def whitening(
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same product with each component's norm shared evenly by both factors.
+    """Return factors of the same product with ``‖left[:, k]‖ = ‖right[k, :]‖``.
 
-    Gradient descent on ``left right`` moves both factors at the same pace only where
-    ``‖left[:, k]‖ = ‖right[k, :]‖``. A component that is zero on one side keeps a small
-    share on the other, so that training can still revive it.
+    Gradient descent on ``left right`` changes both factors at the same rate only where their
+    norms are equal. A component that is zero on one side keeps a small share on the other, so
+    that training can still revive it.
 
     Args:
         left: ``(out, rank)``.

@@ -1,7 +1,7 @@
-"""What an error is measured in: every method's metric, from the statistics of a layer.
+"""Metrics of low-rank approximation (K-FAC, Fisher, covariance), from a layer's statistics.
 
 All weighted decompositions minimise one objective, with ``PᵀP`` an output metric and ``QQᵀ``
-an input metric, over all matrices ``M`` of rank ``r``::
+an input metric, over all matrices ``M (out, in)`` of rank ``r``::
 
     min ‖P (W − M) Q‖²
 
@@ -12,7 +12,7 @@ method             output metric     input metric     source
 ``fwsvd``          I                 diag Σ_i F_ij    Hsu et al., ICLR 2022
 ``asvd``           I                 diag (mean |x|)  Yuan et al., arXiv 2312.05821
 ``drone``          I                 C                Chen et al., NeurIPS 2021
-``row_fisher``     diag Σ_j F_ij     C                both of the above, one a side
+``row_fisher``     diag Σ_j F_ij     C                Fisher of rows, inputs as ``drone``
 ``kfac``           G                 C                two-sided, arXiv 2505.17974
 ``weighted_kfac``  G                 C_g              as ``kfac``, inputs by gradient
 ``kronecker``      G                 C                as ``kfac``, over sums of Kronecker products
@@ -40,12 +40,12 @@ from lrcompress.statistics.moments import Statistics
 
 @dataclass(frozen=True)
 class Method:
-    """One way to measure an error.
+    """A method: which statistics are its output and input metric, and the form of its layers.
 
     Attributes:
         output: the statistic behind the output metric; None for the identity.
         input: the statistic behind the input metric; None for the identity.
-        form: the kind of layer whose factors it looks for.
+        form: ``"low_rank"`` or ``"kronecker"``, the kind of layer it makes.
     """
 
     output: str | None
@@ -59,7 +59,7 @@ class Method:
 
     @property
     def comparable(self) -> bool:
-        """Whether ranks of different layers compete in one currency, the loss."""
+        """Whether errors of different layers are comparable, as predicted increases of the loss."""
         return self.output is not None and self.form == "low_rank"
 
     @property
@@ -133,7 +133,7 @@ def metric_of(
     refit_bias: bool,
     shrink: tuple[float, float] = (0.0, 0.0),
 ) -> Metric:
-    """Return the metric that ``method`` measures the errors of ``layer`` in.
+    """Return the metric of ``method`` for the errors of ``layer``.
 
     Args:
         method: a key of :data:`METHODS`.
@@ -143,7 +143,11 @@ def metric_of(
             moment is then centred, which is the exact optimum over weight and bias together.
         shrink: shares of the mean diagonal mixed into the input and the output metric.
 
+    Returns:
+        The metric, with the identity for a side whose statistics are all zero.
+
     Raises:
+        SettingError: if there is no such method.
         NotFiniteError: if a statistic holds a NaN or an infinity.
         ObservationError: if a statistic is missing.
     """

@@ -1,4 +1,4 @@
-"""When things happen: points in training and ``step -> value`` schedules."""
+"""Schedules: points in training, and ``step -> value`` functions such as warmup and cubic."""
 
 import math
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from lrcompress.errors import SettingError
 
 @dataclass(frozen=True)
 class Point:
-    """A moment in training, as the user wrote it.
+    """A moment in training: a fraction of all steps, an epoch or a step.
 
     Attributes:
         unit: ``"fraction"`` of all steps, ``"epoch"`` or ``"step"``.
-        value: how many of them have passed at the moment meant.
+        value: the fraction, or how many epochs or steps have passed.
     """
 
     unit: str
@@ -58,11 +58,11 @@ class Point:
         """Return how many optimizer steps come before this moment.
 
         Args:
-            total_steps: of the whole run; ``inf`` where nobody knows.
-            steps_per_epoch: ``inf`` where nobody knows.
+            total_steps: of the whole run; ``inf`` if unknown.
+            steps_per_epoch: ``inf`` if unknown.
 
         Raises:
-            SettingError: if the moment lies at or beyond the end of training, or cannot be
+            SettingError: if the moment is at or beyond the end of training, or cannot be
                 placed because the run's length is not known in advance.
 
         Example:
@@ -78,7 +78,11 @@ class Point:
         return step
 
     def place(self, total_steps: float, steps_per_epoch: float) -> int:
-        """Return the same, for a moment that may also be the end of training or lie beyond it.
+        """Return the same as :meth:`step`, also at the end of training or beyond it.
+
+        Args:
+            total_steps: of the whole run; ``inf`` if unknown.
+            steps_per_epoch: ``inf`` if unknown.
 
         Raises:
             SettingError: if the run's length is needed and not known in advance.
@@ -94,7 +98,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Piecewise:
-    """A value that changes in the course of training: linear between points, constant outside.
+    """A piecewise linear schedule: linear between points, constant before and after them.
 
     Attributes:
         points: moments with the value just before and the value from there on, which differ
@@ -128,7 +132,11 @@ class Piecewise:
         return cls(((Point("fraction", 0.0), *_sides(value, name)),))
 
     def counts(self, total_steps: float, steps_per_epoch: float) -> bool:
-        """Return whether the value is above 0 at any step of a run of that length."""
+        """Return whether the value is above 0 at any step of a run of that length.
+
+        Raises:
+            SettingError: if points do not rise, or cannot be placed in this run.
+        """
         if self.constant is not None:
             return self.constant > 0
         placed = [point.place(total_steps, steps_per_epoch) for point, _, _ in self.points]
@@ -138,12 +146,17 @@ class Piecewise:
 
     @property
     def constant(self) -> float | None:
-        """The value, if it is the same all the time."""
+        """The value if it never changes, else None."""
         values = {value for _, *sides in self.points for value in sides}
         return values.pop() if len(values) == 1 else None
 
     def at(self, step: int, total_steps: float, steps_per_epoch: float) -> float:
-        """Return the value at ``step``, counted from 0; the other arguments are as for `Point`.
+        """Return the value at ``step``.
+
+        Args:
+            step: counted from 0.
+            total_steps: of the whole run; ``inf`` if unknown.
+            steps_per_epoch: ``inf`` if unknown.
 
         Raises:
             SettingError: if points do not rise, or cannot be placed in this run.
@@ -165,7 +178,7 @@ class Piecewise:
 
 
 def _moment(text: object) -> Point:
-    """Return the point; other than for a change of structure it may be the end of training."""
+    """Return the point; unlike that of a change of structure it may be the end of training."""
     if text in (1, 1.0, "1", "1.0") and not isinstance(text, bool):
         return Point("fraction", 1.0)
     return Point.parse(text)  # type: ignore[arg-type]
@@ -185,7 +198,11 @@ def _sides(value: Any, name: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Warmup:
-    """A rise from near 0 to ``scale`` over ``steps`` steps, then ``scale``.
+    """Linear warmup from near 0 to ``scale``: ``scale · min(1, (step + 1) / steps)``.
+
+    Attributes:
+        steps: how long it takes; 0 is as 1.
+        scale: the factor after it.
 
     Example:
         >>> [Warmup(4, 1.0)(step) for step in (0, 1, 3, 9)]
@@ -206,10 +223,15 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Cubic:
-    """What is kept while pruning: 1 until ``start``, ``final`` from ``stop`` on.
+    """Cubic pruning schedule of the kept share: 1 until ``start``, ``final`` from ``stop`` on.
 
     Between them ``final + (1 − final)·(1 − (step − start)/(stop − start))³``: fast while
     much is left to choose from, slow towards the end.
+
+    Attributes:
+        start: step at which pruning starts.
+        stop: step at which it ends.
+        final: share that is kept in the end.
 
     Source:
         Zhu & Gupta, "To prune, or not to prune" (2017); used by LoSparse (2023).
@@ -237,6 +259,10 @@ def parse_points(
     at: float | str | list[float | str], keep: float | list[float] | None
 ) -> tuple[list[Point], list[float | None]]:
     """Return one or several points, and the keep of each.
+
+    Args:
+        at: a point or a list of them.
+        keep: the share of each, not checked; a list, falling, if ``at`` is one.
 
     Raises:
         SettingError: if one is no point, or there is not a falling keep for each.

@@ -1,4 +1,4 @@
-"""How fast and how large models are here: measured in turns, on this machine."""
+"""Benchmarks of latency, memory, FLOPs and size of models, on this machine."""
 
 from lrcompress.bench.compare import compare
 from lrcompress.bench.models import BenchModel, TorchModel

@@ -1,4 +1,4 @@
-"""One model measured beside another, in turns."""
+"""Benchmark of two models side by side, by interleaved calls."""
 
 import math
 import statistics
@@ -20,17 +20,36 @@ from lrcompress.statistics.views import is_linear, view
 def compare(
     subject: BenchModel, reference: BenchModel | None, batch: Batch, *, device: str, rounds: int
 ) -> Run:
-    """Measure one model, or two in turns; where both are modules, their layers too.
+    """Measure one model, or two by interleaved calls; of two PyTorch models their layers too.
+
+    Each round calls every model once, so that other load on the machine falls on both alike.
+    Speedups are medians over rounds of the ratio of the two times in the same round.
 
     Args:
         subject: the first model.
-        reference: what it is compared with; of the same mode.
-        batch: what both are called with; the first tensor's shape is (batch, length).
-        device: for the record.
-        rounds: how often each is called.
+        reference: what it is compared with, of the same mode; None measures ``subject`` alone.
+        batch: keyword to tensor, what both are called with, on their device; the first tensor is
+            ``(batch, length)`` or has these as its leading sizes.
+        device: name of the device, for the record.
+        rounds: how often each is called, from 1.
+
+    Returns:
+        Times, memory, FLOPs and speedups; ``layers`` are those factored in ``subject`` and plain
+        of the same shape and name in ``reference``.
 
     Raises:
-        SettingError: if both have one name.
+        SettingError: if both have one name, ``rounds`` is less than 1, or an ONNX model reads an
+            input that is not in ``batch``.
+
+    Cost:
+        ``rounds + 1`` calls of each model, as many again where layers are timed, and up to three
+        for memory and FLOPs; of two ONNX models six more each.
+
+    Example:
+        >>> small, large = (TorchModel(f"{n} wide", nn.Linear(8, n)) for n in (8, 64))
+        >>> run = compare(small, large, {"input": torch.ones(2, 8)}, device="cpu", rounds=3)
+        >>> {name: speed.flops for name, speed in run.speeds.items()}
+        {'8 wide': 256, '64 wide': 2048}
     """
     subjects = [one for one in (subject, reference) if one is not None]
     if len({one.name for one in subjects}) < len(subjects):
@@ -61,7 +80,7 @@ def _with_layers(
     batch: Batch,
     rounds: int,
 ) -> tuple[dict[str, list[float]], list[LayerTime], float | None]:
-    """Measure the models, and in the same rounds the layers in which they differ."""
+    """Measure the models, and in the same rounds the layers that only ``subject`` has factored."""
     names = _factored_in_one(subject.model, reference.model)
     seen: dict[str, list[dict[str, float]]] = {subject.name: [], reference.name: []}
 

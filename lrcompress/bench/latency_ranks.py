@@ -1,4 +1,4 @@
-"""Ranks that make layers faster on this machine; layers that no factors make faster stay."""
+"""Rank allocation by measured latency: layers that factors do not make faster stay."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from lrcompress.statistics.views import view
 
 @dataclass(frozen=True)
 class RankChoice:
-    """What each layer gets.
+    """The rank of every layer, and why some layers stay as they are.
 
     Attributes:
         ranks: as of :func:`~lrcompress.budget.allocate`.
@@ -36,13 +36,13 @@ def allocate_by_latency(
     align: int,
     tokens: int,
 ) -> RankChoice:
-    """Share a budget out, and leave layers as they are whose factors are not faster here.
+    """Allocate ranks, and leave layers as they are whose factors are not faster on this machine.
 
-    Each layer is measured at the rank it would get. What those that stay take of the budget,
-    the others have to do without: ranks are shared out anew, and measured, until all that are
-    left are faster. Where that cannot be, since what stays takes more than ``keep`` leaves, the
-    others have the ranks they would have had, and ``keep`` is missed. Layers with a rank or keep
-    of their own are not measured.
+    Each layer is measured at the rank it would get. Those that are not faster stay, and take
+    their parameters from the budget of the others: ranks are allocated and measured again until
+    all factored layers are faster. If the layers that stay take more than ``keep`` allows, the
+    others get the ranks of the first allocation, and ``keep`` is missed. Layers with a rank or
+    keep of their own are not measured.
 
     Args:
         model: whose layers they are.
@@ -51,6 +51,9 @@ def allocate_by_latency(
         allocation: see ``keep``.
         align: see ``keep``.
         tokens: that a layer reads at once.
+
+    Raises:
+        SettingError: if ``keep`` cannot be met even before layers are measured.
 
     Cost:
         Some 12 forward passes of every size of layer, at every rank that is tried.
@@ -102,7 +105,7 @@ def _not_faster(
 
 
 def _candidate_as_is(one: Candidate, model: nn.Module) -> Candidate:
-    """Return a layer that asks for what it has."""
+    """Return a layer as a candidate for the rank, or the density, that it has."""
     layer = model.get_submodule(one.name)
     if isinstance(layer, LowRankLinear):
         return replace(one, rank=layer.rank)
@@ -111,7 +114,7 @@ def _candidate_as_is(one: Candidate, model: nn.Module) -> Candidate:
 
 @torch.no_grad()
 def relative_time(layer: nn.Module, rank: int, tokens: int, rounds: int = 11) -> float:
-    """Return the time of factors of a rank over that of a layer like ``layer``.
+    """Return the latency of factors of a rank / that of a layer like ``layer``.
 
     Both are new, of its sizes, dtype and device, and applied to ``(tokens, in)`` in turns,
     without gradients; the median over rounds. Random numbers that others draw are the same with

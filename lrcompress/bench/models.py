@@ -1,4 +1,4 @@
-"""A model as something that can be called and measured."""
+"""Models to benchmark: what each has to offer, and PyTorch modules."""
 
 import json
 from abc import ABC, abstractmethod
@@ -16,13 +16,13 @@ Batch = Mapping[str, Tensor]
 
 
 class BenchModel(ABC):
-    """A model as something that can be called.
+    """A model to benchmark: subclasses implement :meth:`call`.
 
     Attributes:
         name: what it is called in tables.
         mode: ``"eager"``, ``"compiled"`` or ``"onnx"``.
         parameters: how many it has; None if not known.
-        stored_bytes: its weights take in a file.
+        stored_bytes: bytes that its weights take in a file.
     """
 
     name: str
@@ -32,25 +32,37 @@ class BenchModel(ABC):
 
     @abstractmethod
     def call(self, batch: Batch) -> object:
-        """Run it once."""
+        """Call the model once.
+
+        Args:
+            batch: keyword to tensor; the first tensor is ``(batch, length, …)``.
+
+        Returns:
+            What the model gives; it is not read.
+        """
 
     def peak_bytes(self, batch: Batch) -> int | None:  # noqa: ARG002
-        """Return the memory it takes at most, its parameters included; None if not known."""
+        """Return the bytes it takes at most, parameters included; None if not known."""
         return None
 
     def flops(self, batch: Batch) -> int | None:  # noqa: ARG002
-        """Return the floating-point operations of one call; None if not known."""
+        """Return the floating-point operations of one call, 2 a multiply-add; None if not known."""
         return None
 
 
 class TorchModel(BenchModel):
-    """A module in evaluation mode.
+    """A PyTorch module to benchmark, in evaluation mode and without gradients.
 
     Args:
         name: of it in tables.
-        model: is called with the batch as keywords, without gradients.
-        stored_bytes: of its files; None counts its tensors.
+        model: is called with the batch as keywords; it is set to evaluation mode.
+        stored_bytes: of its files; None counts the tensors of its state, tied ones once.
         compiled: run it through ``torch.compile``, for every shape anew.
+
+    Example:
+        >>> model = TorchModel("linear", nn.Linear(4, 3))
+        >>> model.parameters, model.stored_bytes, model.flops({"input": torch.ones(2, 4)})
+        (15, 60, 48)
     """
 
     def __init__(
@@ -71,7 +83,11 @@ class TorchModel(BenchModel):
         return self._run(**batch)
 
     def peak_bytes(self, batch: Batch) -> int:
-        """Return parameters, buffers and the most that torch's allocator holds during a call."""
+        """Return the bytes of parameters and buffers, and the most a call allocates besides.
+
+        On CUDA they are those of torch's allocator, elsewhere those that the profiler sees. The
+        model is called twice, the first time to warm up.
+        """
         device = next(self.model.parameters()).device
         self.call(batch)
         if device.type == "cuda":
@@ -84,7 +100,7 @@ class TorchModel(BenchModel):
         return self.held + _most_allocated(seen)
 
     def flops(self, batch: Batch) -> int:
-        """Return what torch's own counter counts, with attention as plain matrix products."""
+        """Return the FLOPs that torch counts, with attention as plain matrix products."""
         # the counter does not know the fused attention of every device
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
             self.model(**batch)

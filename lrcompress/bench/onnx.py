@@ -1,4 +1,4 @@
-"""A model that onnxruntime runs."""
+"""ONNX models to benchmark with onnxruntime."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from lrcompress.errors import SettingError
 
 @dataclass(frozen=True)
 class Products:
-    """The products with weights in one call of a graph.
+    """The matrix products with weights in one call of an ONNX graph.
 
     Attributes:
         share: of the time of all its operators.
@@ -28,15 +28,17 @@ class Products:
 
 
 class OnnxModel(BenchModel):
-    """A file run by onnxruntime on the CPU.
+    """An ONNX file to benchmark with onnxruntime on the CPU; memory and FLOPs are not known.
 
     Args:
         name: of it in tables.
-        path: of the file.
+        path: of the file; external weights beside it count among ``stored_bytes``.
         threads: that it may use; 0 lets onnxruntime choose.
 
     Raises:
-        SettingError: if onnxruntime is not installed.
+        FileNotFoundError: if there is no such file.
+        SettingError: if onnxruntime is not installed; of :meth:`call`, if the graph reads an
+            input that is not in the batch. ``token_type_ids`` are zeros where they are missing.
     """
 
     mode = "onnx"
@@ -75,7 +77,18 @@ class OnnxModel(BenchModel):
         return session.run(None, {name: batch[name].numpy() for name in names})
 
     def products(self, batch: Batch, rounds: int = 5) -> Products:
-        """Measure the products with weights among all operators, by onnxruntime's own profile."""
+        """Measure the products with weights among all operators, by onnxruntime's own profile.
+
+        Args:
+            batch: keyword to tensor on the CPU, as of :meth:`call`.
+            rounds: calls that are counted; one more comes before them.
+
+        Returns:
+            Their share of the time of all operators, and the number of their parameters.
+
+        Raises:
+            SettingError: if the graph reads an input that is not in the batch.
+        """
         with TemporaryDirectory() as folder:
             session = self._open(Path(folder) / "profile")
             for _ in range(rounds + 1):

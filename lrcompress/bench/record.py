@@ -1,4 +1,4 @@
-"""What was measured, as data."""
+"""Results of a benchmark, as data."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Speed:
-    """One model at one batch × length.
+    """Latency, memory and FLOPs of one model at one batch × length.
 
     Attributes:
-        seconds: of every round.
+        seconds: of every round, one call each.
         batch: examples in each call.
-        peak_bytes: parameters, buffers and the most that one call holds besides; None if not
-            known.
-        flops: of one call; None if not known.
+        peak_bytes: bytes of parameters and buffers, and the most that one call holds besides;
+            None if not known.
+        flops: floating-point operations of one call, 2 a multiply-add; None if not known.
+
+    Example:
+        >>> speed = Speed([0.5, 0.25, 0.5], batch=32, peak_bytes=None, flops=None)
+        >>> speed.median, speed.throughput
+        (0.5, 64.0)
     """
 
     seconds: list[float]
@@ -23,7 +28,7 @@ class Speed:
 
     @property
     def median(self) -> float:
-        """Seconds of a call."""
+        """Seconds of a call, the median over rounds."""
         return statistics.median(self.seconds)
 
     @property
@@ -44,14 +49,14 @@ class Speed:
         return self.batch / self.median
 
     def figures(self) -> dict[str, object]:
-        """Return them all in plain types."""
+        """Return median, p95, throughput, ``peak_bytes`` and ``flops`` in plain types."""
         known = {"median": self.median, "p95": self.p95, "throughput": self.throughput}
         return known | {"peak_bytes": self.peak_bytes, "flops": self.flops}
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One factored layer within its model, beside the plain one within its own.
+    """Latency of one factored layer, beside that of the plain layer in the reference.
 
     Attributes:
         name: its path in the model.
@@ -78,7 +83,7 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Run:
-    """Two models, or one alone, at one batch × length.
+    """Benchmark of two models, or of one alone, at one batch × length.
 
     Attributes:
         mode: ``"eager"``, ``"compiled"`` or ``"onnx"``.
@@ -87,14 +92,18 @@ class Run:
         length: tokens of each example.
         speeds: model name to what was measured; where there are two, the second is the
             reference.
-        faster: time of the reference / of the first, a median over rounds.
-        ideal: what ``faster`` would be if all else took as long as before, and each factored
-            layer, of the time of the plain one, the share of parameters it keeps:
+        faster: time of the reference / of the first, a median over rounds; None of one alone.
+        ideal: what ``faster`` would be if each factored layer took the share of the plain one's
+            time that it keeps of its parameters, and all else as long as before:
             ``T / (T − Σ_l t_l (1 − keep_l))`` with ``T`` the reference's time and ``t_l`` that of
             its layers, always measured eagerly; of onnxruntime, ``t`` and ``keep`` are those of
             all products with weights together. None where no layer of the first stands for one
             of the reference, or where compiled the whole takes less than its layers alone.
-        layers: the factored layers.
+        layers: of two PyTorch models, those factored in the first and plain in the reference.
+
+    Example:
+        >>> Run("eager", "cpu", 1, 128, {}, faster=1.5, ideal=2.0).share_of_ideal
+        0.75
     """
 
     mode: str
@@ -120,7 +129,7 @@ class Run:
         return [layer for layer in self.layers if layer.ratio > 1]
 
     def to_dict(self) -> dict[str, object]:
-        """Return the run in plain types."""
+        """Return the run in plain types; of ``seconds`` the median and the 95th percentile."""
         return {
             **{name: getattr(self, name) for name in ("mode", "device", "batch", "length")},
             "speeds": {name: speed.figures() for name, speed in self.speeds.items()},

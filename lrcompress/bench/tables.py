@@ -1,4 +1,4 @@
-"""What was measured, in a terminal."""
+"""Terminal tables of a benchmark."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +14,7 @@ _MANY = 6  # names in one warning
 
 
 def bench_table(subjects: Sequence[BenchModel], runs: Sequence[Run], title: str) -> RenderableType:
-    """Return how large the models are, how fast each run was, and what layers gained nothing."""
+    """Return tables of sizes, of runs and of layers, with a warning about slower layers."""
     layers = [_layers(runs)] if any(run.layers for run in runs) else []
     warnings = [Text(line, style="yellow") for run in runs for line in _slower(run)]
     return Group(Text(title, style="bold"), _sizes(subjects), _runs(runs), *layers, *warnings)

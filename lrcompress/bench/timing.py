@@ -1,4 +1,4 @@
-"""Seconds, of calls that take turns so that whatever else the machine does falls on all alike."""
+"""Timing of interleaved calls, so that other load on the machine falls on all alike."""
 
 import statistics
 import time
@@ -13,10 +13,10 @@ from lrcompress.errors import SettingError
 
 
 def now() -> float:
-    """Return seconds; of this process alone where one CPU thread does all the work.
+    """Return a time in seconds; CPU time of this process where one thread does all the work.
 
-    One thread's own time is what it takes on a machine that does nothing else, and is there on a
-    busy one too. With several, or an accelerator, which is waited for, it is the time that passes.
+    CPU time of one thread is the same on a busy machine as on an idle one. With several threads or
+    an accelerator, which is waited for, it is wall-clock time.
     """
     return time.process_time() if one_thread() else timer()
 
@@ -27,9 +27,9 @@ def one_thread() -> bool:
 
 
 def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every call in every round; in a round all take their turn.
+    """Return the seconds of every call in every round; a round calls each of them once.
 
-    Each is called once before, and that is not counted.
+    Each is called once before to warm up, which is not counted.
 
     Raises:
         SettingError: if ``rounds`` is less than 1.
@@ -64,7 +64,7 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 @contextmanager
 def timed_layers(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, float]]:
-    """Add up the seconds that layers of ``model`` take while the block runs.
+    """Measure the seconds that layers of ``model`` take while the block runs.
 
     On an accelerator each layer is waited for, so that it counts with the time to start it.
 

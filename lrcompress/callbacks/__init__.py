@@ -1,4 +1,4 @@
-"""Which Lightning hook calls which verb; besides tasks and cli only this knows Lightning."""
+"""Lightning callbacks that compress a model during a fit, and a plugin for its checkpoints."""
 
 from lrcompress.callbacks.between_fits import StartFrom, factor_checkpoint
 from lrcompress.callbacks.checkpoint_io import WholeCheckpointIO

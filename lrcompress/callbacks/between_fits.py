@@ -1,4 +1,4 @@
-"""Factoring between two fits, for strategies that cannot follow a change while one runs."""
+"""Factor a checkpoint between two fits, for strategies that do not allow it during a fit."""
 
 import warnings
 from collections.abc import Mapping
@@ -28,19 +28,31 @@ STATE = "lrcompress.StartFrom"  # the callback's key in a checkpoint
 class StartFrom(pl.Callback):
     """Start a fit from weights that were factored between two fits, under any strategy.
 
-    The module has to hold its layers when it is made: structure and weights are set in ``setup``,
-    before a strategy takes it apart. A module that is built in ``configure_model`` calls
-    ``lrcompress.restore_structure(self, checkpoint)`` at the end of it, and loads the weights
-    there. Optimizer and schedules are the new fit's own.
+    The module must have its layers once it is constructed: structure and weights are set in
+    ``setup``, before a strategy shards or wraps it. A module that is built in ``configure_model``
+    calls ``lrcompress.restore_structure(self, checkpoint)`` at the end of it, and loads the
+    weights there. Optimizer and schedules are the new fit's own. In step ``k`` from 0 the
+    learning rate is ``restart_scale · min(1, (k + 1) / restart_steps)`` times that of the
+    schedules. ``report`` says what factoring did. In ``validate`` and ``test`` only the structure
+    is set: the weights there may have been trained since.
 
     Args:
-        checkpoint: What ``lrcompress factor`` wrote.
+        checkpoint: What ``lrcompress factor`` wrote, or a checkpoint of a fit with this callback.
         restart_steps: Steps over which the learning rate rises, as a number or as a fraction of
             all steps.
         restart_scale: What the learning rate is multiplied by after the rise.
 
     Raises:
-        SettingError: If an argument is not what it may be.
+        SettingError: If an argument is not what it may be; in ``fit``, if ``restart_steps`` is a
+            fraction and the number of steps is not known in advance.
+        CheckpointError: In ``setup``: if the file cannot be read, was not written by
+            ``lrcompress factor`` or such a fit, or does not belong to the module.
+        PlatformError: In ``fit``: if the learning rate is to rise and an optimizer is none of
+            torch.
+
+    Example:
+        >>> StartFrom("factored.ckpt", restart_steps=100).restart_scale
+        1.0
     """
 
     def __init__(
@@ -136,16 +148,15 @@ def factor_checkpoint(
     point: int = 1,
     batches: int = 100,
 ) -> Report:
-    """Factor the weights of a fit that has ended, for another one that :class:`StartFrom` begins.
+    """Factor the weights of a fit that has ended, for another fit with :class:`StartFrom`.
 
-    It runs on one CPU device whatever the fits run on: ``callback`` observes training batches
-    while no weight moves, in evaluation mode, and does what it would do at its point. It takes
-    memory for weights, gradients and statistics.
+    It runs on one CPU device, whatever the fits run on. ``callback`` observes training batches in
+    evaluation mode while no weight changes, and then does what it would do at its point.
 
     Args:
         checkpoint: one file: of any strategy that writes one, or consolidated.
-        out: the file to write: a Lightning checkpoint of weights, with the report; the callback's
-            own report stands beside it by default.
+        out: the file to write, atomically: a Lightning checkpoint of weights, with the report. By
+            default the callback's own report is written beside it.
         module: of the checkpoint's class; it is factored in place.
         data: a datamodule or training batches, as ``Trainer.fit`` takes them; None for a module
             that has its own.
@@ -154,11 +165,22 @@ def factor_checkpoint(
         batches: how many batches to observe.
 
     Returns:
-        What was done.
+        The report of what was done.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read, or is not of the module.
-        SettingError: if ``point`` or ``batches`` is not what it may be.
+        SettingError: if ``point`` or ``batches`` is not what it may be, or ``keep`` of the
+            callback cannot be met.
+        NoMatchError: if a pattern of the callback matches no layer.
+        LayerError: if a targeted layer is frozen or cannot be factored.
+        ObservationError: if there are no statistics: no batches, no finite loss, or a layer that
+            is never called.
+        NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
+        OSError: if ``out`` cannot be written.
+
+    Cost:
+        ``batches`` forward and backward passes on the CPU, two validations unless the callback
+        has ``validate=False``, and the factoring; memory for weights, gradients and statistics.
     """
     once = callback.between_fits(point, batches)
     load_weights_(module, read_lightning_checkpoint(checkpoint), checkpoint)
@@ -194,6 +216,11 @@ def factor_checkpoint(
 def load_weights_(module: pl.LightningModule, held: Mapping[str, Any], source: str | Path) -> None:
     """Give a module the structure and the weights of a checkpoint.
 
+    Args:
+        module: changed in place.
+        held: the checkpoint, with ``state_dict``.
+        source: its path, for the error message.
+
     Raises:
         CheckpointError: if they are not of such a module, which may then hold some of them.
     """
@@ -208,7 +235,7 @@ def load_weights_(module: pl.LightningModule, held: Mapping[str, Any], source: s
 
 
 class _NoUpdate(Optimizer):
-    """Runs the closure, and moves nothing."""
+    """An optimizer that runs the closure and changes no parameter."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.0})

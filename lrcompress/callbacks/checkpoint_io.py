@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, on any disk."""
+"""A checkpoint plugin for the Trainer that writes files atomically."""
 
 import io
 from typing import Any
@@ -11,11 +11,25 @@ from lrcompress.files import atomic_write
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """A plugin for the Trainer, with which a full disk or a kill leaves the file before as it was.
+    """Checkpoint plugin that writes atomically: after a failed write the old file is still there.
 
-    Lightning's own writes to the folder for temporary files first and moves from there, which
-    over the border of two disks is a copy onto the old file: when it breaks off, both are lost.
-    The Trainer of ``lrcompress fit`` has this plugin.
+    Lightning's own plugin writes to the folder for temporary files and moves the file from there.
+    Between two disks such a move is a copy onto the old file: if it breaks off, both are lost.
+    This plugin writes beside the old file and renames. It keeps the old file when the disk is
+    full or the process is killed. Paths with ``://`` and calls with ``storage_options`` are left
+    to Lightning's own plugin. The Trainer of ``lrcompress fit`` has this plugin.
+
+    Raises:
+        OSError: In ``save_checkpoint``: if the file cannot be written, such as on a full disk.
+
+    Cost:
+        The checkpoint is serialised in memory before it is written.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> trainer = pl.Trainer(accelerator="cpu", logger=False, plugins=[WholeCheckpointIO()])
+        >>> type(trainer.strategy.checkpoint_io).__name__
+        'WholeCheckpointIO'
     """
 
     @override

@@ -1,4 +1,4 @@
-"""What processes that train together have to agree on, checked; and DDP's wrapper, made anew."""
+"""DDP: check that all processes agree, and rebuild the wrapper after a change of structure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,17 +17,17 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DDP reads when it wraps
 
 
 def processes_of(trainer: pl.Trainer) -> Processes:
-    """Return the processes that train together."""
+    """Return the processes of a trainer: one alone, those of DDP, or those of FSDP2."""
     if uses_fsdp2(trainer):
         return fsdp.ShardedProcesses.of()
     return Processes.of() if trainer.world_size > 1 else ONE_PROCESS
 
 
 def check_layers(module: nn.Module, names: Sequence[str], processes: Processes, owner: str) -> None:
-    """Refuse layers that are sharded in a way that cannot be followed.
+    """Check that layers are sharded in a way in which they can be replaced.
 
     Raises:
-        PlatformError: with the way out.
+        PlatformError: if one is not; the message says what to do.
     """
     if processes.sharded:
         fsdp.check_units(module)
@@ -35,7 +35,7 @@ def check_layers(module: nn.Module, names: Sequence[str], processes: Processes, 
 
 
 def check_same_module(module: nn.Module, processes: Processes) -> None:
-    """Refuse processes that start from different modules.
+    """Check that all processes start from the same module.
 
     Raises:
         PlatformError: naming the first parameter that differs.
@@ -56,10 +56,10 @@ def check_same_module(module: nn.Module, processes: Processes) -> None:
 
 
 def check_same_lengths(trainer: pl.Trainer, processes: Processes) -> None:
-    """Refuse processes that would reach a point at different steps.
+    """Check that all processes reach a point at the same step.
 
     Raises:
-        PlatformError: with the batches that each has.
+        PlatformError: if batches, epochs or steps differ; the message has those of each process.
     """
     if processes.size == 1:
         return
@@ -79,10 +79,10 @@ def check_same_lengths(trainer: pl.Trainer, processes: Processes) -> None:
 
 
 def check_same_checkpoint(state: Mapping[str, Any], processes: Processes) -> None:
-    """Refuse processes that go on from different points of a run, as nodes with disks of their own.
+    """Check that all processes resume from the same checkpoint; nodes may have separate disks.
 
     Raises:
-        PlatformError: with what differs.
+        PlatformError: if they do not; the message says what differs.
     """
     held = {"points that are done": state["stage"], "layers": str(state["plan"])}
     found = processes.first_difference(held | {"observed": state["observation"]["folded"]})
@@ -94,10 +94,10 @@ def check_same_checkpoint(state: Mapping[str, Any], processes: Processes) -> Non
 
 
 def check_same_parameters(module: nn.Module, processes: Processes) -> None:
-    """Compare all parameters and the structure over the processes.
+    """Check that parameters and structure are the same in all processes.
 
-    Of a parameter of which each process holds a part, its shape is compared; it was compared
-    whole when it was changed.
+    Of a sharded parameter only the shape is compared; its values were compared when it was
+    changed.
 
     Raises:
         PlatformError: naming the first parameter that differs.
@@ -133,10 +133,10 @@ def _structure_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def rebuild_ddp_(trainer: pl.Trainer) -> None:
-    """Let DDP follow a change of structure: a new wrapper, with the strategy's own settings.
+    """Rebuild DDP's wrapper after a change of structure, with the strategy's own settings.
 
-    The old one's hooks come off, and gradients, which may be views of its buckets, are dropped.
-    Batch norms stay converted, as they are in the module itself.
+    The hooks of the old wrapper are removed. Gradients may be views of its buckets: they are
+    dropped. Batch norms stay converted, as they are in the module itself.
     """
     strategy: Any = trainer.strategy
     wrapper = strategy.model
@@ -162,7 +162,7 @@ def rebuild_ddp_(trainer: pl.Trainer) -> None:
 
 
 def _reset_communication_hook(state: Any) -> None:
-    """Let a communication hook with a memory, as PowerSGD is, start anew with new buckets."""
+    """Reset a communication hook that keeps state, such as PowerSGD, for the new buckets."""
     for name in ("error_dict", "p_memory_dict", "q_memory_dict"):
         getattr(state, name, {}).clear()
     if hasattr(state, "error_dict"):

@@ -19,11 +19,11 @@ _ONLY_SHOW_OR_SAVE = {"Checkpoint", "ProgressBar", "ModelSummary", "SaveConfigCa
 
 
 class _DryRunEndError(Exception):
-    """The dry run has got as far as it is to."""
+    """Raised to end a dry run."""
 
 
 class _StopBeforeFirstStep(pl.Callback):
-    """Ends a fit where its first step would begin."""
+    """Ends a fit before its first step."""
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,12 +82,12 @@ class _ObserveOnly(pl.Callback):
 
 
 def dry_run(trainer: pl.Trainer, module: pl.LightningModule, **fit: Any) -> None:
-    """Let a fit begin and end it before its first step, so that all its checks are made.
+    """Start a fit and stop before its first step, so that all its checks are made.
 
     Nothing is trained, shown, logged or saved; data and optimizers are set up.
 
     Args:
-        trainer: whose callbacks know afterwards where their points lie.
+        trainer: whose callbacks know afterwards at which steps their points are.
         module: as for ``trainer.fit``.
         **fit: as for ``trainer.fit``.
     """
@@ -102,10 +102,10 @@ def observe_batches(
     num_batches: int,
     **fit: Any,
 ) -> Statistics:
-    """Return statistics of the first training batches, without a change of the model.
+    """Return statistics of the first training batches; the model is not changed.
 
     Args:
-        trainer: its callbacks take no part.
+        trainer: whose callbacks are left out.
         module: as for ``trainer.fit``.
         settings: which layers.
         sampling: what to observe of them.

@@ -1,4 +1,4 @@
-"""The callback that trains sparse low-rank updates beside a frozen backbone, which it prunes."""
+"""DSEE: train sparse low-rank updates of a frozen backbone and prune it, during a fit."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,18 @@ _MOMENTS = 20  # at which gradual pruning goes on
 class DSEE(CompressionCallback):
     """Train sparse low-rank updates beside a frozen backbone, prune it, and merge both.
 
-    At ``at`` some matrices get an update, ``W + left right + S``, of low rank and with a few
-    single entries where GoDec finds that low rank cannot follow ``W``; everything else but poolers
-    and heads is frozen and leaves the optimizer. At ``prune_at`` the smallest entries of the
-    weights with their updates are set to zero, or whole attention heads are. The updates are
-    trained on to make up for it, and after the last step they become part of the weights: a plain
-    model with true zeros or fewer heads. With ``entries=0`` and ``keep=1`` this is LoRA. A run
-    can be resumed at any step as with :class:`~lrcompress.Factorize`.
+    At ``at`` some weights ``W (out, in)`` get an update, ``W + left right + S``, with
+    ``left (out, rank)``, ``right (rank, in)`` and ``entries`` values in ``S`` where GoDec finds
+    that low rank cannot follow ``W``; everything else but poolers and heads is frozen and leaves
+    the optimizer. At ``prune_at`` the smallest entries of the weights with their updates, or whole
+    attention heads, are set to zero. The updates are trained to the end and then merged into the
+    weights: a plain model with true zeros or fewer heads. With ``entries=0`` and ``keep=1`` this
+    is LoRA. A run is resumed as with :class:`~lrcompress.Factorize`.
 
-    Entries that are zero make nothing smaller or faster by themselves; heads that are removed do.
-    Heads have a coefficient each until ``prune_at``, which multiplies what they give to the output
-    projection and starts at one; ``l1 · Σ|coefficient|`` is added to the loss by way of its
-    gradient. Those with the smallest go: silent from then on, they leave the model at the end.
+    Zero entries make nothing smaller or faster by themselves; removed heads do. With
+    ``structure="heads"`` a head's output is multiplied by a coefficient, 1 at first, until
+    ``prune_at``; the gradient of ``l1 · Σ|coefficient|`` is added to that of the loss. Heads with
+    the smallest are pruned: zero from then on, removed from the model at the end.
 
     Args:
         keep: Entries of the pruned matrices that are not zero in the end / all of them; with
@@ -66,8 +66,8 @@ class DSEE(CompressionCallback):
         prune_from: Prune entries gradually from there to ``prune_at``, by a cubic schedule; by
             default all at once.
         l1: What ``Σ|coefficient|`` of the heads is multiplied by in the loss.
-        merge: At the end, put plain layers in place of updated ones. Else they stay, frozen
-            weights and masks beside their updates, and heads are silent and not removed.
+        merge: At the end, put plain layers in place of those with an update. Else frozen weights,
+            masks and updates stay, and pruned heads are zero and not removed.
         seed: Of GoDec and of the random factor.
         validate: Run validation just before and just after pruning, for the report.
         report_path: JSON file for the report, with a page of figures beside it; ``auto`` and None
@@ -75,11 +75,18 @@ class DSEE(CompressionCallback):
         verbose: Print a table when pruning is done and at the end.
 
     Raises:
-        SettingError: If an argument is not what it may be, or two do not go together.
+        SettingError: If an argument is not what it may be, or two do not go together. In ``fit``:
+            beside a callback that factors or prunes, or if a point is too late or of unknown step.
+        NoMatchError: In ``fit``: if a pattern matches nothing.
+        LayerError: In ``fit``: if a layer is not plain, or no optimizer holds its weight.
+        ShapeError: In ``fit``: if a layer is too small for ``rank`` or ``entries``.
+        PlatformError: In ``fit``: under FSDP2 and whatever else does not allow a change of layers.
+        CheckpointError: In ``fit``: if ``ckpt_path`` does not fit, or was written after merging.
+        ObservationError: In ``fit``: if the training data has no batches.
+        NotFiniteError: In ``fit``: if a weight that gets an update is not finite.
 
     Source:
-        Chen et al., "DSEE: Dually Sparsity-embedded Efficient Tuning", ACL 2023, arXiv
-        2111.00160.
+        Chen et al., "DSEE: Dually Sparsity-embedded Efficient Tuning", ACL 2023, arXiv 2111.00160.
 
     Example:
         >>> callback = DSEE(keep=0.5)
@@ -154,8 +161,6 @@ class DSEE(CompressionCallback):
         self._before: dict[str, Any] = {"groups": [], "frozen": []}
         self._merged = False
 
-    # What the base class asks
-
     @property
     @override
     def state_key(self) -> str:
@@ -172,12 +177,12 @@ class DSEE(CompressionCallback):
 
     @override
     def _check_trained(self, module: nn.Module, names: Sequence[str]) -> None:
-        """Frozen layers are what this is for."""
+        """Accept frozen layers: their updates are trained."""
 
     # Structure and state
 
     def _resolve(self, module: nn.Module) -> None:
-        """Find the layers that the patterns mean."""
+        """Find the layers that the patterns match."""
         self._updates = dsee.updated_names(module, self.updates)
         self._pruned, self._attentions = (), []
         if self.keep < 1:
@@ -209,7 +214,7 @@ class DSEE(CompressionCallback):
 
     @property
     def _asked(self) -> dict[str, Any]:
-        """What the structure was made for."""
+        """The settings that the structure depends on."""
         return {
             "rank": self.rank,
             "entries": self.entries,
@@ -408,11 +413,9 @@ class DSEE(CompressionCallback):
             effective_size.recount_(self.report.points[-1], pl_module)
         super().on_train_end(trainer, pl_module)
 
-    # What is told
-
     @override
     def preview(self, model: nn.Module) -> RenderableType:
-        """Return what would become of ``model``, as a table; nothing is changed."""
+        """Return the result for ``model`` as a table, nothing is changed. Raises as ``fit``."""
         self._resolve(model)
         dsee.check_updatable(model, self._pruned, self._updates, self.rank, self.entries)
         chosen = {*self._pruned, *self._updates}
@@ -440,7 +443,7 @@ class DSEE(CompressionCallback):
 def _replaced(
     groups: list[list[list[str]]], coming: Mapping[str, Sequence[str]]
 ) -> list[list[list[str]]]:
-    """Return the groups with some names in the place of others; those not named go."""
+    """Return the groups with some names replaced by others; those not named are left out."""
     return [
         [[name for old in names for name in coming.get(old, ())] for names in one] for one in groups
     ]

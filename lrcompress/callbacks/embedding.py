@@ -1,4 +1,4 @@
-"""The callback that makes the embeddings of a fine-tune narrower."""
+"""FactorizeEmbedding: replace embedding tables by factored ones during a fit."""
 
 import math
 from typing import Any
@@ -24,23 +24,30 @@ from lrcompress.statistics.moments import TABLE_KINDS
 
 
 class FactorizeEmbedding(CompressionCallback):
-    """Replace embeddings by narrow ones and what widens their rows, during an ordinary fit.
+    """Replace embedding tables by factored ones at chosen points of an ordinary fit.
 
     Before each point it counts which tokens training reads; at the point a table becomes one of
     lower rank that is nearest to it where it is read most, its optimizer state is carried over,
-    and training goes on. Beside :class:`~lrcompress.Factorize` in one fit, both layers and
-    embeddings become smaller. Runs are resumed as with it. The vocabulary is fixed from then on:
-    ``resize_token_embeddings`` takes what :func:`~lrcompress.merge_dense` makes of the model.
+    and training goes on. It can run beside :class:`~lrcompress.Factorize` in one fit, and is
+    resumed like it. The vocabulary is fixed from then on: call :func:`~lrcompress.merge_dense`
+    before ``resize_token_embeddings``.
+
+    With ``low_rank`` a table ``E (vocabulary, width)`` becomes ``left right`` with
+    ``left (vocabulary, rank)`` and ``right (rank, width)``. They minimise
+    ``‖D^½ (E − left right) H^½‖²`` with ``D`` the weights of the rows. ``H`` is the identity, or
+    with a tied output head ``head_share · C + (1 − head_share) · mean(diag C) · I`` with ``C`` the
+    second moment of the head's inputs.
 
     Args:
-        keep: Parameters that remain / parameters before, of each table, below 1. A list, falling,
-            for several points.
-        rank: Width of the narrow table, in place of ``keep``.
+        keep: Parameters that remain / parameters before, of each table, above 0 and at most 1. A
+            list, falling, for several points.
+        rank: Columns of the ``left`` factor, in place of ``keep``; for one point only.
         at: When to factor: a fraction of all steps (``0.4``), ``"epoch:N"`` (after N epochs) or
             ``"step:N"``. A list, rising, for several points.
-        method: ``low_rank``: rows of a matrix product; ``kronecker``: rows are multiples of one
-            block; ``safe``: a transformer layer over narrow rows, which starts as ``low_rank`` and
-            learns the rest, best from a teacher (``Distilled``), for encoders.
+        method: ``low_rank``: a product of two matrices; ``kronecker``: a row is ``rank`` multiples
+            of one block of ``width / rank`` values; ``safe``: a transformer layer over rows of
+            lower width, which starts as ``low_rank`` and learns the rest, best from a teacher
+            (``Distilled``), for encoders.
         targets: Patterns of names of embeddings, such as ``*.position_embeddings``. By default the
             token embedding.
         exclude: Patterns of embeddings to leave out.
@@ -49,9 +56,10 @@ class FactorizeEmbedding(CompressionCallback):
         heads: An output head that is tied to the table shares its factors (``tied``), chosen for
             both uses together, or keeps the table for itself (``untied``): the model then grows by
             the factors.
-        head_share: Of tied heads in what a column counts; the rest is the embedding's own use.
-        floor: Share of the mean weight that every row counts besides its own, those of tokens
-            that training never reads too.
+        head_share: Share of tied heads in the weight of the columns; the rest is the embedding's
+            own use, which counts all columns alike.
+        floor: A row counts ``(1 − floor) · weight + floor · mean weight``, so that tokens that
+            training never reads count too.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
             ``"step:N"``.
         every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
@@ -70,11 +78,28 @@ class FactorizeEmbedding(CompressionCallback):
         verbose: Print a table at each point and at the end.
 
     Raises:
-        SettingError: If an argument is not what it may be.
+        SettingError: If an argument is not what it may be. In ``fit``: if a point is in the past,
+            beyond the end or of unknown step, or no rank makes a table as small as requested.
+        NoMatchError: In ``fit``: if a pattern matches no embedding, there is no token embedding,
+            or ``logits`` matches no submodule.
+        LayerError: In ``fit``: if a table is frozen or cannot be factored, its tied head cannot
+            have the form of ``method``, or ``safe`` meets a model that generates.
+        ShapeError: In ``fit``: if ``rank`` does not divide the width with ``kronecker``, or a
+            mask is not ``(examples, length)``.
+        ObservationError: In ``fit``: if there are no batches, no step was observed, a table is
+            never read, or the batch has no padding mask.
+        NotFiniteError: In ``fit``: if a table or a statistic holds a NaN or an infinity.
+        PlatformError: In ``fit``: if strategy (such as FSDP2), optimizer (such as SparseAdam) or
+            another callback does not allow it, or processes differ.
+        CheckpointError: In ``fit``: if ``ckpt_path`` does not fit the model or its optimizers.
+
+    Cost:
+        At each point ``O(vocabulary · width²)`` operations a table; statistics of up to
+        ``2 · vocabulary`` values, and ``width²`` for a tied head.
 
     Source:
-        Lan et al., "ALBERT", ICLR 2020; Tahaei et al., "KroneckerBERT", NAACL 2022; Reid et al.,
-        "Subformer", Findings of EMNLP 2021.
+        Lan et al., "ALBERT", ICLR 2020; Tahaei et al., "KroneckerBERT", NAACL 2022, arXiv
+        2109.06243; Reid et al., "Subformer", Findings of EMNLP 2021, arXiv 2101.00234.
 
     Example:
         >>> callback = FactorizeEmbedding(keep=0.2, at="epoch:2")
@@ -197,7 +222,14 @@ class FactorizeEmbedding(CompressionCallback):
 
     @override
     def preview(self, model: nn.Module) -> RenderableType:
-        """Return what the first point would do to ``model``, as a table; nothing is changed."""
+        """Return what the first point would do to ``model``, as a table; nothing is changed.
+
+        Raises:
+            NoMatchError: if a pattern matches no embedding, or there is no token embedding.
+            LayerError: if a table cannot be factored, or its tied head cannot follow.
+            SettingError: if no rank makes a table as small as requested.
+            ShapeError: if ``rank`` does not divide the width with ``kronecker``.
+        """
         settings = self.settings[0]
         tables = settings.tables(model)
         records = [record_of(table, settings) for table in tables]

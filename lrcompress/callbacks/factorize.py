@@ -1,4 +1,4 @@
-"""The callback that makes a fine-tune come out smaller."""
+"""Factorize: replace linear layers by low-rank or Kronecker factors during a fit."""
 
 import copy
 from dataclasses import replace
@@ -36,9 +36,15 @@ class Factorize(CompressionCallback):
     other one anew. Under DDP and FSDP2 each process observes its own batches and factors some
     of the layers. What happened is in ``report``.
 
+    A weight ``W (out, in)`` becomes ``left right`` with ``left (out, rank)`` and
+    ``right (rank, in)``. They minimise ``‖P (W − left right) Q‖²``; ``method`` gives the output
+    metric ``PᵀP`` and the input metric ``QQᵀ``, see :mod:`lrcompress.objective`. A layer whose
+    factors would not be smaller stays as it is.
+
     Args:
         keep: Parameters that remain / parameters before, over the targeted layers, above 0 and
-            at most 1. A list, falling, for several points.
+            at most 1. A list, falling, for several points. None if ``ranks`` or ``keeps`` cover
+            every layer.
         at: When to factor: a fraction of all steps (``0.4``), ``"epoch:N"`` (after N epochs) or
             ``"step:N"``. A list, rising, for several points.
         method: What errors are measured in: ``svd``, ``fwsvd``, ``asvd``, ``drone``,
@@ -89,7 +95,27 @@ class Factorize(CompressionCallback):
         verbose: Print a table at each point and at the end.
 
     Raises:
-        SettingError: If an argument is not what it may be.
+        SettingError: If an argument is not what it may be. In ``fit``: if a point is in the past,
+            beyond the end or of unknown step, or ``keep`` cannot be met.
+        NoMatchError: In ``fit``: if a pattern matches no layer, or ``logits`` no submodule.
+        LayerError: In ``fit``: if a targeted layer is frozen or cannot be factored.
+        ShapeError: In ``fit``: if ``shapes`` do not divide a layer, or a mask is not
+            ``(examples, length)``.
+        ObservationError: In ``fit``: if there are no batches, no step was observed, a layer is
+            never called or called twice in a step, or the batch has no padding mask.
+        NotFiniteError: In ``fit``: if a weight or a statistic holds a NaN or an infinity.
+        PlatformError: In ``fit``: if the strategy, an optimizer or another callback does not
+            allow a change of structure, or processes differ.
+        CheckpointError: In ``fit``: if ``ckpt_path`` does not fit the model or its optimizers.
+
+    Cost:
+        At each point one symmetric eigendecomposition a layer, of its smaller side, and two
+        validations unless ``validate=False``. Statistics take up to ``in² + out²`` float32 values
+        a layer.
+
+    Source:
+        ``fwsvd``: Hsu et al., ICLR 2022, arXiv 2207.00112. ``asvd``: Yuan et al., arXiv
+        2312.05821. ``drone``: Chen et al., NeurIPS 2021. ``kfac``: arXiv 2505.17974.
 
     Example:
         >>> callback = Factorize(keep=0.3, at="epoch:2")
@@ -183,14 +209,14 @@ class Factorize(CompressionCallback):
         )
 
     def between_fits(self, number: int, batches: int) -> "Factorize":
-        """Return a callback that does once what this one does at a point, between two fits.
+        """Return a callback that factors once, as this one does at a point, between two fits.
 
         Args:
             number: of the point, from 1.
-            batches: after which it does so, having observed every one.
+            batches: how many training batches to observe, every one, before it factors.
 
         Raises:
-            SettingError: if there is no such point, or nothing to observe.
+            SettingError: if there is no such point, or ``batches`` is below 1.
         """
         if not 1 <= number <= len(self.points):
             raise SettingError(f"point must be from 1 to {len(self.points)}, got {number}")
@@ -212,7 +238,7 @@ class Factorize(CompressionCallback):
 
     @property
     def _asked(self) -> list[list[Any]]:
-        """What is asked of every point, as a checkpoint holds it."""
+        """Method and keep of every point, as a checkpoint holds them."""
         return [[one.method, one.keep] for one in self.settings]
 
     @override
@@ -271,7 +297,14 @@ class Factorize(CompressionCallback):
 
     @override
     def preview(self, model: nn.Module) -> RenderableType:
-        """Return what the first point would do to ``model``, as a table; nothing is changed."""
+        """Return what the first point would do to ``model``, as a table; nothing is changed.
+
+        Raises:
+            NoMatchError: if a pattern matches no layer.
+            LayerError: if a targeted layer cannot be factored.
+            SettingError: if ``keep`` cannot be met.
+            ShapeError: if ``shapes`` do not divide a layer.
+        """
         settings = self.settings[0]
         records, selection, nbytes = preview(model, settings)
         title = f"Factorize: {settings.method}, keep {settings.keep}, at {self.points[0]}"

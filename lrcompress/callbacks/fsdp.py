@@ -1,8 +1,8 @@
-"""Parameters that FSDP2 has sharded: made whole a layer at a time, and sharded again.
+"""FSDP2: gather sharded layers one at a time, replace them, and shard them again.
 
-What has to be known of torch's own ``fully_shard`` is asked here. The units that the user's
-``configure_model`` has made stay: what takes a layer's place belongs to the layer's unit, is
-gathered and resharded with it, as if it had stood there from the start.
+Only this module uses internals of torch's ``fully_shard``. The units that the user's
+``configure_model`` has made stay: what replaces a layer belongs to the layer's unit, and is
+gathered and resharded with it, as if it had been there from the start.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ class ShardedProcesses(Processes):
     """Processes that each hold some rows of every parameter.
 
     A layer is gathered by all and worked on by its owner. While layers are solved no process
-    holds more than two weights whole, while they are replaced one with its optimizer state.
+    holds more than two full weights; while they are replaced, one with its optimizer state.
     """
 
     sharded: ClassVar[bool] = True
@@ -66,7 +66,7 @@ class ShardedProcesses(Processes):
     def unsharded(
         self, model: nn.Module, names: Sequence[str], optimizers: Sequence[Optimizer] = ()
     ) -> Iterator[None]:
-        """Have layers whole inside the block.
+        """Hold full layers inside the block.
 
         Raises:
             PlatformError: if at its end they are not the same in all processes.
@@ -96,7 +96,7 @@ class ShardedProcesses(Processes):
 
 
 class _UnshardedLayer:
-    """One layer, whole for as long as it is worked on."""
+    """One layer that is unsharded while it is worked on."""
 
     def __init__(self, layer: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         self.layer, self.optimizers = layer, optimizers
@@ -116,7 +116,7 @@ class _UnshardedLayer:
             _swap_parameter_(self.optimizers, parameter, made, full_tensor)
 
     def reshard_(self, layer: nn.Module, name: str) -> None:
-        """Shard what stands in the layer's place now, and what the optimizers know of it."""
+        """Shard the layer that is there now, and its optimizer state."""
         if self.group is None:
             return
         made = []
@@ -151,7 +151,7 @@ def _sharded_in(
 
 @torch.no_grad()
 def full_tensor(value: T) -> T:
-    """Return a tensor that is sharded whole, which all processes have to ask for together."""
+    """Return the full tensor of a sharded one; a collective call."""
     return value.full_tensor() if isinstance(value, DTensor) else value  # type: ignore[return-value]
 
 
@@ -160,7 +160,7 @@ def _full_parameter(parameter: DTensor) -> nn.Parameter:
 
 
 def _state_sharder(manager: Any) -> Callable[[object], object]:
-    """Return what shards an optimizer's state as its parameter is, where it has its shape."""
+    """Return a function that shards optimizer state of a parameter's shape as the parameter is."""
     parameter = manager.sharded_param
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ def _state_sharder(manager: Any) -> Callable[[object], object]:
 
 @torch.no_grad()
 def sharded_like(parameter: DTensor, whole: Tensor) -> DTensor:
-    """Return a tensor that every process has whole, sharded as ``parameter`` is."""
+    """Return a tensor that every process has in full, sharded as ``parameter`` is."""
     local, rows = local_rows(parameter)
     device = local.device if local.device.type != "meta" else parameter.device_mesh.device_type
     return DTensor.from_local(
@@ -193,7 +193,7 @@ def _swap_parameter_(
     new: Tensor,
     turned: Callable[[object], object],
 ) -> None:
-    """Put ``new`` where ``old`` stood in every optimizer, with its state turned likewise."""
+    """Replace ``old`` by ``new`` in every optimizer, with its state converted by ``turned``."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"][:] = [new if p is old else p for p in group["params"]]
@@ -203,12 +203,12 @@ def _swap_parameter_(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP2 has sharded anything of a model."""
+    """Return whether FSDP2 has sharded any part of a model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
-    """Have units hold their shards, not what a forward pass has gathered."""
+    """Reshard all units: free the parameters that a forward pass has gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -219,7 +219,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def deepcopy_allowed(model: nn.Module) -> Iterator[dict[int, Any]]:
-    """Let a sharded model be deep-copied inside the block.
+    """Allow a deep copy of a sharded model inside the block.
 
     The copy has plain classes, no units, and parameters of full shape on the meta device.
 
@@ -251,12 +251,18 @@ def deepcopy_allowed(model: nn.Module) -> Iterator[dict[int, Any]]:
 
 @torch.no_grad()
 def shard_like_(made: nn.Module, model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """Shard a copy in the units of ``model``, as :func:`deepcopy_allowed` allowed, with values.
+    """Shard a copy made under :func:`deepcopy_allowed` in the units of ``model``, and fill it.
 
     Args:
         made: the copy, with factored layers as they are in ``values``.
         model: the sharded one.
-        values: by name: whole, the same in all processes, or sharded as the model is.
+        values: by name: in full, the same in all processes, or sharded as the model is.
+
+    Returns:
+        ``made``.
+
+    Raises:
+        PlatformError: if this torch keeps units of FSDP2 in another way.
     """
     _shard_in_units(made, model)
     filled: dict[int, nn.Parameter] = {}  # a tied one once
@@ -284,14 +290,14 @@ def _shard_in_units(made: nn.Module, model: nn.Module) -> None:
             fully_shard(unit, mesh=mesh, mp_policy=state._mp_policy, reshard_after_forward=True)
 
 
-# What fully_shard keeps
+# State of fully_shard
 
 
 def _param_groups(model: nn.Module) -> Iterator[Any]:
     """Yield the parameter groups of all units, each once.
 
     Raises:
-        PlatformError: if this torch keeps them otherwise.
+        PlatformError: if this torch keeps them in another way.
     """
     seen: set[int] = set()
     for module in model.modules():
@@ -331,7 +337,7 @@ def _make_fsdp_param(group: Any, module: nn.Module, key: str, whole: Tensor) -> 
 
 
 def _renew_state_dict_hooks(group: Any) -> None:
-    """Let a unit reshard before state is read or loaded, at the modules it now has."""
+    """Register a unit's state-dict hooks, which reshard it, at the modules it now has."""
     every = (
         group._module_to_pre_save_state_dict_hook_handle,
         group._module_to_pre_load_state_dict_hook_handle,
@@ -344,14 +350,14 @@ def _renew_state_dict_hooks(group: Any) -> None:
         group._register_state_dict_hooks()
 
 
-# What is refused
+# Checks
 
 
 def check_layers(model: nn.Module, names: Iterable[str], processes: Processes, owner: str) -> None:
     """Check that layers are sharded in a way in which they can be replaced.
 
     Raises:
-        PlatformError: with the way out.
+        PlatformError: if one is not; the message says what to do.
     """
     owners = _fsdp_params(model)
     for name in names:

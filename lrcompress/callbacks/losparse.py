@@ -1,4 +1,4 @@
-"""The callback that prunes a sparse part beside a low-rank one during a fine-tune."""
+"""LoSparse: low rank plus sparse rows, pruned during a fit."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,19 @@ from lrcompress.statistics.batches import MASK
 from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
 
 _FROM, _UNTIL = 0.1, 0.6  # of the way from `at` to the end
-_BUDGETS = 100  # in the course of pruning that are kept for the report
+_BUDGETS = 100  # values of keep during pruning, for the report
 
 
 class LoSparse(CompressionCallback):
-    """Prune layers, ``W = left right + S``, to low rank plus few rows in the course of a fit.
+    """Prune layers, ``W = left right + S``, to low rank plus few rows during a fit.
 
-    At ``at`` each targeted layer is split by a truncated SVD and its remainder, so that nothing
+    At ``at`` each targeted weight ``W (out, in)`` is split by a truncated SVD into
+    ``left (out, rank)``, ``right (rank, in)`` and the remainder ``S (out, in)``, so that nothing
     is lost. Then the rows of all ``S`` together are pruned gradually, those first on which the
     loss depends least: a row's score is the mean of ``|p·∂L/∂p|``, averaged over windows of
     ``mask_every`` steps and between them with ``beta1``; the share of ``S`` that stays falls from
     1 to its final value by a cubic schedule. A pruned row stays at zero. Where pruning ends,
-    layers are replaced by compact ones of the surviving rows, faster and exactly as large as
+    layers are replaced by compact ones of the surviving rows, faster and at most as large as
     ``keep`` says, and training goes on. With default arguments this is the algorithm of
     LoSparse; the others go beyond it. A run can be resumed at any step as with
     :class:`~lrcompress.Factorize`.
@@ -47,8 +48,8 @@ class LoSparse(CompressionCallback):
         keep: Parameters that remain / parameters before, over the targeted layers. At 1 layers
             are split and nothing is pruned.
         low_rank_share: Share of the kept parameters that go to the factors, the rest to rows.
-            1: low rank alone, whose rank falls in the course of training. ``auto``: ranks and
-            rows compete for one budget by the loss that each is predicted to save a parameter.
+            1: low rank alone, whose rank falls during training. ``auto``: ranks and rows compete
+            for one budget by the loss that each is predicted to save a parameter.
         at: When to split: a fraction of all steps, ``"epoch:N"`` or ``"step:N"``; 0 is before
             the first step.
         init: What the truncated SVD measures errors in, one of ``Factorize``'s methods; all but
@@ -91,10 +92,21 @@ class LoSparse(CompressionCallback):
         verbose: Print a table where structure is fixed and at the end.
 
     Raises:
-        SettingError: If an argument is not what it may be, or two do not go together.
+        SettingError: If an argument is not what it may be, or two do not go together. In ``fit``:
+            if phases are not in order, ``keep`` is below one rank a layer, or two callbacks
+            target one layer.
+        NoMatchError: In ``fit``: if a pattern matches no layer, or ``logits`` no submodule.
+        LayerError: In ``fit``: if a targeted layer is frozen, factored already or of another type.
+        ObservationError: In ``fit``: if there are no batches or no statistics.
+        ShapeError: In ``fit``: if a mask is not ``(examples, length)``.
+        NotFiniteError: In ``fit``: if a weight or a statistic holds a NaN or an infinity.
+        PlatformError: In ``fit``: if the strategy, an optimizer or another callback does not
+            allow a change of structure, or processes differ.
+        CheckpointError: In ``fit``: if ``ckpt_path`` does not fit the model or its optimizers.
 
     Source:
-        Li et al., "LoSparse", ICML 2023, arXiv 2306.11222.
+        Li et al., "LoSparse", ICML 2023, arXiv 2306.11222. ``beta2``: Zhang et al., "PLATON",
+        ICML 2022, arXiv 2206.12562. ``initial_rank``: Zhang et al., "AdaLoRA" (2023).
 
     Example:
         >>> callback = LoSparse(keep=0.2, low_rank_share=0.25)
@@ -402,7 +414,13 @@ class LoSparse(CompressionCallback):
 
     @override
     def preview(self, model: nn.Module) -> RenderableType:
-        """Return what would become of ``model``, as a table; nothing is changed."""
+        """Return what would become of ``model``, as a table; nothing is changed.
+
+        Raises:
+            NoMatchError: if a pattern matches no layer.
+            LayerError: if a targeted layer is factored already or of another type.
+            SettingError: if ``keep`` is less than one rank a layer takes.
+        """
         records, selection, nbytes = preview(model, self.settings, self.shares)
         title = f"LoSparse: init {self.init}, keep {self.keep}, split at {self.at}"
         notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]

@@ -1,4 +1,4 @@
-"""Statistics from some of the training steps before a point."""
+"""Observe some of the training steps before a point, and accumulate their statistics."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,19 +23,19 @@ _EVERY, _FEWEST = 10, 16  # steps
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which steps are observed, and whose gradients; every entry is checked when it is made.
+    """Settings: which steps are observed, and whose gradients; checked on construction.
 
     Attributes:
-        kinds: the statistics to accumulate; of who observes nothing, none.
-        owner: how the owner calls itself in error messages.
+        kinds: the statistics to accumulate; empty if nothing is observed.
+        owner: name of the callback in error messages.
         every_n_steps: every n-th step before a point, counted back from it; None is every 10th,
             or more often where that would be fewer than 16 steps.
-        max_tokens: enough is enough.
-        fisher: ``"labels"`` or ``"model"``.
+        max_tokens: observing stops after so many tokens of all processes; None is no limit.
+        fisher: gradients of ``"labels"``, or of labels drawn from the ``"model"``.
         logits: the submodule that returns the logits, for ``"model"``.
         mask: the batch's key of its padding mask.
         offload: the device the sums live on.
-        of_tables: the statistics of tables that may be asked for.
+        of_tables: statistics of embedding tables that ``kinds`` may also name.
 
     Raises:
         SettingError: if an entry is not what it may be.
@@ -73,7 +73,7 @@ class Sampling:
 
 
 class Observation:
-    """The statistics before one point after another.
+    """Accumulates the statistics before each point, one point after another.
 
     Args:
         sampling: which steps, and whose gradients.
@@ -97,7 +97,11 @@ class Observation:
         return self._recorder is not None and self._recorder.observing
 
     def watch(self, module: nn.Module, settings: Settings | EmbeddingSettings) -> int:
-        """Get ready to observe the targeted layers; return the bytes it may take."""
+        """Prepare to observe the targeted layers; return the bytes that statistics may take.
+
+        Raises:
+            NoMatchError: if a pattern matches nothing, or ``logits`` names no submodule.
+        """
         self._device = self.sampling.offload or next(module.parameters()).device
         self._recorder = Recorder(
             module,
@@ -114,7 +118,7 @@ class Observation:
         return self._recorder.nbytes
 
     def reset(self) -> None:
-        """Start anew after a point: what was seen was of other weights."""
+        """Drop all statistics after a point, since they were of other weights."""
         self.statistics, self._recorder, self._tap = Statistics(), None, None
         self._folded = (0, 0)
 
@@ -139,7 +143,11 @@ class Observation:
         return folded + since * self.processes.size
 
     def open_step(self, batch: Any) -> None:
-        """Observe the step that begins with this batch, until :meth:`close_step`."""
+        """Observe the step that begins with this batch, until :meth:`close_step`.
+
+        Raises:
+            ShapeError: if its padding mask is not ``(examples, length)``.
+        """
         assert self._recorder is not None
         mask, missing = batch_mask(batch, self.sampling.mask, self.sampling.owner)
         self._terms = batch_terms(batch)
@@ -150,11 +158,14 @@ class Observation:
             self._step.enter_context(self._tap.listening())
 
     def before_backward(self, finite: bool, factor: float) -> None:
-        """Add what the forward pass read, and let gradients count.
+        """Add the inputs of the forward pass, and observe gradients from here on.
 
         Args:
             finite: whether the loss is.
             factor: what the mean loss is multiplied by before its backward pass.
+
+        Raises:
+            ObservationError: if labels are to be drawn and no logits were found.
         """
         assert self._recorder is not None
         logits = self._tap.take() if self._tap is not None and finite else None
@@ -170,22 +181,22 @@ class Observation:
         self._recorder.arm(False)
 
     def close_step(self) -> None:
-        """Take off all hooks."""
+        """Remove all hooks."""
         self._step.close()
 
     def drop_step(self) -> None:
-        """Take off all hooks of a step that was broken off; no more of it is added."""
+        """Remove all hooks of a step that was interrupted; no more of it is added."""
         if self._recorder is not None:
             self._recorder.drop()
         self._step.close()
 
     def merge_(self) -> None:
-        """Let every process have what all have seen, at the point, and let go of the layers."""
+        """Sum the statistics over all processes, at the point, and release the layers."""
         self._recorder = self._tap = None
         all_reduce_(self.statistics, self.processes, self._device)
 
     def check(self, point: object) -> None:
-        """Refuse to go on from nothing.
+        """Check that at least one step was observed.
 
         Raises:
             ObservationError: if no step was observed though statistics are needed.
@@ -199,7 +210,7 @@ class Observation:
     def state_dict(self) -> dict[str, Any]:
         """Return what all processes have seen, in plain types and tensors.
 
-        The first process then holds it, here as in a run that goes on from the file, so that both
+        The first process then holds it, as in a run that resumes from the file, so that both
         add up the same numbers in the same order.
         """
         if self.processes.size > 1:
@@ -210,7 +221,7 @@ class Observation:
         return {"statistics": self.statistics.state_dict(), "folded": [steps, tokens]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Go on from what :meth:`state_dict` described, with any number of processes."""
+        """Load what :meth:`state_dict` returned, with any number of processes."""
         steps, tokens = state["folded"]
         self._folded = (steps, tokens)
         if self.processes.index == 0:
@@ -218,9 +229,9 @@ class Observation:
             self.statistics.load_state_dict(state["statistics"], where)
 
     def label_rng_state(self) -> torch.Tensor:
-        """Return the state of this process's own random labels."""
+        """Return the state of the generator that draws this process's labels."""
         return self._generator.get_state()
 
     def set_label_rng_state(self, state: torch.Tensor) -> None:
-        """Go on with the random labels that :meth:`draws` described."""
+        """Set the generator to a state from :meth:`label_rng_state`."""
         self._generator.set_state(state.cpu())

@@ -1,4 +1,4 @@
-"""Telling what happened in a run: the table, the files, and figures for the loggers."""
+"""Write the report of a run: a table, JSON and HTML files, and figures for the loggers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,10 +18,10 @@ AUTO = "auto"
 
 
 def check_report_path(report_path: str | None) -> None:
-    """Check where a report shall go.
+    """Check the path of a report.
 
     Raises:
-        SettingError: if it is to be no JSON file.
+        SettingError: if it is not None, ``"auto"`` or a ``.json`` file.
     """
     if report_path not in (None, AUTO) and Path(str(report_path)).suffix != ".json":
         raise SettingError(
@@ -35,9 +35,9 @@ def report_file(trainer: pl.Trainer, report_path: str | None) -> Path | None:
 
     ``"auto"`` is ``report.json`` in the folder of the first logger, without one in the trainer's
     ``default_root_dir``; where that is no local folder, nothing is written, and neither in trial
-    runs. To be called by all processes.
+    runs. A collective call.
     """
-    folder = trainer.log_dir or trainer.default_root_dir  # on every rank, for it is a broadcast
+    folder = trainer.log_dir or trainer.default_root_dir  # in every process, for it is a broadcast
     if report_path is None or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
         return None
     if report_path != AUTO:
@@ -46,7 +46,7 @@ def report_file(trainer: pl.Trainer, report_path: str | None) -> Path | None:
 
 
 def save_report(trainer: pl.Trainer, report: Report, path: Path | None) -> None:
-    """Write the report so far."""
+    """Write the report so far, if there is a file for it and a point was reached."""
     if path is not None and trainer.is_global_zero and report.points:
         report.save(path)
 
@@ -78,7 +78,7 @@ def _accepts_images(logger: Any) -> bool:
 
 
 def _log_image(logger: Any, plot: Plot, step: int) -> None:
-    """Give a logger a figure, as W&B's and those like it, or as TensorBoard's writer takes it."""
+    """Log a figure through ``log_image``, as W&B has it, or through TensorBoard's writer."""
     name, image = f"lrcompress/{plot.name}", pixels(plot.figure)
     if hasattr(logger, "log_image"):
         logger.log_image(name, [image], step=step)

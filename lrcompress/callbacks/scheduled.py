@@ -1,4 +1,4 @@
-"""Base of the callbacks that change the structure of a model at scheduled points of a fit."""
+"""Base class of callbacks that change the structure of a model at scheduled points of a fit."""
 
 import math
 import time
@@ -35,9 +35,9 @@ _VALIDATIONS = 200  # of a run that are kept for the report
 
 
 class CompressionCallback(pl.Callback, ABC):
-    """Observes steps before each point, changes the model at it, and can be resumed anywhere.
+    """Observes steps before each point, changes the model at it, and can be resumed at any step.
 
-    Subclasses say what happens at a point. Everything that a run needs to go on is in
+    Subclasses define what happens at a point. Everything that a run needs to resume is in
     ``state_dict``; what happened is in ``report``.
 
     Args:
@@ -47,6 +47,9 @@ class CompressionCallback(pl.Callback, ABC):
         validate: run validation just before and just after each point, for the report.
         report_path: where the report goes; see :func:`lrcompress.callbacks.reporting.report_file`.
         verbose: print a table at each point and at the end.
+
+    Raises:
+        SettingError: if ``report_path`` is no ``.json`` file.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class CompressionCallback(pl.Callback, ABC):
         self._started: float | None = None
         self._report_file: Path | None = None
 
-    # What a subclass says
+    # What a subclass defines
 
     at: float | str | list[float | str]  # its argument; part of the state's key
 
@@ -98,10 +101,10 @@ class CompressionCallback(pl.Callback, ABC):
 
     @abstractmethod
     def preview(self, model: nn.Module) -> RenderableType:
-        """Return what would become of ``model``, as a table; nothing is changed."""
+        """Return what a fit would do to ``model``, as a table; nothing is changed."""
 
     def _phase(self) -> str:
-        """Return what the time of a step now counts as."""
+        """Return the phase that the time of a step counts for: dense, pruning or factored."""
         return "factored" if self._stage else "dense"
 
     @property
@@ -148,7 +151,7 @@ class CompressionCallback(pl.Callback, ABC):
             ddp.rebuild_ddp_(trainer)
 
     def _check_trained(self, module: nn.Module, names: Sequence[str]) -> None:
-        """Refuse layers whose factors would not be trained.
+        """Check that no layer is frozen, since its factors would not be trained.
 
         Raises:
             LayerError: if one is frozen.
@@ -192,7 +195,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a run needs to go on; to be called by all processes."""
+        """Return everything a run needs to resume; a collective call."""
         if self._live is None:
             return {"version": VERSION, "stage": self._stage}
         module, optimizers = self._live
@@ -336,7 +339,7 @@ class CompressionCallback(pl.Callback, ABC):
         reporting.save_report(trainer, self._run_report(trainer), self._report_file)
 
     def _sync_structure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Let training go on with the new structure, once all processes have the same."""
+        """Check that all processes have the same structure, and rebuild DDP for it."""
         ddp.check_same_parameters(module, self._processes)
         ddp.rebuild_ddp_(trainer)
 
@@ -348,7 +351,7 @@ class CompressionCallback(pl.Callback, ABC):
         trainer_state.log_figures(trainer, record.figures())
 
     def _warm_up(self, steps: float, scale: float) -> None:
-        """Let the learning rate rise again, over a number or a share of all steps."""
+        """Start a learning-rate warmup over a number or a fraction of all steps."""
         steps = steps if steps >= 1 else steps * self._total
         if steps >= 1 or scale != 1:
             self._start_warmup(Warmup(int(steps), scale), 0)
@@ -400,7 +403,7 @@ class CompressionCallback(pl.Callback, ABC):
             )
 
     def _run_report(self, trainer: pl.Trainer) -> Report:
-        """Return what all callbacks that change the model have done so far."""
+        """Return the joint report of all callbacks that change the model."""
         return Report.joined(one.report for one in self._compression_callbacks(trainer))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What each layer loses alone: measured on the validation data, one layer after the other."""
+"""Per-layer sensitivity: the rise of the validation loss with one layer replaced at a time."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ from lrcompress.structure.surgery import replace_
 
 
 class DenseLayers:
-    """The layers of a model as they are before a point.
+    """The layers of a model as they are before a point, to measure what each one loses.
 
     Args:
         module: the model.
@@ -32,7 +32,7 @@ class DenseLayers:
         """Return by how much the validation loss rises with each layer alone replaced.
 
         Args:
-            trainer: that validates, once and once more a layer.
+            trainer: which validates once, and once more for each layer.
             module: in which all of them are replaced, before and after the call.
             records: of the layers; those left dense lose nothing and are not measured.
 

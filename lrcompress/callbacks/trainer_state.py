@@ -1,4 +1,4 @@
-"""What has to be known about a Lightning Trainer, asked in one place."""
+"""Access to the Lightning Trainer: its strategy, steps, validation, optimizers and loggers."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ _REFUSED = {
 # Strategies that are DDPStrategies by inheritance alone.
 _OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
 _FSDP2 = "ModelParallelStrategy"
-# The way out for strategies that take the module apart before a callback may change it.
+# What to do under strategies that shard the module before a callback may change it.
 BETWEEN_FITS = (
     "fit without the callback, make one file of the checkpoint if it is a folder, then "
     "`lrcompress factor --config RECIPE --checkpoint LAST.ckpt --out FACTORED.ckpt` with "
@@ -42,10 +42,10 @@ def _names(kind: type) -> set[str]:
 
 
 def check_trainer(trainer: pl.Trainer, owner: str) -> None:
-    """Raise for a trainer whose strategy or callbacks cannot follow a change of structure.
+    """Check that strategy and callbacks of a trainer allow a change of structure.
 
     Raises:
-        PlatformError: with the reason and the way out.
+        PlatformError: if one does not; the message has the reason and what to do.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name in _names(type(callback)) & _REFUSED.keys():
@@ -89,10 +89,10 @@ def uses_fsdp2(trainer: pl.Trainer) -> bool:
 
 
 def check_no_tensor_parallel(strategy: Any, owner: str) -> None:
-    """Raise for FSDP2 with parameters that lie over processes in more than one way.
+    """Check that FSDP2 is not combined with tensor parallelism.
 
     Raises:
-        PlatformError: with the way out.
+        PlatformError: if it is; the message says what to do.
     """
     over = strategy.device_mesh["tensor_parallel"].size()
     if over > 1:
@@ -104,10 +104,10 @@ def check_no_tensor_parallel(strategy: Any, owner: str) -> None:
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
-    """Raise for optimizers whose state is not all here.
+    """Check that no optimizer shards its state over processes.
 
     Raises:
-        PlatformError: with the way out.
+        PlatformError: for a ZeroRedundancyOptimizer; the message says what to do.
     """
     for optimizer in optimizers:
         if "ZeroRedundancyOptimizer" in _names(type(optimizer)):
@@ -127,7 +127,7 @@ def run_lengths(trainer: pl.Trainer) -> tuple[float, float]:
 
 
 def steps_done(trainer: pl.Trainer) -> int:
-    """Return how many steps were taken; batches, where the module steps by itself."""
+    """Return how many optimizer steps were taken; under manual optimization, how many batches."""
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.total_batch_idx + 1 - int(_in_batch(trainer))
@@ -139,13 +139,13 @@ def _in_batch(trainer: pl.Trainer) -> bool:
 
 
 def between_steps(trainer: pl.Trainer) -> bool:
-    """Return whether, at the start of a batch, no gradient is waiting for more batches."""
+    """Return whether, at the start of a batch, no gradients are accumulated yet."""
     begun = trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
     return begun % trainer.accumulate_grad_batches == 0
 
 
 def loss_factor(trainer: pl.Trainer) -> float:
-    """Return what the precision plugin and accumulation multiply the loss by before backward."""
+    """Return the factor of the loss before backward, from loss scaling and accumulation."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     factor = 1.0 if scaler is None else float(scaler.get_scale())
     if trainer.lightning_module.automatic_optimization:
@@ -154,9 +154,9 @@ def loss_factor(trainer: pl.Trainer) -> float:
 
 
 def gradient_factor(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """Return what turns ``.grad`` before the optimizer's step into the mean loss's gradient.
+    """Return the factor that turns ``.grad``, before the optimizer's step, into a mean gradient.
 
-    Lightning has unscaled it by then, but for optimizers that do so themselves.
+    Lightning has unscaled it by then, except for optimizers that do so themselves.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -165,10 +165,10 @@ def gradient_factor(trainer: pl.Trainer, optimizer: Optimizer) -> float:
 
 
 def run_validation(trainer: pl.Trainer) -> dict[str, float]:
-    """Return the figures of one pass over the validation data, and leave no other trace.
+    """Validate once inside a fit and return the metrics, without any other effect.
 
-    Loggers, checkpoints and early stopping do not see it, random numbers go on as if it had
-    not been. Empty where the trainer has nothing to validate.
+    Loggers, checkpoints and early stopping do not see it, and random numbers continue as if it
+    had not been. Empty where the trainer has nothing to validate.
     """
     if not trainer.enable_validation or trainer.barebones:
         return {}
@@ -179,9 +179,9 @@ def run_validation(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def validation_figures(trainer: pl.Trainer) -> dict[str, float]:
-    """Return the figures of a validation of the fit that has just ended; of others none.
+    """Return the metrics of the fit's validation that has just ended; of any other, nothing.
 
-    Not those of the sanity check, nor of :func:`run_validation`.
+    Others are the sanity check and :func:`run_validation`.
     """
     if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.barebones:
         return {}
@@ -191,7 +191,7 @@ def validation_figures(trainer: pl.Trainer) -> dict[str, float]:
 
 @contextmanager
 def _validating(trainer: pl.Trainer) -> Iterator[None]:
-    """Let the trainer be validating, as trainer.validate would, and put everything back."""
+    """Put the trainer in the state of ``trainer.validate`` inside the block, and back after it."""
     connector, loop = trainer._logger_connector, trainer.validate_loop
     held = (trainer.state.fn, trainer.state.stage, trainer.loggers, loop.verbose)
     inference = loop.inference_mode
@@ -209,10 +209,9 @@ def _validating(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def notify_compression_start(module: pl.LightningModule) -> None:
-    """Tell a module that wants to know that its structure is about to change for the first time.
+    """Call the module's ``on_compression_start``, if any, before the first change of structure.
 
-    It wants to if it has a method ``on_compression_start``, as distillation does, which keeps
-    a copy of the uncompressed model as its teacher.
+    Distillation has this method: it keeps a copy of the uncompressed model as its teacher.
     """
     hear = getattr(module, "on_compression_start", None)
     if hear is not None:
@@ -220,7 +219,7 @@ def notify_compression_start(module: pl.LightningModule) -> None:
 
 
 def warn_of_lost_teacher(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Warn if a run that was distilled goes on with a module that will not be."""
+    """Warn if a run with distillation is resumed with a module without it."""
     if TEACHER in checkpoint and not hasattr(module, "on_compression_start"):
         rank_zero_warn(
             "the checkpoint is one of a run with distillation, the module is not distilled: it "
@@ -229,10 +228,10 @@ def warn_of_lost_teacher(module: pl.LightningModule, checkpoint: Mapping[str, An
 
 
 def reset_best_scores(trainer: pl.Trainer) -> None:
-    """Make checkpointing and early stopping forget the best score of another structure.
+    """Reset the best scores of ModelCheckpoint and EarlyStopping after a change of structure.
 
     A dense checkpoint kept as best could not be loaded into the factored model, and the drop
-    at a point would count as the end of progress. Files that were saved stay on disk.
+    at a point would count as the end of progress. Saved files stay on disk.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         kinds = _names(type(callback))
@@ -258,7 +257,7 @@ def parameter_names(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[l
 def reorder_parameters_(
     model: nn.Module, optimizers: Sequence[Optimizer], saved: list[list[list[str]]]
 ) -> None:
-    """Bring parameters into the order in which a checkpoint holds their optimizer state.
+    """Reorder parameters as a checkpoint holds their optimizer state.
 
     Raises:
         CheckpointError: if a group holds other parameters than the checkpoint's.
@@ -284,7 +283,7 @@ def reorder_parameters_(
 def regroup_parameters_(
     model: nn.Module, optimizers: Sequence[Optimizer], wanted: Sequence[Sequence[Sequence[str]]]
 ) -> None:
-    """Let every group of every optimizer hold the named parameters, and no state of others.
+    """Set the parameters of every group of every optimizer by name, and drop state of others.
 
     Parameters that the model does not have stay where they are; they are called "".
 
@@ -317,32 +316,32 @@ def regroup_parameters_(
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of torch's random numbers, in tensors."""
+    """Return the state of torch's random number generators, in tensors."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Go on with the random numbers that :func:`rng_state` held."""
+    """Set torch's random number generators to a state from :func:`rng_state`."""
     torch.set_rng_state(state["cpu"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
 
 
 def weights_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return a checkpoint of the weights alone, with all that loading it takes."""
+    """Return a checkpoint of the weights only, with what loading it needs."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
 
 
 def log_figures(trainer: pl.Trainer, values: dict[str, float]) -> None:
-    """Send figures to every logger there is, under ``lrcompress/``."""
+    """Log metrics to every logger, under ``lrcompress/``."""
     named = {f"lrcompress/{name}": value for name, value in values.items()}
     for logger in trainer.loggers:
         logger.log_metrics(named, step=logged_step(trainer))
 
 
 def logged_step(trainer: pl.Trainer) -> int:
-    """Return the step under which loggers have what is logged now."""
+    """Return the step under which loggers store what is logged now."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 

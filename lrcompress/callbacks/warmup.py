@@ -1,4 +1,4 @@
-"""Learning-rate warmup after a point, which leaves schedulers untouched."""
+"""Learning-rate warmup after a point, without a change of the schedulers."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,12 +14,12 @@ from lrcompress.schedules import Warmup
 class LearningRateWarmup:
     """Multiplies every learning rate by a schedule, for the duration of each optimizer step.
 
-    The rates are put back right after the step, so schedulers, which may compute a rate from
+    The rates are restored right after the step, so schedulers, which may compute a rate from
     the last one, never see the factor. Of several callbacks the scales multiply, and the lowest
     rise counts.
 
     Args:
-        schedule: steps since the point to factor.
+        schedule: maps steps since the point to a factor.
         taken: steps taken since the point already, on resuming.
     """
 
@@ -27,7 +27,7 @@ class LearningRateWarmup:
         self.schedule, self.taken = schedule, taken
 
     def attach(self, optimizers: Sequence[Optimizer], stack: ExitStack) -> None:
-        """Watch the optimizers until ``stack`` closes."""
+        """Scale the rates of the optimizers until ``stack`` closes."""
         for number, optimizer in enumerate(optimizers):
             rates = _RATES.get(optimizer) or _OptimizerRates(optimizer)
             rates.warmups[self] = number == 0  # whose steps are counted
@@ -35,7 +35,7 @@ class LearningRateWarmup:
 
 
 class _OptimizerRates:
-    """The rates of an optimizer for as long as a warmup is attached."""
+    """The learning rates of an optimizer while a warmup is attached."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.warmups: dict[LearningRateWarmup, bool] = {}
@@ -74,7 +74,7 @@ _RATES: dict[Optimizer, _OptimizerRates] = {}  # while warmups are attached
 
 
 def check_warmup(steps: float, scale: float) -> None:
-    """Check how the learning rate is to rise after a point.
+    """Check the settings of a warmup.
 
     Raises:
         SettingError: unless ``steps`` is at least 0 and ``scale`` above 0 and at most 10.

@@ -72,7 +72,7 @@ def main(args: list[str] | None = None) -> int:
     """Run ``lrcompress`` with the arguments, by default those of the process.
 
     Returns:
-        The exit code: 0, 1 after an error, 2 after a fault of the recipe.
+        The exit code: 0, 2 after an error in the recipe, 1 after any other.
     """
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in {"-h", "--help"}:
@@ -100,7 +100,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _unreadable(args: list[str]) -> CheckpointError | None:
-    """Return what is wrong with the file that was to be resumed, of which torch says little."""
+    """Return the error in the checkpoint that was to be resumed, in clearer words than torch's."""
     given = dict(pairwise(args)) | dict(x.split("=", 1) for x in args if "=" in x)
     path = Path(given.get("--ckpt_path", ""))
     if path.is_file():
@@ -119,7 +119,7 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 
 class _Trainer(Trainer):
-    """The Trainer of recipes: one that can also say what would become of a model."""
+    """The Trainer of recipes, with ``plan`` and ``factor`` besides Lightning's own verbs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -195,7 +195,7 @@ class SaveRecipe(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # asked on every rank, for it is a broadcast
+        # read on every process, for it is a broadcast
         self.log_dir = trainer.log_dir if trainer.loggers else None
         super().setup(trainer, pl_module, stage)
 
@@ -212,7 +212,7 @@ class SaveRecipe(SaveConfigCallback):
 
 
 class _RecipeCLI(LightningCLI):
-    """LightningCLI for any module and data, with all faults of a recipe at once."""
+    """LightningCLI for any module and data, which reports all errors of a recipe at once."""
 
     def __init__(self, args: list[str]) -> None:
         verbs = self.subcommands()
@@ -260,9 +260,9 @@ class _RecipeCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Let the recipe and the command line say what the model is, not a checkpoint's notes.
+        """Take the model's arguments from recipe and command line, not from a checkpoint.
 
-        Lightning would let those win over both, without a word.
+        Lightning would let the checkpoint's hyperparameters win over both, without a word.
         """
 
     @override
@@ -295,7 +295,7 @@ class _RecipeCLI(LightningCLI):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what Lightning and transformers say unasked; warnings that matter stay."""
+    """Silence routine messages of Lightning and transformers; warnings that matter stay."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI causes them
     spoken, shown = (

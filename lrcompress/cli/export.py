@@ -42,7 +42,9 @@ def export(options: list[str]) -> None:
         options: of the command line, after ``export``.
 
     Raises:
+        RecipeError: if an option or the recipe is wrong, or ``--int8`` cannot be measured.
         CheckpointError: if the checkpoint is not of the recipe's model.
+        ExportError: if a graph cannot be made, or computes something else than the model.
     """
     if {"-h", "--help"} & {*options}:
         sys.stdout.write(f"usage: {USAGE}\n\n  FORMAT: {', '.join(FORMATS)}\n")
@@ -71,7 +73,7 @@ def export(options: list[str]) -> None:
 def _write_graph(
     module: LightningModule, data: LightningDataModule | None, kind: str, folder: str
 ) -> None:
-    """Write the graph, in int8 too where there is data to say what that costs, and say so."""
+    """Write the graph, in int8 too if there is data to measure it on; print the differences."""
     model, tokenizer = _model_of(module), _tokenizer(module)
     example = _example(module, tokenizer)
     write, name = (export_onnx, ONNX) if kind == "onnx" else (export_program, PROGRAM)
@@ -88,7 +90,7 @@ def _write_graph(
 
 
 def _example(module: LightningModule, tokenizer: Any) -> dict[str, Tensor]:
-    """Return what the model is called with: the module's own example, or a text's tokens.
+    """Return example inputs of the model: the module's own, or the tokens of a text.
 
     Raises:
         RecipeError: if there is neither.
@@ -105,7 +107,7 @@ def _example(module: LightningModule, tokenizer: Any) -> dict[str, Tensor]:
 
 
 def _checked(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
-    """Return what :func:`_split` does, with a format.
+    """Return the checked options, as :func:`_split` does, with a format.
 
     Raises:
         RecipeError: if an option is wrong or missing.
@@ -158,10 +160,10 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
 def _parts(
     recipe: Path, overrides: list[str], with_data: bool
 ) -> tuple[LightningModule, LightningDataModule | None]:
-    """Return the recipe's model, as the recipe makes it, and its data where they are wanted.
+    """Return the recipe's model, and its data if requested.
 
     Raises:
-        RecipeError: if the recipe has none, or it is not made like that.
+        RecipeError: if the recipe has none, or its arguments are wrong.
     """
     try:
         contents = yaml.safe_load(recipe.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What weights in int8 cost: the recipe's validation data, run by torch and by onnxruntime."""
+"""Validation metrics of int8 weights in onnxruntime, beside those of torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from lrcompress.tasks import TextClassification
 
 
 def check_measured(module: LightningModule) -> None:
-    """Check that there are metrics that can say what int8 costs.
+    """Check that the module has metrics to compare int8 by.
 
     Raises:
         RecipeError: if the module is of another kind.
@@ -31,10 +31,10 @@ def check_measured(module: LightningModule) -> None:
 def int8_table(
     module: LightningModule, model: nn.Module, data: LightningDataModule, files: Sequence[Path]
 ) -> Table:
-    """Return what torch and every file make of the validation data.
+    """Return a table of the validation metrics of torch and of every ONNX file.
 
-    There are the metrics of a :class:`TextClassification`, how many answers are those of torch,
-    the largest difference of a logit, and the bytes of each file.
+    Its columns are the metrics of a :class:`TextClassification`, the share of answers equal to
+    torch's, the largest absolute difference of a logit, and the bytes of each file.
 
     Args:
         module: whose metrics are taken.
@@ -43,7 +43,8 @@ def int8_table(
         files: ONNX files of that model.
 
     Raises:
-        RecipeError: if there are no validation data of texts and labels.
+        RecipeError: if the module is no :class:`TextClassification`, or there is no validation
+            data.
     """
     check_measured(module)
     assert isinstance(module, TextClassification)

@@ -27,10 +27,10 @@ def print_plan(
     curve: int | None = None,
     plot: str | None = None,
 ) -> None:
-    """Print what each callback of the recipe would make of the model.
+    """Print which layers each callback of the recipe would replace.
 
-    The checks of a fit are made too. With ``curve``, also print what every method is predicted
-    to lose at several ``keep``.
+    The checks of a fit are made too. With ``curve``, also print the predicted loss of every
+    method at several ``keep``.
 
     Args:
         trainer: with the recipe's callbacks.

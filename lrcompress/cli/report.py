@@ -27,6 +27,7 @@ def report(options: list[str]) -> None:
         options: of the command line, after ``report``.
 
     Raises:
+        RecipeError: if an option is wrong.
         ReportError: if a report cannot be read, or its run reached no point.
     """
     parser = _Parser("lrcompress report", allow_abbrev=False)

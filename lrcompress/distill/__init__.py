@@ -1,4 +1,4 @@
-"""Learning from a teacher: the model before it was compressed, or any other."""
+"""Knowledge distillation from a teacher: the model before it was compressed, or any other."""
 
 from lrcompress.distill.losses import DistillationLoss, HiddenStates, Logits, Relations
 from lrcompress.distill.module import Distilled

@@ -1,4 +1,4 @@
-"""The teacher's features, per example on disk, so that later epochs need not run it."""
+"""Disk cache of the teacher's features per example, so that later epochs need not run it."""
 
 import hashlib
 import sqlite3
@@ -19,10 +19,10 @@ LABELS = frozenset({"labels", "label", "label_ids"})  # the teacher's features d
 
 
 class Cache:
-    """A table from what an example is to what the teacher makes of it, padding left out.
+    """Disk cache from the hash of an example to the teacher's features for it, without padding.
 
     Args:
-        folder: where its file is, or will be.
+        folder: folder of the cache's file, made when it is first used.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -34,9 +34,9 @@ class Cache:
         """Return the features of a batch, or None unless all its examples are there.
 
         Args:
-            keys: of the examples.
-            like: the student's features; others in shape or dtype are not taken.
-            mask: ``(batch, tokens)``, where the examples' own positions are.
+            keys: of the examples, from :func:`example_keys`.
+            like: the student's features; cached ones of another shape or dtype are not used.
+            mask: ``(batch, tokens)``, nonzero at real tokens.
 
         Raises:
             CheckpointError: if the file is damaged.
@@ -57,7 +57,11 @@ class Cache:
         return features
 
     def write(self, keys: list[bytes], features: Mapping[str, Tensor], mask: Tensor | None) -> None:
-        """Keep the features of a batch."""
+        """Store the features of a batch.
+
+        Raises:
+            CheckpointError: if the file is damaged, or the disk is full.
+        """
         rows = []
         for index, key in enumerate(keys):
             row = {n: f[_place(f, mask, index)].cpu().contiguous() for n, f in features.items()}
@@ -95,10 +99,10 @@ class Cache:
 
 @contextmanager
 def _guard(path: Path) -> Iterator[None]:
-    """Turn what sqlite says of a damaged file into what to do about it.
+    """Replace an error of sqlite by one that says what to do about the file.
 
     Raises:
-        CheckpointError: in place of it.
+        CheckpointError: in place of any error of sqlite.
     """
     try:
         yield
@@ -118,7 +122,7 @@ def _guard(path: Path) -> Iterator[None]:
 
 
 def example_keys(call: Call, size: int, mask: Tensor | None, context: str) -> list[bytes]:
-    """Return what identifies each example of a call: its inputs without padding and labels.
+    """Return a hash of each example of a call: of its inputs without padding and labels.
 
     Args:
         call: its tensors with a leading size of ``size`` are inputs.

@@ -1,4 +1,4 @@
-"""What a training step calls, with what, and what comes out; hooks that always come off."""
+"""Forward hooks that capture calls and outputs of a training step, and are always removed."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -32,13 +32,13 @@ class Call:
 
     @property
     def logits(self) -> Tensor | None:
-        """The output if it is a tensor, or its ``.logits``; where answers start and end."""
+        """The output if it is a tensor, or its ``.logits``, or its start and end logits."""
         found = self.output if isinstance(self.output, Tensor) else _logits_of(self.output)
         return found if isinstance(found, Tensor) and found.ndim else None
 
 
 def _logits_of(output: object) -> object:
-    """Return ``.logits``, or of a model that finds answers ``(batch, 2, positions)``."""
+    """Return ``.logits``, or start and end logits as one tensor, ``(batch, 2, positions)``."""
     ends = [getattr(output, name, None) for name in ("start_logits", "end_logits")]
     if all(isinstance(end, Tensor) for end in ends):
         return torch.stack(cast("list[Tensor]", ends), 1)
@@ -46,7 +46,7 @@ def _logits_of(output: object) -> object:
 
 
 class CallCapture:
-    """Hears the one call of a training step that gives the logits.
+    """Captures the one call of a training step that returns the logits.
 
     Args:
         call: the submodule whose call is meant, empty for the module itself; None takes the
@@ -64,10 +64,10 @@ class CallCapture:
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
-        """Listen while the block runs.
+        """Capture calls while the block runs.
 
         Raises:
-            NoMatchError: if ``call`` or ``logits`` names no submodule.
+            NoMatchError: if ``call`` names no submodule.
         """
         self._open, self._calls, self._clock = [], [], 0
         modules = {self._found: _named(model, self._found, "call")} if self._found else None
@@ -102,7 +102,7 @@ class CallCapture:
         """Return the call of the step.
 
         Raises:
-            ObservationError: if there was none, or more than one.
+            ObservationError: if there was none, or more than one that could be meant.
         """
         calls = [call for _, call in self._calls]
         self._calls = []
@@ -135,10 +135,10 @@ class CallCapture:
 
 
 class OutputCapture:
-    """Hears the outputs of submodules in one call.
+    """Captures the outputs of submodules in one call.
 
     Args:
-        model: the module to listen to.
+        model: the module that is called.
         names: of its submodules, each with the prefix in front.
         prefix: what the model itself is called in them.
     """
@@ -149,7 +149,7 @@ class OutputCapture:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen while the block runs.
+        """Capture outputs while the block runs.
 
         Raises:
             NoMatchError: if there is no such submodule.
@@ -165,6 +165,7 @@ class OutputCapture:
 
         Raises:
             ObservationError: if a submodule was not called exactly once.
+            LayerError: if a submodule returned no tensor.
         """
         for name, calls in self._heard.items():
             if len(calls) != 1:
@@ -206,7 +207,7 @@ def _hear(calls: list[Any], _module: nn.Module, _args: object, output: object) -
 
 
 def _held(value: Any) -> Any:
-    """Return the value in a container of its own, for a model may take its arguments apart."""
+    """Return a shallow copy of a container, since a model may change the one it is given."""
     return copy.copy(value) if isinstance(value, MutableMapping | list) else value
 
 

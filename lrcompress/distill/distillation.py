@@ -1,4 +1,4 @@
-"""What a distilled module remembers: its settings, its teacher, and the terms of each step."""
+"""State of a distillation: its settings, its teacher, and the loss terms of each step."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ Terms = list[tuple[DistillationLoss, float]]
 
 
 class Distillation:
-    """The state of one distillation. The arguments are those of ``Distilled``."""
+    """State of one distillation; the arguments are those of ``Distilled``."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Distillation:
                 )
 
     def reset(self) -> None:
-        """Begin a fit."""
+        """Reset the state at the beginning of a fit."""
         self.tap = CallCapture(self.tap.call, self.logits)
         self._layers, self._checked = {}, set()
         self.dry_run_done = False
@@ -70,15 +70,15 @@ class Distillation:
     # The teacher
 
     def freeze(self, student: nn.Module) -> None:
-        """Take the student as it is now for the teacher."""
+        """Make a copy of the student as it is now the teacher."""
         self._begin(student, copy_model(student), whole=True)
 
     def restore(self, student: nn.Module, module: nn.Module) -> None:
-        """Go on with a teacher that was frozen before the run was interrupted."""
+        """Use a teacher that was frozen before the run was interrupted."""
         self._begin(student, module, whole=True)
 
     def get_teacher(self, student: nn.Module) -> None:
-        """Get the teacher that is no copy of the student at the start, or move one there is."""
+        """Load a teacher that was given, or move the present one to the student's device."""
         if isinstance(self.source, nn.Module):
             self._begin(student, self.source, isinstance(self.source, pl.LightningModule))
         elif self.source != START and self.teacher is None:
@@ -93,7 +93,7 @@ class Distillation:
         self.teacher.move_like_(student)
 
     def record(self) -> dict[str, Any] | None:
-        """Return what a checkpoint says of a teacher that no one else keeps."""
+        """Return the checkpoint's record of a frozen teacher; None if the teacher was given."""
         if self.source != START or self.teacher is None:
             return None
         return {"version": 1, "file": self.teacher.file, "hash": self.teacher.fingerprint}
@@ -106,12 +106,12 @@ class Distillation:
     # During a step
 
     def weights(self, trainer: pl.Trainer) -> tuple[float, Terms]:
-        """Return the weight of the student's own loss, and the terms that count in this step."""
+        """Return the weight of the student's own loss, and the terms whose weight is not 0 now."""
         terms = [(loss, _weight(loss.weight, trainer)) for loss in self.losses]
         return _weight(self.task, trainer), [(loss, weight) for loss, weight in terms if weight]
 
     def counts(self, trainer: pl.Trainer) -> bool:
-        """Return whether any term counts at any step of the run."""
+        """Return whether any term has a weight above 0 at any step of the run."""
         weights = [loss.weight for loss in self.losses]
         if any(weight.constant for weight in weights):
             return True  # spared the question how long the run is
@@ -131,10 +131,10 @@ class Distillation:
         return output, [self._value(student, loss, mine, theirs, mask) for loss in losses]
 
     def dry_run(self, student: pl.LightningModule, batch: Any, run: Callable[[], Any]) -> Any:
-        """Return what the student's own step gives, checked for all that losses will ask of it.
+        """Return what the student's own step gives, after checking that every loss can run on it.
 
-        What a loss will not find is so said in the first step, and not when there is a teacher,
-        after epochs of training.
+        A layer that a loss cannot find is so reported in the first step, and not after epochs of
+        training, when there is a teacher.
         """
         output, heard = self._run_captured(student, batch, self.losses, run)
         if heard is not None:
@@ -153,7 +153,7 @@ class Distillation:
         losses: Sequence[DistillationLoss],
         run: Callable[[], Any],
     ) -> tuple[Any, tuple[Call, Features, Tensor | None] | None]:
-        """Return what a step gives; and its call, what losses need of it, and the mask."""
+        """Return the output of a step; and its call, the features losses need, and the mask."""
         names = [self._names(student, loss) for loss in losses]
         needed = tuple(dict.fromkeys(name for some in names for name in some))
         tap = OutputCapture(student, self._tapped(needed))
@@ -185,7 +185,7 @@ class Distillation:
         return self._layers[id(loss)]
 
     def _tapped(self, needed: Iterable[str]) -> list[str]:
-        """Return the submodules to listen to, the logits' own among them if there is one."""
+        """Return the submodules whose outputs to capture, with the logits' own if there is one."""
         names = [self.logits if name == LOGITS else name for name in needed]
         return list(dict.fromkeys(name for name in names if name is not None))
 
@@ -220,7 +220,7 @@ class Distillation:
         """Return the teacher's features for a call, from the cache or from the teacher.
 
         Raises:
-            ObservationError: if the cache cannot keep them.
+            ObservationError: if the cache cannot store them per example.
         """
         assert self.teacher is not None
         self._compare(student, call, self.teacher.submodule(call.name))
@@ -273,7 +273,7 @@ class Distillation:
             self._checked.add(id(loss))
 
     def check_vocabulary(self, student: pl.LightningModule, tokenizer: object) -> None:
-        """Raise for a teacher that numbers its tokens otherwise.
+        """Check that the teacher has the vocabulary size of student and tokenizer.
 
         Raises:
             ShapeError: if its embedding has another size than the student's.
@@ -296,7 +296,7 @@ class Distillation:
             )
 
     def labels(self) -> Iterator[str]:
-        """Yield what each term is called in logs."""
+        """Yield the name of each term in logs."""
         seen: dict[str, int] = {}
         for loss in self.losses:
             seen[loss.name] = seen.get(loss.name, 0) + 1

@@ -1,4 +1,4 @@
-"""How far a student is from its teacher: pure functions of tensors, in float32."""
+"""Distillation losses as pure functions of tensors, computed in float32."""
 
 import torch
 from torch import Tensor
@@ -12,16 +12,22 @@ def soft_kl_divergence(
 ) -> Tensor:
     """Return ``T²·KL(softmax(teacher / T) ‖ softmax(student / T))``, the mean over examples.
 
-    With a single logit, which is a score and no class, it is the mean squared error.
+    Examples are all positions of the leading axes. With a single logit, which is a score and no
+    class, it is the mean squared error.
 
     Args:
         student: logits, ``(batch, classes)`` or ``(batch, tokens, classes)``.
         teacher: logits of the same shape.
         temperature: ``T``, above 0. ``T²`` keeps the size of the gradient.
-        mask: ``(batch, tokens)``; where it is zero, tokens are left out.
+        mask: ``(batch, tokens)``; where it is zero, tokens are left out. One that does not fit
+            the logits is not used.
+
+    Returns:
+        A scalar in float32, in nats times ``T²``; of scores, in squared units of the score.
 
     Source:
-        G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network" (2015).
+        G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", 2015,
+        arXiv 1503.02531.
 
     Example:
         >>> float(soft_kl_divergence(torch.zeros(1, 2), torch.zeros(1, 2), 2.0))
@@ -46,7 +52,11 @@ def relative_squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None
     Args:
         student: ``H_s``, ``(batch, tokens, width)``; of any shape without a mask.
         teacher: ``H_t``, of the same shape.
-        mask: ``(batch, tokens)``; where it is zero, positions are left out.
+        mask: ``(batch, tokens)``; where it is zero, positions are left out. Not used for
+            features of fewer than three axes.
+
+    Returns:
+        A scalar in float32, without unit.
 
     Raises:
         ShapeError: if the mask is not for these positions.
@@ -84,12 +94,19 @@ def relation_kl_divergence(
         heads: of ``A`` and of ``B``; where ``B`` has fewer, each serves several of ``A``.
         mask: ``(batch, tokens)``; padding is neither a row nor a column.
 
+    Returns:
+        A scalar in float32, in nats.
+
     Raises:
         ShapeError: if the mask is not for these positions.
 
+    Cost:
+        ``O(batch·heads·tokens²·d)`` time and ``O(batch·heads·tokens²)`` memory, as attention
+        without a fused kernel.
+
     Source:
         W. Wang et al., "MiniLM: deep self-attention distillation for task-agnostic compression
-        of pre-trained transformers" (2020).
+        of pre-trained transformers", NeurIPS 2020, arXiv 2002.10957.
     """
     batch, tokens = student[0].shape[:2]
     real = torch.ones(batch, tokens, device=student[0].device) if mask is None else mask

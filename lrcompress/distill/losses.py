@@ -1,4 +1,4 @@
-"""What a student is asked to share with its teacher."""
+"""Distillation losses: logits, hidden states, and relations between tokens (MiniLM)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +22,24 @@ Weight = float | dict[float | str, Any]
 
 
 class DistillationLoss(ABC):
-    """One term of the loss: how far features of the student are from the teacher's.
+    """Base class of distillation losses: one weighted term that compares student and teacher.
+
+    A subclass names the submodules whose outputs it compares (:meth:`layers`) and computes the
+    term from them (:meth:`__call__`).
 
     Args:
         weight: what the term is multiplied by, not negative: a number, or a schedule as a
             mapping from points to numbers, ``{0: 0.0, 0.5: 1.0}``, linear between them; a pair
             in place of a number is a jump, ``{"epoch:3": [1.0, 0.0]}``. Where it is 0, the
             term costs nothing.
+
+    Attributes:
+        weight: the schedule, which the term is multiplied by in each step.
+        name: the term is logged as ``distill_<name>``.
+        needs_mask: whether a batch without its padding mask is an error.
+
+    Raises:
+        SettingError: if the weight is neither a finite number from 0 nor a schedule of them.
     """
 
     name: str
@@ -47,25 +58,29 @@ class DistillationLoss(ABC):
             model: the student, or the part of the teacher that is called.
             prefix: put in front of every name, before patterns are matched.
 
+        Returns:
+            The names, each with the prefix.
+
         Raises:
             NoMatchError: if there are none.
         """
 
     @abstractmethod
     def __call__(self, student: Features, teacher: Features, mask: Tensor | None) -> Tensor:
-        """Return the loss, a scalar.
+        """Return the loss, a scalar, not yet multiplied by its weight.
 
         Args:
             student: outputs by the name of the submodule, logits under ``LOGITS``.
             teacher: the same of the teacher, without a graph.
-            mask: ``(batch, tokens)`` of the batch, zero where it is padding.
+            mask: ``(batch, tokens)`` of the batch, zero where it is padding; None if nothing
+                is padded.
 
         Raises:
-            ShapeError: if the two do not fit together.
+            ShapeError: if student and teacher, or features and mask, do not fit together.
         """
 
     def check(self, student: nn.Module, teacher: nn.Module, prefix: str = "") -> None:
-        """Compare the two once, before the first step in which the term counts.
+        """Check once that student and teacher fit, before the first step in which the term counts.
 
         Args:
             student: the whole student.
@@ -73,7 +88,8 @@ class DistillationLoss(ABC):
             prefix: what that part is called in the student.
 
         Raises:
-            ShapeError: if :meth:`layers` finds other layers in them.
+            ShapeError: if :meth:`layers` finds other layers in the teacher than in the student.
+            NoMatchError: if :meth:`layers` finds none in one of them.
         """
         mine, theirs = self.layers(student), self.layers(teacher, prefix)
         if mine != theirs:
@@ -85,17 +101,33 @@ class DistillationLoss(ABC):
 
 
 class Logits(DistillationLoss):
-    """``T²·KL(softmax(teacher / T) ‖ softmax(student / T))``, the mean over examples.
+    """Distillation of logits: ``T²·KL(softmax(teacher / T) ‖ softmax(student / T))``.
 
-    With a single logit, as in regression, it is the mean squared error. Source: Hinton,
-    Vinyals, Dean, "Distilling the knowledge in a neural network" (2015).
+    The mean over examples; where there are logits for every token, over the real tokens. With a
+    single logit, as in regression, it is the mean squared error.
 
     Args:
         weight: a number or a schedule.
         temperature: ``T``, above 0; the higher, the more unlikely classes count.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if the weight or the temperature is outside what it may be.
+        ShapeError: from a call, if student and teacher have logits of different shapes.
+
+    Shapes:
+        logits ``(batch, classes)`` or ``(batch, tokens, classes)``; of question answering, start
+        and end, ``(batch, 2, tokens)``. The loss is ``()``, in float32.
+
+    Source:
+        G. Hinton, O. Vinyals, J. Dean, "Distilling the knowledge in a neural network", 2015,
+        arXiv 1503.02531.
+
+    Example:
+        >>> student = {LOGITS: torch.zeros(1, 2)}
+        >>> teacher = {LOGITS: torch.tensor([[9.0, 1.0]]).log()}  # at T = 2: 3/4 and 1/4
+        >>> loss = Logits(temperature=2.0)(student, teacher, None)
+        >>> round(float(loss), 4)  # 4·(3/4·ln(3/2) + 1/4·ln(1/2))
+        0.5232
     """
 
     name = "logits"
@@ -121,12 +153,12 @@ class Logits(DistillationLoss):
 
 
 class HiddenStates(DistillationLoss):
-    """The mean over layers of ``‖H_s − H_t‖² / ‖H_t‖²``, padding left out.
+    """Distillation of hidden states: the mean over layers of ``‖H_s − H_t‖² / ‖H_t‖²``.
 
     Every layer is compared with the same one of the teacher, as it can be where layers were
-    factored in place. Source of distilling features on the way back from a decomposition: M.
-    Ben Noach, Y. Goldberg, "Compressing pre-trained language models by matrix decomposition"
-    (2020); dividing by the teacher's size gives every layer the same say.
+    factored in place. The norms are over all real positions of a batch; padding is left out.
+    Dividing by the teacher's size gives every layer the same weight, and makes the loss
+    independent of the scale of its features.
 
     Args:
         weight: a number or a schedule.
@@ -135,7 +167,25 @@ class HiddenStates(DistillationLoss):
             blocks of a transformer.
 
     Raises:
-        SettingError: if the weight is negative.
+        SettingError: if the weight is neither a finite number from 0 nor a schedule of them.
+        NoMatchError: in the first step, if a pattern matches no submodule, or if there are no
+            numbered blocks.
+        ShapeError: in a step, if the teacher has other layers or another width, or if the mask
+            does not fit.
+
+    Shapes:
+        each layer's output ``(batch, tokens, width)``, or any shape if nothing is padded; of
+        several outputs the first tensor. The loss is ``()``, in float32.
+
+    Source:
+        M. Ben Noach, Y. Goldberg, "Compressing pre-trained language models by matrix
+        decomposition", AACL 2020: distilling features after a decomposition.
+
+    Example:
+        >>> student = {"blocks.0": torch.full((1, 2, 3), 3.0)}
+        >>> teacher = {"blocks.0": torch.full((1, 2, 3), 2.0)}
+        >>> float(HiddenStates()(student, teacher, None))  # (3 − 2)² / 2²
+        0.25
     """
 
     name = "hidden_states"
@@ -194,12 +244,11 @@ KINDS = {
 
 
 class Relations(DistillationLoss):
-    """Who attends to whom in one layer: ``KL(softmax(Q_t K_tᵀ/√d) ‖ softmax(Q_s K_sᵀ/√d))``.
+    """MiniLM's loss on one attention layer: ``KL(softmax(Q_t K_tᵀ/√d) ‖ softmax(Q_s K_sᵀ/√d))``.
 
     The mean over heads and real positions, and the sum over kinds: of queries with keys, of
-    values with values. Nothing depends on the width, so the teacher may have another, with as
-    many heads. Source: W. Wang et al., "MiniLM: deep self-attention distillation for
-    task-agnostic compression of pre-trained transformers" (2020).
+    values with values. ``d`` is the width of a head. Nothing depends on the width, so the
+    teacher may have another, with as many heads.
 
     Args:
         weight: a number or a schedule.
@@ -210,7 +259,27 @@ class Relations(DistillationLoss):
             attention layer, or the name of one that gives all three, where they are not known.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; in the first step, if no config
+            says how many heads there are.
+        NoMatchError: in the first step, if there are no such projections, or no such layer.
+        ShapeError: in a step, if the teacher has other layers or other numbers of heads, or if
+            the heads or the mask do not fit.
+
+    Shapes:
+        each projection ``(batch, tokens, heads·d)``, or all three side by side as
+        ``(batch, tokens, 3·heads·d)``. The loss is ``()``, in float32.
+
+    Cost:
+        ``O(batch·heads·tokens²)`` memory for every kind, as attention without a fused kernel.
+
+    Source:
+        W. Wang et al., "MiniLM: deep self-attention distillation for task-agnostic compression
+        of pre-trained transformers", NeurIPS 2020, arXiv 2002.10957.
+
+    Example:
+        >>> features = {name: torch.ones(1, 4, 8) for name in ("q_proj", "k_proj", "v_proj")}
+        >>> float(Relations(heads=2)(features, features, None))
+        0.0
     """
 
     name = "relations"

@@ -1,4 +1,4 @@
-"""The module that learns from a teacher: any LightningModule, its class extended in place."""
+"""Knowledge distillation for any LightningModule, whose class is extended in place."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -42,7 +42,7 @@ class _InPlace:
 
 
 class Distilled(_InPlace, pl.LightningModule):
-    """A LightningModule that also learns from a teacher: ``task·L_task + Σ weight_i·L_i``.
+    """Knowledge distillation of a LightningModule: the loss is ``task·L_task + Σ weight_i·L_i``.
 
     The object handed over is the object returned: its class is extended in place, as
     ``torch.nn.utils.parametrize`` does it, so that parameter names, checkpoints,
@@ -64,8 +64,8 @@ class Distilled(_InPlace, pl.LightningModule):
         student: the module to train, with automatic optimization.
         teacher: ``start``; a checkpoint file of the same module; or another module, of
             which, if it is a LightningModule, the same submodule is called as of the student,
-            and otherwise it itself. It is frozen, and moved to the student's device and dtype.
-            Under FSDP2 the first two are sharded as the student is; a module stays whole.
+            and otherwise the module itself. It is frozen, and moved to the student's device and
+            dtype. Under FSDP2 the first two are sharded as the student is; a module is not.
         losses: what to learn from the teacher; by default ``[Logits()]``.
         task: the weight of the student's own loss, a number or a schedule as for the losses.
         call: the submodule whose call in ``training_step`` is repeated on the teacher, empty for
@@ -80,7 +80,24 @@ class Distilled(_InPlace, pl.LightningModule):
             are the same in every epoch; not under FSDP2, where all processes run it together.
 
     Raises:
-        SettingError: if an argument is not what it may be.
+        SettingError: if an argument is not what it may be; in a fit, if a loss compares layers
+            outside the repeated call, if the tokenizer has more tokens than the teacher, or if a
+            schedule does not fit the length of the run.
+        PlatformError: as a fit begins, without automatic optimization, with a ``training_step``
+            set on the object, under FSDP1, DeepSpeed or tensor parallelism, or with ``cache``
+            under FSDP2; as compression starts, if the student cannot be copied.
+        CheckpointError: in a fit, if the teacher's file is missing, damaged or of another model,
+            or if it or the cache cannot be read or written.
+        NoMatchError: in the first step, if ``call``, ``logits`` or a loss names no submodule.
+        ObservationError: in a step, if not exactly one call gives the logits, if a compared
+            layer is not called exactly once or comes without a gradient, or if a loss needs a
+            mask that the batch does not have.
+        LayerError: in a step, if a compared layer returns no tensor.
+        ShapeError: in a fit, if student and teacher do not fit together.
+
+    Cost:
+        One forward pass of the teacher in each step in which a loss has a weight above 0, and
+        the memory of its weights.
 
     Example:
         >>> class Student(pl.LightningModule):
@@ -126,7 +143,7 @@ class Distilled(_InPlace, pl.LightningModule):
         _make_hparams_its_own(self)
 
     def undistilled(self) -> pl.LightningModule:
-        """Give the object its own class again and forget the teacher; return the object."""
+        """Give the object its own class again and drop the teacher; return the object."""
         object.__delattr__(self, "_distillation")
         self.__class__ = self._student_class  # type: ignore[assignment]
         return self
@@ -141,7 +158,7 @@ class Distilled(_InPlace, pl.LightningModule):
         """Return the student that a checkpoint holds, as its own class does.
 
         Raises:
-            SettingError: if it is not known whose class that is.
+            SettingError: if called on ``Distilled`` itself, which does not know that class.
         """
         if cls is Distilled:
             raise SettingError(
@@ -151,12 +168,17 @@ class Distilled(_InPlace, pl.LightningModule):
         return cls._student_class.load_from_checkpoint(*args, **kwargs)
 
     def on_compression_start(self) -> None:
-        """Take the student as it is for the teacher, if that is what ``teacher`` asks for.
+        """Copy the student as it is now to be the teacher, with ``teacher="start"``.
 
-        At the first step of a fit that warns: such a teacher was never fine-tuned.
+        Does nothing if there is a teacher already. At the first step of a fit it warns: such a
+        teacher was never fine-tuned. Callbacks that compress call it before they first change
+        the structure; a callback of one's own may call it at any other moment between two steps.
 
-        Callbacks that compress call it before they first change the structure; a callback of
-        one's own may call it at any other moment between two steps.
+        Raises:
+            PlatformError: if the student cannot be copied.
+
+        Cost:
+            The memory of a copy of the student's weights.
         """
         own = getattr(super(), "on_compression_start", None)
         if own is not None:
@@ -288,7 +310,7 @@ def _training_step(module: Distilled, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _with_loss(output: Any, change: Any) -> Any:
-    """Return what a step gave, with another loss in it."""
+    """Return the output of a step with its loss changed."""
     if isinstance(output, Mapping):
         return {**output, "loss": change(output["loss"])}
     return None if output is None else change(output)
@@ -350,7 +372,7 @@ def _refuse(module: Distilled) -> None:
 
 
 def _make_hparams_its_own(module: Distilled) -> None:
-    """Make the hyperparameters that LightningCLI noted for this class those of the student's."""
+    """Replace the hyperparameters that LightningCLI saved for this class by the student's."""
     given = module.hparams
     student = given.get("student")
     of_ours = str(given.get("_class_path", "Distilled")).rpartition(".")[2] == "Distilled"

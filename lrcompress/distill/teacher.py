@@ -1,4 +1,4 @@
-"""The model that is imitated: outside the student's module tree, frozen, in a file of its own."""
+"""The frozen teacher: outside the student's module tree, saved in a file of its own."""
 
 import copy
 import hashlib
@@ -35,12 +35,12 @@ _HOOKS = (
 
 
 class Teacher:
-    """A frozen model in evaluation mode; being no module, it is in no one's module tree.
+    """A frozen model in evaluation mode; no ``nn.Module`` itself, so no module tree holds it.
 
     Args:
         module: the model, frozen in place.
-        whole: whether it stands for the student as a whole, so that the same submodule is
-            called; otherwise it is itself what is called.
+        whole: whether it is a model like the whole student, so that the same submodule is
+            called; otherwise the model itself is called.
     """
 
     def __init__(self, module: nn.Module, *, whole: bool) -> None:
@@ -49,7 +49,7 @@ class Teacher:
         self._fingerprint: str | None = None
 
     def submodule(self, name: str) -> nn.Module:
-        """Return what to call where the student calls its submodule of that name.
+        """Return the module to call where the student calls its submodule of that name.
 
         Raises:
             NoMatchError: if the teacher has no such submodule.
@@ -86,11 +86,11 @@ class Teacher:
 
     @property
     def file(self) -> str:
-        """What its file is called."""
+        """The name of its file."""
         return f"teacher-{self.fingerprint[:16]}.safetensors"
 
     def save(self, folder: Path) -> None:
-        """Write the weights into a file of the folder, whole or not at all.
+        """Write the weights into a file of the folder, atomically.
 
         To be called by the first process; where the teacher is sharded, by all.
 
@@ -118,7 +118,10 @@ class Teacher:
 def copy_model(student: nn.Module) -> nn.Module:
     """Return a copy of a module: its weights and structure, but no hook, graph or distillation.
 
-    Of a module that FSDP2 has sharded the copy is sharded alike: no process holds it whole.
+    Of a module that FSDP2 has sharded the copy is sharded alike: no process holds all of it.
+
+    Raises:
+        PlatformError: if something in the module cannot be copied.
     """
     made = _copied(student)
     if not fsdp.is_sharded(student):
@@ -159,6 +162,7 @@ def load_copy(student: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
 
     Raises:
         CheckpointError: if these are not the weights of such a module.
+        PlatformError: if something in the student cannot be copied.
     """
     module = restore_structure(_copied(student), tensors)
     own = _tensors(module)
@@ -190,7 +194,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the weights in a Lightning checkpoint or a safetensors file.
 
     Raises:
-        CheckpointError: if it holds none.
+        CheckpointError: if it cannot be read, or holds none.
     """
     if path.suffix == ".safetensors":
         return read_file(path)

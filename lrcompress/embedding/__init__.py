@@ -1,4 +1,4 @@
-"""Embeddings: which tables are chosen, what an error in a row counts, and surgery."""
+"""Factorize embeddings: settings, the metric of a table, and replacement in the model."""
 
 from lrcompress.embedding.factor import factor_tables_, record_of
 from lrcompress.embedding.settings import EmbeddingSettings, EmbeddingTable

@@ -1,4 +1,4 @@
-"""Tables replaced, with everything that reads them and what optimizers know of them."""
+"""Replace embeddings, with their tied output heads and the optimizer state."""
 
 import math
 import time
@@ -46,9 +46,9 @@ def factor_tables_(
     step: int | None = None,
     processes: Processes = ONE_PROCESS,
 ) -> PointRecord:
-    """Replace the targeted embeddings of ``model``, and their tied heads, from statistics.
+    """Factor the targeted embeddings of ``model``, and their tied heads, from statistics.
 
-    Everything is decided and solved before the first is touched: an error leaves the model as it
+    Everything is decided and solved before the first is replaced: an error leaves the model as it
     was. Low-rank tables are factored again.
 
     Args:
@@ -64,7 +64,12 @@ def factor_tables_(
         What was done, table by table.
 
     Raises:
-        LayerError: if a table is of a form that cannot be factored again.
+        NoMatchError: if a pattern matches no embedding, or there is no token embedding.
+        LayerError: if a table cannot be factored, or not again, or its head cannot follow.
+        SettingError: if no rank makes a table as small as it should be.
+        ShapeError: if a given rank does not divide the width of Kronecker rows.
+        ObservationError: if a table was never read while statistics were observed.
+        NotFiniteError: if a statistic or a table holds a NaN or an infinity.
     """
     started = time.perf_counter()
     held = tuple(optimizers)
@@ -104,7 +109,7 @@ def factor_tables_(
 def record_of(
     table: EmbeddingTable, settings: EmbeddingSettings, error: float | None = None, note: str = ""
 ) -> LayerRecord:
-    """Return what becomes of a table."""
+    """Return the record of a table for the report."""
     rank = settings.rank_of(table)
     notes = [note] if note else []
     if table.heads:
@@ -138,7 +143,7 @@ def _put(
     settings: EmbeddingSettings,
     optimizers: Sequence[Optimizer],
 ) -> None:
-    """Put new layers where a table is read, and their parameters in the optimizers."""
+    """Replace all layers that hold a table, and its parameters in the optimizers."""
     rank, kind = factors.left.shape[1], METHODS[settings.method]
     layer = model.get_submodule(table.name)
     old = view(layer, table=True).parameters
@@ -161,7 +166,7 @@ def _put(
 
 
 def _set_(new: FactoredEmbedding, layer: nn.Module, factors: Factors) -> tuple[Carry, list[str]]:
-    """Give ``new`` its values; return how optimizer state carries over, and to what."""
+    """Set the values of ``new``; return how optimizer state carries over, and to what."""
     left, right = factors.left, factors.right
     new.left.weight.copy_(left)
     if isinstance(new, KroneckerEmbedding):
@@ -193,7 +198,7 @@ def _set_(new: FactoredEmbedding, layer: nn.Module, factors: Factors) -> tuple[C
 
 
 def _dense_state(carry: Carry) -> Carry:
-    """Return the same for state that may be sparse, as that of sparse gradients."""
+    """Return ``carry`` for state that may be sparse, as that of sparse gradients."""
 
     def densely(state: Sequence[Any], squared: bool) -> list[Tensor]:
         return carry([x.to_dense() if x.is_sparse else x for x in state], squared)

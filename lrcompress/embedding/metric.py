@@ -1,4 +1,4 @@
-"""What an error in a table counts: by its rows' use, and by its columns' in a tied head."""
+"""The metric of an embedding: weights of its rows, and of its columns for a tied head."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ from lrcompress.statistics.moments import Statistics
 
 @dataclass(frozen=True)
 class Metric:
-    """What an error in a table counts.
+    """The metric in which the error of a table is measured.
 
     Attributes:
-        rows: ``(vocabulary,)`` float64, or None for all alike.
+        rows: ``(vocabulary,)`` float64 weights, or None for all alike.
         columns: ``(width, width)`` float64, or None for the identity.
         note: what was done about statistics that could not be used as they were, or "".
     """
@@ -29,12 +29,13 @@ class Metric:
 
 
 def metric_of(table: EmbeddingTable, statistics: Statistics, settings: EmbeddingSettings) -> Metric:
-    """Return what an error in ``table`` counts, over all embeddings that hold it.
+    """Return the metric of ``table``, from statistics of all embeddings that hold it.
 
     The weight of a row is how often it was read, or the sum of its tokens' squared gradients.
     ``floor`` of the mean weight is mixed in, so that rows of tokens that were never read, special
-    ones among them, are projected like others. Columns count by the second moment ``H`` of what
-    tied heads read, for the head, and all alike for the embedding, mixed by ``head_share``.
+    ones among them, are projected like others. Columns are weighted by the second moment ``H`` of
+    the inputs of tied heads, for the head, and all alike for the embedding, mixed by
+    ``head_share``.
 
     Raises:
         ObservationError: if no embedding of the table was ever called.
@@ -84,13 +85,13 @@ def _columns(
 
 @torch.no_grad()
 def solve(weight: Tensor, method: str, rank: int, metric: Metric) -> Factors:
-    """Return the two matrices of a table's form: the narrow table, and what widens it.
+    """Return the best factors of a table in a metric: the narrow table, and what widens it.
 
     Args:
         weight: ``(vocabulary, width)``.
         method: a key of :data:`METHODS`.
         rank: width of the narrow table.
-        metric: what errors count.
+        metric: in which the error is measured.
 
     Returns:
         ``left (vocabulary, rank)`` and ``right (rank, width)``, for ``kronecker`` ``(1, block)``.

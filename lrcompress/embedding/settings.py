@@ -1,4 +1,4 @@
-"""Which tables a user means, who else reads them, and how narrow they become."""
+"""Settings of embedding factorization: which tables, who shares them, and their rank."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ WEIGHTINGS: Mapping[str, tuple[str, ...]] = {
     "none": (),
 }
 HEADS = ("tied", "untied")
-_ALIGN = 8  # ranks are multiples of it, where that costs no more than a tenth of them
+_ALIGN = 8  # ranks are multiples of it, where that costs at most a tenth of them
 
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """A table and everything that reads it.
+    """An embedding table and all layers that share it.
 
     Attributes:
         name: of the first embedding that holds it.
@@ -56,7 +56,7 @@ class EmbeddingTable:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSettings:
-    """How tables are chosen, measured and cut; every entry is checked when it is made.
+    """Settings of embedding factorization; every entry is checked when it is made.
 
     Attributes:
         method: a key of :data:`METHODS`.
@@ -108,16 +108,16 @@ class EmbeddingSettings:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The statistics it needs."""
+        """The kinds of statistics to observe."""
         joint = self.method == "low_rank" and self.heads == "tied" and self.head_share > 0
         return WEIGHTINGS[self.weighting] + (("input_moment",) if joint else ())
 
     def select(self, model: nn.Module) -> Selection:
-        """Return the embeddings of ``model`` that are targeted."""
+        """Return the names of the embeddings of ``model`` that are targeted."""
         return Selection(tuple(name for one in self.tables(model) for name in one.embeddings))
 
     def watched(self, model: nn.Module) -> tuple[str, ...]:
-        """Return the layers of ``model`` that are observed: embeddings and tied heads."""
+        """Return the names of the layers of ``model`` to observe: embeddings and tied heads."""
         joint = "input_moment" in self.kinds
         tables = self.tables(model)
         return tuple(n for x in tables for n in (*x.embeddings, *(x.heads if joint else ())))
@@ -150,10 +150,10 @@ class EmbeddingSettings:
         return chosen
 
     def rank_of(self, table: EmbeddingTable) -> int:
-        """Return the width of a table's narrow one.
+        """Return the rank to which a table is factored.
 
         Raises:
-            SettingError: if there is none with which it becomes as small as it should.
+            SettingError: if no rank makes it as small as it should be.
             ShapeError: if a given rank does not divide the width of Kronecker rows.
         """
         vocabulary, width = table.shape
@@ -188,7 +188,7 @@ class EmbeddingSettings:
 
 
 def parameters_of(kind: type[FactoredEmbedding], shape: tuple[int, int], rank: int) -> int:
-    """Return how many parameters stand for a table of that shape."""
+    """Return the number of parameters of a table of that shape after factoring."""
     sizes = {"out": shape[0], "in": shape[1], "rank": rank}
     return sum(math.prod(each) for each in kind.tensors(sizes).values())
 
@@ -242,7 +242,7 @@ def _chosen(
 
 
 def _token_embedding(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the embedding that a model calls its input's, or the only one there is.
+    """Return the input embedding of a ``transformers`` model, or the only one there is.
 
     Raises:
         NoMatchError: if there is no such one.
@@ -263,10 +263,10 @@ def _token_embedding(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _check_not_generating(model: nn.Module) -> None:
-    """Refuse models that would call a layer over sequences one token at a time.
+    """Check that a model does not generate token by token, as SAFE needs whole sequences.
 
     Raises:
-        LayerError: with the way out.
+        LayerError: if it does.
     """
     for module in model.modules():
         generates = getattr(module, "can_generate", None)

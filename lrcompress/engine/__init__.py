@@ -1,1 +1,1 @@
-"""Observe, plan, solve, replace: the whole method on a bare ``nn.Module``."""
+"""Compression of a bare ``nn.Module``: observe, allocate ranks, solve, replace layers."""

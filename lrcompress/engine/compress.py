@@ -1,4 +1,4 @@
-"""Observe, plan, solve, replace: the whole method on a bare ``nn.Module``."""
+"""Compression of a bare ``nn.Module``: observe, allocate ranks, solve, replace layers."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,12 +53,12 @@ def candidates(
     settings: Settings,
     measured: Mapping[str, LayerSummary],
 ) -> list[Candidate]:
-    """Return what each layer asks of the budget.
+    """Return the layers as candidates for ranks, with their error curves and bounds.
 
     Args:
         model: whose layers they are.
         names: of the layers.
-        settings: what is asked for.
+        settings: their ranks, keeps and bounds.
         measured: the layers as far as they are solved; others cost what low-rank factors do.
 
     Raises:
@@ -96,9 +96,9 @@ def candidates(
 
 
 def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Selection, int]:
-    """Return the layers that would be replaced, their uniform ranks, and bytes of statistics.
+    """Return the layers that would be replaced at uniform ranks, and the bytes of statistics.
 
-    Nothing is observed or changed. Global allocation shares the same budget out otherwise.
+    Nothing is observed or changed. Global allocation divides the same budget differently.
     """
     selection = settings.select(model)
     check_layers(model, selection.names, settings)
@@ -140,8 +140,8 @@ def factor_(
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
-    Everything is decided and solved before the first layer is touched: an error leaves the
-    model as it was. Layers that are factored already are factored again.
+    An error leaves the model as it was; only where parameters are sharded, layers that were
+    replaced before it stay so. Layers that are factored already are factored again.
 
     Args:
         model: changed in place.
@@ -159,12 +159,14 @@ def factor_(
     Raises:
         NoMatchError: if a pattern matches nothing.
         LayerError: if a layer has sparse rows, or is factored as the method cannot start from.
+        ShapeError: if a size in ``shapes`` does not divide its layer's.
         ObservationError: if a layer was never seen.
         NotFiniteError: if a statistic or a weight is not finite.
         SettingError: if the budget cannot be met.
 
     Cost:
-        One symmetric eigendecomposition of the smaller side per layer, and its products.
+        One symmetric eigendecomposition of the smaller side per layer, and its products; twice
+        that where parameters are sharded.
     """
     started = time.perf_counter()
     names = settings.select(model).names
@@ -250,7 +252,7 @@ def _put_factors(
     found: Found | None,
     optimizers: Sequence[Optimizer],
 ) -> None:
-    """Put factors in place of a layer; without any, a layer to receive them from elsewhere."""
+    """Put factors in place of a layer; without any, a layer that another process fills."""
     layer = model.get_submodule(name)
     old, parts = view(layer), None
     new: FactoredLinear
@@ -295,23 +297,38 @@ def observe(
     shared: bool = False,
     offload: str | None = None,
 ) -> Iterator[Recorder]:
-    """Watch the linear layers of ``model`` while the block runs.
+    """Accumulate statistics of the linear layers of ``model`` over chosen steps.
 
     Args:
         model: the module; nothing is written on it.
-        method: whose statistics to accumulate.
-        kinds: the statistics themselves, in place of a method's.
+        method: whose statistics to accumulate, a key of :data:`lrcompress.objective.METHODS`.
+        kinds: the statistics themselves, of :data:`lrcompress.statistics.moments.KINDS`, in place
+            of a method's.
         targets: patterns of layer names; None is every linear layer of a numbered block.
         exclude: patterns of layers to leave out.
-        shared: allow layers that are called several times a step.
+        shared: also observe layers with several uses a step, and tied weights.
         offload: device the sums live on; None leaves them beside the layers.
 
     Yields:
-        A :class:`~lrcompress.statistics.capture.Recorder`: run each step inside its ``step``;
-        its ``statistics`` fill up.
+        A :class:`~lrcompress.statistics.capture.Recorder`, which observes what runs inside its
+        ``step``. Its ``statistics`` are float32 sums over tokens and examples, such as
+        ``input_moment`` ``Σ x xᵀ`` ``(in, in)`` and ``output_moment`` ``Σ g gᵀ`` ``(out, out)``.
 
     Raises:
         SettingError: if the method or a kind is unknown.
+        NoMatchError: if a pattern matches no linear layer, or no layer is left to observe.
+        LayerError: if a layer named in full cannot be factored.
+
+    Cost:
+        A step runs without ``torch.compile``. ``kfac`` takes up to ``in² + out²`` multiply-adds a
+        token and ``4·(in² + out²)`` bytes a layer; layers that read one tensor share its part.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3))
+        >>> with observe(model, method="drone") as recorder, recorder.step():
+        ...     _ = model(torch.ones(5, 2))
+        >>> recorder.statistics.of("0", ["input_moment"]).moment("input_moment").tolist()
+        [[5.0, 5.0], [5.0, 5.0]]
     """
     chosen = method_named(method).kinds if kinds is None else tuple(kinds)
     for kind in chosen:
@@ -332,26 +349,40 @@ def compress(
 ) -> PointRecord:
     """Factor the linear layers of ``model`` from one pass over ``batches``, without a Trainer.
 
-    The model is observed in evaluation mode, without dropout, and no ``.grad`` is touched.
+    Each weight ``W`` is replaced by the factors of ``M`` that minimise ``‖P (W − M) Q‖²``, with
+    the metrics ``PᵀP`` ``(out, out)`` and ``QQᵀ`` ``(in, in)`` that ``method`` takes from the
+    batches; :mod:`lrcompress.objective` has the methods and their sources. Ranks are allocated so
+    that ``keep`` of the targeted layers' parameters remain. The model is observed in evaluation
+    mode, without dropout, and no ``.grad`` is touched. An error leaves the model as it was.
 
     Args:
         model: changed in place.
-        batches: whatever ``loss`` understands; the passes are over all of them.
+        batches: whatever ``loss`` understands, on the model's device; one pass is made over all
+            of them, none where the method needs no statistics (``svd``).
         loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
             predicted tokens, a scalar.
         mask: where a batch says which positions are real: a key, a function of the batch, or
-            None if nothing is padded.
-        examples: of how many terms a batch's loss is the mean; by default of its ``labels`` that
-            are not -100, where these are whole numbers ``(examples, length)``, else the leading
-            size of its first tensor.
-        **settings: of :class:`Settings`: ``method``, ``keep``, ``targets``, …
+            None if nothing is padded. The mask is ``(examples, length)``, zero at padding.
+        examples: of how many terms a batch's loss is the mean; by default as
+            :func:`~lrcompress.statistics.batches.batch_terms` counts them.
+        **settings: of :class:`~lrcompress.engine.settings.Settings`: ``method``, ``keep``, …
 
     Returns:
         What was done, layer by layer.
 
     Raises:
-        ObservationError: if ``batches`` is empty, or all its losses are not finite.
-        SettingError: if a setting is not what it may be, or ``keep`` is missing.
+        TypeError: if a setting has an unknown name.
+        SettingError: if a setting is not what it may be, ``keep`` is missing, or it cannot be met.
+        NoMatchError: if a pattern matches no layer, or no layer is left to factor.
+        LayerError: if a layer is of a kind that cannot be factored.
+        ShapeError: if a mask is not two-dimensional, or ``shapes`` do not divide their layers'.
+        ObservationError: if ``batches`` is empty, or all its losses are not finite; if a layer
+            was never used or has no part in the loss, was used twice in a step without
+            ``shared``, or read sequences without a mask; if a batch holds no tensor.
+        NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
+
+    Cost:
+        A pass of the model a batch, as of :func:`observe`; then that of :func:`factor_`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
@@ -401,7 +432,7 @@ def _observe_batch(
 
 @contextmanager
 def _observable(model: nn.Module, names: Sequence[str], gradients: bool) -> Iterator[None]:
-    """Evaluation mode, and weights that let gradients through; both as before at the end."""
+    """Set evaluation mode and let gradients reach the weights; restore both at the end."""
     modes = {module: module.training for module in model.modules()}
     weights = [p for name in names for p in view(model.get_submodule(name)).parameters]
     frozen = [p for p in weights if gradients and not p.requires_grad]

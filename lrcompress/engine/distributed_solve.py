@@ -1,6 +1,6 @@
-"""Layers dealt over the processes that train together: each solves its own, all get the results.
+"""Distributed solve: each process solves some of the layers, all receive the results.
 
-One process alone solves them all, and tells no one.
+One process alone solves all layers and communicates nothing.
 """
 
 import math
@@ -32,7 +32,7 @@ _SHOWN = 20  # ranks of an error curve that are kept for the report
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What all processes know of a layer that one of them has solved.
+    """Error curve and metric of a solved layer, small enough to send to every process.
 
     Attributes:
         energies: of its truncation, on the CPU.
@@ -80,7 +80,7 @@ class LayerSummary:
             name: of the layer.
             shape: ``(out, in)``.
             rank: of its factors; None if it stays dense.
-            note: what else there is to say.
+            note: added to that of the metric.
             reached: the relative error and the squared one, where they are known better than
                 from the energies.
         """
@@ -114,7 +114,7 @@ class SolvedLayer:
 
 @dataclass(frozen=True)
 class Solutions:
-    """Layers, measured, before anything is changed.
+    """Solved layers of a model, before any of them is replaced.
 
     Attributes:
         processes: the processes.
@@ -132,7 +132,7 @@ class Solutions:
     solve: Callable[[Sequence[str]], Mapping[str, SolvedLayer]]
 
     def rounds(self, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, SolvedLayer]]]:
-        """Yield layers turn by turn, each with what this process has solved of them.
+        """Yield layers turn by turn, each turn with those that this process has solved.
 
         The latter is to be emptied, with all that is large in it, before the next turn.
         """
@@ -152,7 +152,7 @@ def solve_layers(
     solver: Solver | None = None,
     processes: Processes = ONE_PROCESS,
 ) -> Solutions:
-    """Measure layers in a metric and find all their truncations, each in one process.
+    """Solve layers in the metric of a method, for all ranks at once, each in one process.
 
     Args:
         model: the same in all processes.
@@ -164,6 +164,11 @@ def solve_layers(
         keep_metric: keep the metrics themselves, the large part, too.
         solver: of a layer; by default all low-rank truncations.
         processes: the processes.
+
+    Raises:
+        ObservationError: if a statistic that the method needs is missing.
+        NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
+        PlatformError: if another process failed for a reason outside this package.
     """
     owner = processes.assign({name: _cost(view(model.get_submodule(name)).shape) for name in names})
 
@@ -226,7 +231,7 @@ def install_factors_(
     put: Callable[[str, Found | None], None],
     optimizers: Sequence[Optimizer],
 ) -> dict[str, tuple[float, float]]:
-    """Put factors in place of layers, the same in all processes.
+    """Replace layers by their factors, the same in all processes.
 
     Args:
         model: changed in place.
@@ -276,7 +281,7 @@ def broadcast_layers_(
     optimizers: Iterable[Optimizer],
     processes: Processes,
 ) -> None:
-    """Give every process the parameters and optimizer state that a layer has with its owner.
+    """Broadcast parameters and optimizer state of layers from the processes that solved them.
 
     Args:
         model: of the same structure in all processes.

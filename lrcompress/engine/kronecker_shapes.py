@@ -1,4 +1,4 @@
-"""Which sizes the factors of sums of Kronecker products have: given, or found for a budget."""
+"""Shapes of Kronecker factors: as given, or the best for a budget of parameters."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 
 
 def by_layer(argument: str, given: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:
-    """Return what patterns give each layer; a later pattern goes before an earlier one.
+    """Return each layer's value from values by pattern; a later pattern overrides an earlier one.
 
     Raises:
         NoMatchError: if a pattern matches none of the layers.
@@ -57,7 +57,7 @@ def check_layers(model: nn.Module, names: Sequence[str], settings: Settings) -> 
 
 
 def solver_for(model: nn.Module, names: Sequence[str], settings: Settings) -> Solver | None:
-    """Return what solves layers in the way the settings ask for; None for the usual way."""
+    """Return the solver for Kronecker factors; None for low rank, which is the default."""
     return (
         KroneckerShapes(model, names, settings)
         if METHODS[settings.method].form == "kronecker"
@@ -66,7 +66,7 @@ def solver_for(model: nn.Module, names: Sequence[str], settings: Settings) -> So
 
 
 class KroneckerShapes:
-    """Solves layers by sums of Kronecker products, of the shape given or the nearest of all.
+    """Solver of layers by sums of Kronecker products, of a given shape or of the nearest.
 
     Args:
         model: whose layers they are.
@@ -96,10 +96,10 @@ class KroneckerShapes:
             )
 
     def _check_saves(self, name: str) -> None:
-        """Check that the terms of a given shape, or one of them, are as small as asked.
+        """Check that the terms of a given shape, or one of them, fit the budget.
 
         Raises:
-            SettingError: if they are not.
+            SettingError: if they do not.
         """
         first, size, keep = self._given[name], self._sizes[name], self._keeps[name]
         whole, terms = size[0] * size[1], self._terms.get(name)
@@ -128,7 +128,7 @@ class KroneckerShapes:
         return nearest_shape(weight, budget, metric.output, metric.input, self._terms.get(name))
 
     def previewed(self, model: nn.Module) -> dict[str, Sizes | None]:
-        """Return the shapes that the weights alone would get, the first of every size for all."""
+        """Return shapes found without statistics, one for all layers of equal size and budget."""
         found: dict[object, Sizes | None] = {}
         shapes: dict[str, Sizes | None] = {}
         for name, size in self._sizes.items():
@@ -144,7 +144,7 @@ def _budget(keep: float, whole: int) -> int:
 
 
 def term_parameters(first: Sizes | None, shape: Sizes) -> int:
-    """Return the parameters of a term; of the whole weight where there is none.
+    """Return the number of parameters of one Kronecker term; of the weight if ``first`` is None.
 
     Example:
         >>> term_parameters((2, 3), (4, 6)), term_parameters(None, (4, 6))

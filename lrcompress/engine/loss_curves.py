@@ -1,4 +1,4 @@
-"""What cuts of different sizes are predicted to lose, before anything is cut."""
+"""Loss curves: predicted loss of every method over ``keep``, without changing the model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,9 +26,9 @@ def loss_curves(
     methods: Sequence[str],
     keeps: Sequence[float] = KEEPS,
 ) -> list[PredictedLoss]:
-    """Return what every method would lose at every ``keep``; nothing is changed.
+    """Return the predicted loss and error of every method at every ``keep``; nothing is changed.
 
-    Each method shares ranks out as it would by default, the settings' own as they say.
+    Each method allocates ranks as it does by default; that of the settings, as they request.
 
     Args:
         model: whose layers ``settings`` choose.
@@ -39,6 +39,9 @@ def loss_curves(
 
     Raises:
         SettingError: if the shapes of a method's factors depend on ``keep``.
+        NoMatchError: if a pattern matches no layer.
+        ObservationError: if a statistic that a method needs is missing.
+        NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
 
     Cost:
         That of solving all layers once a method.

@@ -1,4 +1,4 @@
-"""What a user may say about factoring, checked."""
+"""Settings of a compression, validated."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from lrcompress.structure.selection import Selection, select
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How layers are chosen, measured and cut; every entry is checked when it is made.
+    """Which layers are factored, by which method, to which ranks; validated when made.
 
     Attributes:
         method: a key of :data:`lrcompress.objective.METHODS`.
@@ -115,7 +115,7 @@ class Settings:
 
     @property
     def spread(self) -> str:
-        """The allocation in force."""
+        """The allocation in use: the one requested, else the method's default."""
         default = "global" if METHODS[self.method].comparable else "uniform"
         return self.allocation or default
 

@@ -1,7 +1,7 @@
-"""Compressed models as folders that ``transformers`` loads, and back to plain layers.
+"""Export: folders for ``transformers``, ONNX files, ``torch.export`` programs, dense models.
 
-Importing this package makes the folders known to ``transformers``; after it any
-``from_pretrained`` loads them. ``lrcompress.load_pretrained`` does it by itself.
+Importing this package registers the folder format with ``transformers``; after it any
+``from_pretrained`` loads such folders. ``lrcompress.load_pretrained`` needs no import besides.
 ``export_onnx`` and ``export_program`` write a model as one graph, which needs neither package.
 """
 

@@ -1,4 +1,4 @@
-"""Back to plain layers, for tools that know nothing of factors."""
+"""Merge factors back into dense layers, for tools that know nothing of factors."""
 
 import copy
 from typing import Any, TypeVar
@@ -12,14 +12,23 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def merge_dense(model: Model) -> Model:
-    """Return a copy of ``model`` with a plain layer in place of every factored one.
+    """Return a copy of ``model`` in which every factored or pruned layer is dense again.
 
     It computes the same to rounding. Layers and parameters that are shared stay shared, each
-    layer is of the type that stood there before factoring, and ``save_pretrained`` of
+    layer is of the type that it had before factoring, and ``save_pretrained`` of
     ``transformers`` writes it as an ordinary model. ``model`` itself is not changed.
 
     Args:
         model: any module; what is not factored is copied as it is.
+
+    Returns:
+        The dense copy, on the devices and in the dtypes of ``model``.
+
+    Raises:
+        LayerError: if a layer has no dense form, as :class:`~lrcompress.nn.SafeEmbedding`.
+
+    Cost:
+        The memory of the dense model beside that of ``model``, and one matrix product a layer.
 
     Example:
         >>> from lrcompress.nn import LowRankLinear
@@ -41,7 +50,7 @@ def merge_dense(model: Model) -> Model:
 
 
 def forget_structure_(model: nn.Module) -> None:
-    """Take off what marks a ``transformers`` model as compressed."""
+    """Remove the attributes that mark a ``transformers`` model as compressed."""
     for module in model.modules():
         config = getattr(module, "config", None)
         for holder, name in ((module, "hf_quantizer"), (config, "quantization_config")):

@@ -1,4 +1,4 @@
-"""An exported folder, read and checked as files before a model is built from it."""
+"""Read and check the files of an exported folder, before a model is built from it."""
 
 import hashlib
 import json
@@ -29,14 +29,14 @@ _LEAST = 2**20  # sizes up to it are harmless, however small the file
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds.
+    """What an exported folder holds.
 
     Attributes:
         path: the folder.
         config: its ``config.json``.
-        plan: the structure.
+        plan: the structure of the model.
         tensors: what its weight files hold, by name.
-        nbytes: of the weight files.
+        nbytes: bytes of the weight files.
     """
 
     path: Path
@@ -47,7 +47,7 @@ class Contents:
 
 
 def read_folder(folder: str | Path) -> Contents:
-    """Return what an exported folder holds; everything is checked, no tensor is loaded.
+    """Return the contents of an exported folder; all is checked, no tensor is loaded.
 
     Raises:
         CheckpointError: if it is no such folder, or anything in it does not fit together.
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the mapping that a JSON file holds.
 
     Raises:
-        CheckpointError: if it is not there or holds something else.
+        CheckpointError: if there is no such file, or it holds something else.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -113,10 +113,10 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _check_config(path: Path, config: Mapping[str, Any], num_tensors: int, nbytes: int) -> None:
-    """Check that the config asks for nothing that the weight files could not be about.
+    """Check that the config is safe to load, and its sizes are possible for the weight files.
 
     Raises:
-        CheckpointError: if it does.
+        CheckpointError: if they are not, or a key could make ``transformers`` run code.
     """
     for key, value in _entries(config):
         harmless = value is None or (key.startswith("_") and isinstance(value, bool))
@@ -135,7 +135,7 @@ def _check_config(path: Path, config: Mapping[str, Any], num_tensors: int, nbyte
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield all keys and values of the config, those of nested configs too."""
+    """Yield all keys and values of the config, and of the configs in it."""
     for key, value in config.items():
         if key == "quantization_config":
             continue
@@ -146,9 +146,9 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_record(path: Path, plan: Plan) -> None:
-    """Check the files against what was noted of them when they were written.
+    """Check the files against the checksums and the plan in ``lrcompress.json``.
 
-    There is no such note where ``transformers`` saved the folder.
+    There is no such file where ``transformers`` saved the folder.
 
     Raises:
         CheckpointError: if they differ.
@@ -173,22 +173,23 @@ def _check_record(path: Path, plan: Plan) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read piece by piece."""
+    """Return the SHA-256 of a file in hexadecimal, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_model(contents: Contents, own: Mapping[str, Tensor], beside: int, whole: bool) -> None:
-    """Check a model that is built but has no memory yet against the tensors there are.
+    """Check a model on the ``meta`` device against the tensors of its folder.
 
     Args:
         contents: of the folder.
-        own: what the model would load, by the names the folder would have for it.
-        beside: bytes of what it would allocate and not load.
+        own: the tensors that the model would load, by their names in the folder.
+        beside: bytes that it would allocate and not load.
         whole: whether nothing of ``own`` may be missing.
 
     Raises:
-        CheckpointError: if a tensor has other sizes, or more would be allocated than is there.
+        CheckpointError: if a tensor has other sizes or is missing, or the model would allocate far
+            more than the folder holds.
     """
     found = {name: contents.tensors[name] for name in own if name in contents.tensors}
     for name, entry in found.items():

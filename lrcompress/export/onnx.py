@@ -1,4 +1,4 @@
-"""ONNX files that onnxruntime runs as torch runs the model, in float32 and with weights in int8."""
+"""Export to ONNX in float32 or with int8 weights, and run with onnxruntime."""
 
 import importlib
 from pathlib import Path
@@ -30,22 +30,23 @@ def export_onnx(
 
     The inputs have the example's names, the outputs those of the model; batch and length are
     free. The file is checked: run by onnxruntime, and compared with the model at two other
-    batches and lengths.
+    batches and lengths. No file is written if anything is wrong.
 
     Args:
-        model: as in :func:`export_program`, and so are the others.
-        folder: is made if need be.
-        example: what the model is called with, by name.
-        tokenizer: or processor.
+        model: a ``transformers`` model in float32 on the CPU, factored or not; it is not changed.
+        folder: is made if need be; files of these names in it are written over.
+        example: what the model is called with, by name, ``(batch, …)`` each; where there are two
+            axes the second is the length. The batch is at least 2, a length at least 4.
+        tokenizer: or processor, whose own ``save_pretrained`` is called.
 
     Returns:
-        The largest difference to the model's own outputs.
+        The largest absolute difference to the model's own outputs.
 
     Raises:
         SettingError: if a package is missing, ``model`` is no ``transformers`` model in float32
-            on the CPU, or ``example`` does not fit.
-        ExportError: if the model cannot be traced or has no ONNX form, or the file computes
-            something else.
+            on the CPU or is quantised, or ``example`` does not fit.
+        ExportError: if the model cannot be traced or has no ONNX form, or an output of the file
+            is off by more than 1e-4 of its largest value (of 1 where that is less).
     """
     _package("onnxscript")
     _package("onnxruntime")
@@ -75,13 +76,17 @@ def export_onnx(
 
 
 def quantize_onnx(folder: str | Path) -> Path:
-    """Write ``model.int8.onnx`` beside ``model.onnx``, and return where it is.
+    """Write ``model.int8.onnx`` beside ``model.onnx``, and return its path.
 
-    Every matrix, factors and embeddings too, is kept in int8 with one scale; activations are
-    quantised while it runs, with a scale of their own in every product.
+    Dynamic quantization of onnxruntime: every matrix, factors and embeddings too, is kept in int8
+    with one scale; activations are quantised while it runs, with a scale of their own in every
+    product. The outputs differ from those of ``model.onnx``; by how much is not checked.
 
     Args:
         folder: of :func:`export_onnx`.
+
+    Raises:
+        SettingError: if onnxruntime or onnx is not installed.
     """
     quantization = _package("onnxruntime.quantization")
     source, target = Path(folder) / ONNX, Path(folder) / INT8
@@ -95,7 +100,14 @@ def run_onnx(path: str | Path, threads: int = 0) -> Run:
 
     Args:
         path: of the file.
-        threads: that it may use; 0 lets onnxruntime choose.
+        threads: most threads for one operation; 0 lets onnxruntime choose.
+
+    Returns:
+        ``run({name: tensor}) -> {name: tensor}``, of tensors on the CPU. Inputs that the graph
+        does not take are left out.
+
+    Raises:
+        SettingError: if onnxruntime is not installed.
     """
     runtime = _package("onnxruntime")
     options = runtime.SessionOptions()
@@ -112,7 +124,7 @@ def run_onnx(path: str | Path, threads: int = 0) -> Run:
 
 
 def _package(name: str) -> Any:
-    """Return a package that only this format needs.
+    """Import and return a package that only ONNX export needs.
 
     Raises:
         SettingError: if it is not installed.

@@ -1,4 +1,4 @@
-"""What makes ``transformers`` build the factored layers before it loads their weights."""
+"""Plugin with which ``transformers`` builds factored layers before it loads their weights."""
 
 import re
 from collections.abc import Mapping
@@ -21,21 +21,26 @@ from lrcompress.structure.plan import DENSE, LayerPlan, Plan
 METHOD = "lrcompress"
 VERSION = 1
 _ALIGNED = 64  # bytes, as torch allocates
-# Named for who loads the folder without this package: the name stands in the error's report.
+# A tensor name, for who loads the folder without this package: the error report shows it.
 NOTICE = "to load this model: import lrcompress.export"
 
 
 @register_quantization_config(METHOD)
 class CompressionConfig(QuantizationConfigMixin):
-    """The entry ``quantization_config`` of a ``config.json``.
+    """The entry ``quantization_config`` of a ``config.json``: the plan of a compressed model.
 
     Args:
-        plan: the structure, as :meth:`Plan.to_dict` gives it.
-        version: of this entry.
+        plan: the structure, as :meth:`~lrcompress.structure.plan.Plan.to_dict` gives it.
+        version: of the format of this entry, a whole number from 1.
         quant_method: always ``lrcompress``.
 
     Raises:
-        CheckpointError: if the version is later than this package knows, or there is no plan.
+        CheckpointError: if the version is no such number or later than this package knows, or
+            ``plan`` describes no plan.
+
+    Example:
+        >>> CompressionConfig(Plan().to_dict()).to_dict()
+        {'quant_method': 'lrcompress', 'version': 1, 'plan': {'version': 1, 'layers': []}}
     """
 
     def __init__(
@@ -49,8 +54,13 @@ class CompressionConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Return the entry that ``config_dict`` describes.
 
+        Args:
+            config_dict: with the keys ``quant_method``, ``version`` and ``plan``.
+            return_unused_kwargs: return a pair of the entry and ``kwargs``.
+            **kwargs: not used; ``transformers`` passes its own.
+
         Raises:
-            CheckpointError: if it does not have the keys of one.
+            CheckpointError: if it has other keys, or their values are not those of an entry.
         """
         keys = {"quant_method", "version", "plan"}
         if set(config_dict) != keys:
@@ -79,7 +89,7 @@ def check_version(version: object, where: str) -> int:
 
 
 def check_read(plan: object, where: str) -> Plan:
-    """Return the plan that a file describes.
+    """Return the plan that an entry of a file describes.
 
     Raises:
         CheckpointError: if it describes none.
@@ -91,7 +101,25 @@ def check_read(plan: object, where: str) -> Plan:
 
 @register_quantizer(METHOD)
 class CompressionQuantizer(HfQuantizer):
-    """Gives a model its structure while it is still without memory; nothing is quantised."""
+    """The ``transformers`` quantizer that builds the layers of the plan; nothing is quantised.
+
+    ``from_pretrained`` makes one for a folder whose ``config.json`` has a
+    :class:`CompressionConfig`. It checks the weight files against the plan, gives the model its
+    structure on the ``meta`` device before its weights are loaded, and checks what was loaded.
+    All parameters are plain float tensors and may be trained.
+
+    Args:
+        quantization_config: the entry of the config.
+        **kwargs: of ``HfQuantizer``.
+
+    Attributes:
+        plan: the structure.
+
+    Raises:
+        CheckpointError: if the config holds no plan. While a model is loaded, also if the weight
+            files do not fit the plan or hold values that no layer can have; and then
+            NoMatchError, ShapeError or LayerError if the model does not fit the plan.
+    """
 
     requires_calibration = True
 
@@ -125,26 +153,29 @@ class CompressionQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the model's tensors, and some that a loader without this package trips over."""
+        """Return the tensors and the metadata that ``save_pretrained`` writes.
+
+        Among the tensors are markers, at which a loader without this package fails.
+        """
         return {**model.state_dict(), **markers(Plan.of(model))}, {}
 
     def is_serializable(self) -> bool:
-        """Return that ``save_pretrained`` may save the model."""
+        """Return True: ``save_pretrained`` may save the model."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Return that all parameters may be trained."""
+        """True: all parameters may be trained."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Return that training needs no adapters."""
+        """True: training needs no adapters."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Return that ``torch.compile`` may be used."""
+        """True: ``torch.compile`` may be used."""
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> Any:
@@ -153,16 +184,16 @@ class CompressionQuantizer(HfQuantizer):
 
 
 def markers(plan: Plan) -> dict[str, Tensor]:
-    """Return tensors that make a dense model refuse the file in place of staying random.
+    """Return marker tensors, with which loading the file as a dense model fails.
 
-    Where the dense model has ``name.weight`` the file has one of size 1, which every loader
-    refuses as of the wrong size. A further one is named for what to do.
+    Without them the layers of a dense model would stay random. Where that has ``name.weight`` the
+    file has one of size 1, which every loader refuses. The name of one more says what to do.
     """
     return {key: torch.zeros(1, dtype=torch.uint8) for key in marker_names(plan)}
 
 
 def marker_names(plan: Plan) -> list[str]:
-    """Return the names of the tensors that are no part of the model.
+    """Return the names of the marker tensors, which are no part of the model.
 
     A kind that has a weight of its own, of other sizes, needs none.
     """
@@ -171,7 +202,7 @@ def marker_names(plan: Plan) -> list[str]:
 
 
 def shape_(model: PreTrainedModel, plan: Plan) -> None:
-    """Give a model on any device the structure, wherever in its class the layers stand."""
+    """Give a model the structure of the plan, on any device, under the layer names of its class."""
     own = renamed(plan, model)
     own.apply_(model)
     ignored = {f"{re.escape(name)}$" for name in marker_names(own)}
@@ -181,7 +212,7 @@ def shape_(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def align_(model: nn.Module) -> None:
-    """Move tensors on the CPU that lie at odd addresses, as those mapped from a file do.
+    """Copy CPU tensors whose memory is not aligned, as it is of those mapped from a file.
 
     Matrix kernels take other paths for them, and round otherwise: the same values would not
     give the same logits.
@@ -192,7 +223,7 @@ def align_(model: nn.Module) -> None:
 
 
 def renamed(plan: Plan, model: PreTrainedModel) -> Plan:
-    """Return the plan for another class of the same body, as ``from_pretrained`` would load it.
+    """Return the plan with the layer names of another class of the same base model.
 
     ``encoder.layer.0`` of a BertModel is ``bert.encoder.layer.0`` of a classifier, and the other
     way round. Layers of another class's head are left out.

@@ -1,4 +1,4 @@
-"""Compressed ``transformers`` models into folders and back, bit for bit."""
+"""Save and load compressed ``transformers`` models, bit for bit."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def save_pretrained(
     tokenizer: Any = None,
     report: Report | PointRecord | None = None,
 ) -> None:
-    """Write a compressed ``transformers`` model to a folder, which holds all it takes to load it.
+    """Save a compressed ``transformers`` model to a folder, with all that is needed to load it.
 
     There are ``config.json`` with the plan in it, ``model.safetensors``, ``lrcompress.json`` with
     plan, report and checksums, the tokenizer's files if one is given, and ``README.md``, a model
@@ -54,6 +54,19 @@ def save_pretrained(
 
     Raises:
         SettingError: if ``model`` is no ``transformers`` model, or a quantised one.
+
+    Example:
+        >>> import tempfile
+        >>> from lrcompress.structure.plan import LayerPlan
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "vocab_size": 20}
+        >>> config = transformers.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+        >>> layer = LayerPlan("pooler.dense", "low_rank", {"in": 8, "out": 8, "rank": 2})
+        >>> model = Plan((layer,)).apply_(transformers.BertModel(config))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(model, folder)
+        ...     loaded = load_pretrained(folder)
+        >>> Plan.of(loaded) == Plan.of(model)
+        True
     """
     checked = checked_model(model)
     path, plan = Path(folder), Plan.of(model)
@@ -75,7 +88,7 @@ def save_pretrained(
 
 
 def checked_model(model: nn.Module) -> PreTrainedModel:
-    """Return the model, if it can be exported.
+    """Return the model as a ``PreTrainedModel``, if it can be exported.
 
     Raises:
         SettingError: if it is no ``transformers`` model, or a quantised one.
@@ -103,7 +116,7 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 @contextmanager
 def _marked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """Have ``transformers`` save the model as what it is, and leave it as it was."""
+    """Mark the model as compressed while ``transformers`` saves it, and unmark it at the end."""
     config = model.config
     before = getattr(config, "quantization_config", None), getattr(model, "hf_quantizer", None)
     entry = CompressionConfig(plan.to_dict())
@@ -120,7 +133,7 @@ def _marked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
 
 
 def load_pretrained(folder: str | Path, model_class: Any = None, **kwargs: Any) -> PreTrainedModel:
-    """Return the model of an exported folder, in evaluation mode, all its parameters trainable.
+    """Load the model of an exported folder, in evaluation mode, all its parameters trainable.
 
     The folder is checked first: its files against their checksums, the plan against the sizes of
     the tensors, the model of ``config.json`` against both. Nothing in it can run code, and
@@ -130,10 +143,17 @@ def load_pretrained(folder: str | Path, model_class: Any = None, **kwargs: Any) 
         folder: of :func:`save_pretrained`.
         model_class: a class of ``transformers`` to load instead of the one that was saved, such
             as ``AutoModelForSequenceClassification``, which may add a head of its own.
-        **kwargs: of ``from_pretrained``: ``dtype``, ``device_map``, …
+        **kwargs: of ``from_pretrained``: ``dtype``, ``device_map``, … but not those that are
+            fixed here: ``config``, ``trust_remote_code``, ``use_safetensors``,
+            ``local_files_only``, ``subfolder``, ``output_loading_info``, ``state_dict`` and
+            ``quantization_config``.
+
+    Returns:
+        The model, with the values that were saved, bit for bit.
 
     Raises:
-        CheckpointError: if the folder is not as it was written, or not by this package.
+        CheckpointError: if the folder is not as it was written, or not by this package, or
+            ``transformers`` cannot load it.
         SettingError: if ``kwargs`` has what is fixed here.
     """
     fixed = sorted(_FIXED & kwargs.keys())
@@ -183,20 +203,20 @@ def _loaded(contents: Contents, model_class: Any, kwargs: dict[str, Any]) -> Pre
 
 
 def _own(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return what the model holds and would load, by name: what is tied only once."""
+    """Return the tensors that the model would load, by name; tied ones once."""
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _stored(name: str, model: PreTrainedModel, contents: Contents) -> str:
-    """Return the name in the folder, which may be that of another class of the same body."""
+    """Return the name in the folder, which may be that of another class of the same base model."""
     prefix = f"{model.base_model_prefix}."
     names = (name, prefix + name, name.removeprefix(prefix))
     return next((x for x in names if x in contents.tensors), name)
 
 
 def _saved_class(contents: Contents) -> Any:
-    """Return the class that ``config.json`` names.
+    """Return the model class that ``config.json`` names.
 
     Raises:
         CheckpointError: if it is no model of ``transformers``.

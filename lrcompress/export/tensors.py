@@ -1,4 +1,4 @@
-"""What a safetensors file says it holds, read and checked before any of it is loaded."""
+"""Read and check the headers of safetensors files, before any tensor is loaded."""
 
 import json
 import math
@@ -17,7 +17,7 @@ _BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file.
+    """One tensor in the header of a safetensors file.
 
     Attributes:
         dtype: as safetensors spells it, such as ``F32``.
@@ -122,7 +122,7 @@ def check_plan(plan: Plan, listed: Mapping[str, Entry], where: str) -> None:
         for layer in plan
         for part, shape in _parts(layer, where).items()
     }
-    # Some architectures are saved under other names than the model has: these are told apart by
+    # Some architectures are saved under other names than the model has: these are matched by
     # their sizes alone.
     others = Counter(
         (_part(name), entry.shape) for name, entry in listed.items() if name not in wanted

@@ -1,4 +1,4 @@
-"""A model as one graph, for any batch and any length, checked against the model itself."""
+"""Export to a ``torch.export`` program, for any batch and length, checked against the model."""
 
 import copy
 import logging
@@ -32,22 +32,23 @@ def export_program(
     ``torch.export.load(folder / "model.pt2").module()`` needs neither this package nor
     ``transformers``; it takes a dict of the example's names, with any batch and length, and gives
     a dict of tensors. It is checked: loaded again, and compared with the model at two other
-    batches and lengths.
+    batches and lengths. No file is written if anything is wrong.
 
     Args:
         model: a ``transformers`` model in float32 on the CPU, factored or not; it is not changed.
         folder: is made if need be; files of these names in it are written over.
         example: what the model is called with, by name, ``(batch, …)`` each; where there are two
-            axes the second is the length. Two of a batch and four of a length at least.
+            axes the second is the length. The batch is at least 2, a length at least 4.
         tokenizer: or processor, whose own ``save_pretrained`` is called.
 
     Returns:
-        The largest difference to the model's own outputs.
+        The largest absolute difference to the model's own outputs.
 
     Raises:
-        SettingError: if ``model`` is no ``transformers`` model in float32 on the CPU, or
-            ``example`` does not fit.
-        ExportError: if the model cannot be traced, or the program computes something else.
+        SettingError: if ``model`` is no ``transformers`` model in float32 on the CPU or is
+            quantised, or ``example`` does not fit.
+        ExportError: if the model cannot be traced, or an output of the program is off by more
+            than 1e-4 of its largest value (of 1 where that is less).
     """
     with traced(model, example) as (checked, program), into(folder) as place:
         torch.export.save(program, place / PROGRAM)
@@ -59,7 +60,7 @@ def export_program(
 
 @contextmanager
 def traced(model: nn.Module, example: Inputs) -> Iterator[tuple[PreTrainedModel, ExportedProgram]]:
-    """Yield the model, in evaluation mode for so long, and its graph.
+    """Yield the model and its graph; the model is in evaluation mode until the block ends.
 
     Raises:
         SettingError: if the model or the example cannot be used.
@@ -88,7 +89,7 @@ def traced(model: nn.Module, example: Inputs) -> Iterator[tuple[PreTrainedModel,
 
 
 class _Named(nn.Module):
-    """The model with named tensors in and out, as a graph has them; caches are left out."""
+    """Wrap a model to take and return a dict of tensors, as the graph does, without caches."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -105,13 +106,13 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def axes(name: str, tensor: Tensor) -> dict[int, str]:
-    """Return the axes of an input that may have any size, and what they are called."""
+    """Return the dynamic axes of an input, and their names."""
     length = "decoder_length" if name.startswith("decoder_") else "length"
     return {0: "batch", 1: length} if tensor.ndim == 2 else {0: "batch"}
 
 
 def _check_example(example: Inputs) -> None:
-    """Check that an example can be made smaller and larger.
+    """Check that the example is of tensors of one batch, large enough to be made smaller.
 
     Raises:
         SettingError: if it cannot.
@@ -134,7 +135,8 @@ def compare(run: Run, model: PreTrainedModel, example: Inputs) -> float:
     """Return the largest difference of a graph to its model, at two other batches and lengths.
 
     Raises:
-        ExportError: if it is more than rounding, the outputs are others, or the graph fails.
+        ExportError: if it is more than rounding, the outputs have other names or shapes, or the
+            graph fails.
     """
     largest = 0.0
     for inputs in (_resized(example, larger=False), _resized(example, larger=True)):
@@ -173,7 +175,7 @@ def _resized(example: Inputs, larger: bool) -> dict[str, Tensor]:
 
 @contextmanager
 def into(folder: str | Path) -> Iterator[Path]:
-    """Yield a folder whose files are moved to ``folder`` if nothing goes wrong."""
+    """Yield a temporary folder, whose files are moved to ``folder`` if the block succeeds."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path) as place:
@@ -183,7 +185,7 @@ def into(folder: str | Path) -> Iterator[Path]:
 
 
 def save_beside(model: PreTrainedModel, place: Path, tokenizer: Any) -> None:
-    """Write the config, without what it says of factors, and the tokenizer."""
+    """Write the config, without its ``quantization_config``, and the tokenizer."""
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     config.save_pretrained(place)
@@ -193,7 +195,7 @@ def save_beside(model: PreTrainedModel, place: Path, tokenizer: Any) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what the exporters warn of: their own deprecations and packages not needed."""
+    """Suppress warnings of the exporters: their own deprecations, and packages not needed."""
     loggers = [logging.getLogger(name) for name in ("", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -209,7 +211,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the modes are as before at the end."""
+    """Set evaluation mode without gradients for a block, and restore the modes at its end."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()

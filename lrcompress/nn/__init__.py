@@ -1,4 +1,4 @@
-"""What stands in the model after compression, one layer kind a file."""
+"""Layers that replace ``nn.Linear`` and ``nn.Embedding`` in a compressed model, one kind a file."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from lrcompress.nn.pruned_linear import PrunedLinear
 from lrcompress.nn.replacement import Replacement
 from lrcompress.nn.safe_embedding import SafeEmbedding
 
-# What plans call a kind -> the kind.
+# The name of a kind in plans, checkpoints and exported folders -> its class.
 KINDS: Mapping[str, type[Replacement]] = {
     kind.kind: kind
     for kind in (

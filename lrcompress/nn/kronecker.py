@@ -1,4 +1,4 @@
-"""A linear layer as a sum of Kronecker products."""
+"""Linear layer whose weight is a sum of Kronecker products."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +17,32 @@ from lrcompress.statistics import views
 
 
 class KroneckerLinear(FactoredLinear):
-    """``y = (Σ_s first[s] ⊗ second[s]) x + bias``, without ever making the sum.
+    """Linear layer whose weight is a sum of Kronecker products, which is never built.
 
-    With ``x`` as a matrix ``X`` of ``n1`` rows, ``(A ⊗ B) x`` is ``A X Bᵀ``. All terms are applied
-    as one product on either side, the one first that leaves fewer multiply-adds. One term has
-    ``m1·n1 + m2·n2`` parameters where ``out = m1·m2`` and ``in = n1·n2``.
+    ``y = (Σ_s first[s] ⊗ second[s]) x + bias``. With ``x`` as a matrix ``X`` of ``n1`` rows,
+    ``(A ⊗ B) x`` is ``A X Bᵀ``. All terms are applied as one product on either side, the one first
+    that leaves fewer multiply-adds. One term has ``m1·n1 + m2·n2`` parameters where
+    ``out = m1·m2`` and ``in = n1·n2``. A new layer's bias is zero, its factors are random.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        terms: Kronecker products in the sum, at least 1.
+        first: ``(m1, n1)``, the sizes of the first factors; ``m1`` divides ``out``, ``n1`` divides
+            ``in``.
+        bias: whether it has one.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes:
         input ``(..., in)``, output ``(..., out)``; ``first`` ``(terms, m1, n1)``, ``second``
         ``(terms, m2, n2)``, ``bias`` ``(out,)`` or None. ``rank`` is the number of terms.
+
+    Cost:
+        ``terms·min(m1·n2·(n1 + m2), n1·m2·(n2 + m1))`` multiply-adds a token.
+
+    Source:
+        C. Van Loan, N. Pitsianis, "Approximation with Kronecker products" (1993).
 
     Example:
         >>> layer = KroneckerLinear(6, 4, terms=1, first=(2, 3))
@@ -49,7 +66,7 @@ class KroneckerLinear(FactoredLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make a layer of random factors, whose sum is as large as a linear layer's weight.
+        """Make a layer of random factors; its weight has the variance of an ``nn.Linear``'s.
 
         Raises:
             ShapeError: if there is no term, or ``first`` does not divide ``(out, in)``.
@@ -73,13 +90,20 @@ class KroneckerLinear(FactoredLinear):
     def in_place_of(  # type: ignore[override]
         cls, layer: nn.Module, terms: int, first_out: int, first_in: int
     ) -> Self:
-        """Return a layer with first factors of these sizes to stand where ``layer`` stood.
+        """Return a layer with first factors of these sizes to replace ``layer``.
 
         Its factors are not yet set. It takes over ``layer``'s bias, the same parameter, and its
         dtype, device and training flags.
 
+        Args:
+            layer: a linear layer; it is not changed.
+            terms: Kronecker products in the sum.
+            first_out: rows of the first factors, a divisor of ``out``.
+            first_in: columns of the first factors, a divisor of ``in``.
+
         Raises:
-            ShapeError: if the sizes do not divide the layer's.
+            LayerError: if ``layer`` is of a type that is not known.
+            ShapeError: if there is no term, or the sizes do not divide the layer's.
         """
         old = views.view(layer)
         out_features, in_features = old.shape
@@ -131,7 +155,7 @@ class KroneckerLinear(FactoredLinear):
         """Apply the factors on the side first that leaves fewer multiply-adds.
 
         Raises:
-            RuntimeError: if the input has another number of features, as of a linear layer.
+            RuntimeError: if the input has another number of features, as ``nn.Linear`` raises.
         """
         (terms, m1, n1), (_, m2, n2) = self.first.shape, self.second.shape
         if x.shape[-1] != self.in_features:
@@ -160,7 +184,7 @@ class KroneckerLinear(FactoredLinear):
 def carry_kronecker(
     first: Tensor, second: Tensor, transposed: bool
 ) -> Callable[[Sequence[Tensor], bool], list[Tensor]]:
-    """Return how optimizer state of a dense weight becomes state of Kronecker factors.
+    """Return a function that turns optimizer state of a dense weight into that of its factors.
 
     Gradients of the factors are ``∂L/∂A_s = R(∂L/∂W) vec(B_s)`` and ``∂L/∂B_s = R(∂L/∂W)ᵀ
     vec(A_s)``, with a row of ``R`` for every block, so first moments carry over exactly; second

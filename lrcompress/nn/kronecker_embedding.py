@@ -1,4 +1,4 @@
-"""An embedding whose rows are Kronecker products of narrow rows and one block."""
+"""Embedding whose rows are Kronecker products of short rows and one block (KroneckerBERT)."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -13,7 +13,17 @@ from lrcompress.nn.replacement import Sizes
 
 
 class KroneckerEmbedding(FactoredEmbedding):
-    """``row i = left[i] ⊗ block``: every number of a narrow row becomes a multiple of the block.
+    """Embedding with rows ``left[i] ⊗ block``: each number of a short row multiplies the block.
+
+    It has ``vocabulary·rank + width / rank`` parameters. The values of a new layer are not set:
+    they are uninitialised memory.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: width of the output, a multiple of ``rank``.
+        rank: width of ``left``.
+        **options: ``padding_idx``, ``scale``, ``sparse``, ``device`` and ``dtype`` of
+            :class:`FactoredEmbedding`.
 
     Shapes:
         input ``(...)`` of row numbers, output ``(..., width)``; ``left.weight``
@@ -35,10 +45,10 @@ class KroneckerEmbedding(FactoredEmbedding):
     sizing_tensors = MappingProxyType({"left.weight": 2, "block": 2})
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, **options: Any) -> None:
-        """Make a layer, values not yet set.
+        """Make a layer; its values are not yet set.
 
         Raises:
-            ShapeError: if the narrow width does not divide the width.
+            ShapeError: if ``rank`` is below 1 or does not divide ``embedding_dim``.
         """
         check_divides(embedding_dim, rank)
         super().__init__(num_embeddings, embedding_dim, rank, **options)
@@ -64,15 +74,15 @@ class KroneckerEmbedding(FactoredEmbedding):
         return {"left.weight": (sizes["out"], rank), "block": (1, sizes["in"] // rank)}
 
     def forward(self, input: Tensor) -> Tensor:
-        """Look up narrow rows, and put a multiple of the block in place of each number."""
+        """Look up rows of ``left``, and replace each number by its multiple of the block."""
         return self._scaled((self.left(input).unsqueeze(-1) * self.block).flatten(-2))
 
 
 def check_divides(width: int, rank: int) -> None:
-    """Check that rows can be made of blocks.
+    """Check that ``rank`` divides ``width``, so that rows can be made of blocks.
 
     Raises:
-        ShapeError: if they cannot; the message lists the widths with which they can.
+        ShapeError: if it does not; the message lists the ranks that do.
     """
     if rank < 1 or width % rank:
         could = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)

@@ -1,4 +1,4 @@
-"""A linear layer as two narrow ones."""
+"""Low-rank linear layer: two factors in place of one weight."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from lrcompress.statistics import views
 
 
 class FactoredLinear(Replacement):
-    """What linear layers with factors share: they take a layer's bias over, and lead back to one.
+    """Base class of factored linear layers: they take over a layer's bias, and can become dense.
 
     Attributes:
         in_features: width of the input.
         out_features: width of the output.
-        rank: how many terms the sum of products has.
+        rank: terms in the sum of products: the rank, or the number of Kronecker products.
         bias: ``(out,)`` or None.
     """
 
@@ -37,10 +37,10 @@ class FactoredLinear(Replacement):
         """Make ``bias`` the layer's own, the same parameter."""
 
     def to_dense(self) -> nn.Module:
-        """Return a plain layer with the same product, bias, dtype and device.
+        """Return a dense layer with the same product, dtype, device and bias parameter.
 
-        It is a ``Conv1D`` where this layer took the place of one, so that dense checkpoints
-        fit, else an ``nn.Linear``.
+        It is a ``Conv1D`` where this layer replaced one, so that dense checkpoints fit, else an
+        ``nn.Linear``.
         """
         trained, bias = self.factors[-1].requires_grad, self.bias
         dense = plain_linear(self.plain, self.weight, bias, trained=trained)  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ class FactoredLinear(Replacement):
 
 
 class LeftFactoredLinear(FactoredLinear):
-    """What layers with a left factor share: its bias is theirs.
+    """Base class of linear layers whose last factor is ``left``, which holds their bias.
 
     Attributes:
         left: the left factor, ``rank`` wide.
@@ -76,14 +76,26 @@ class LeftFactoredLinear(FactoredLinear):
 
 
 class LowRankLinear(LeftFactoredLinear):
-    """``y = left (right x) + bias``, a linear map of rank at most ``rank``.
+    """Low-rank linear layer: ``y = left (right x) + bias``, of rank at most ``rank``.
 
-    Takes and returns what the layer it replaces did. Costs ``rank·(in + out)`` multiply-adds a
-    token against ``in·out``, so it pays below ``rank = in·out / (in + out)``.
+    It has the input and output of the layer it replaces, and ``rank·(in + out)`` parameters
+    besides the bias. A new one starts as two random ``nn.Linear``.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        rank: columns of ``left``, from 1 to ``min(out, in)``; this is not checked here.
+        bias: whether it has one.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes:
         input ``(..., in)``, output ``(..., out)``; ``right.weight`` ``(rank, in)``,
         ``left.weight`` ``(out, rank)``, ``left.bias`` ``(out,)`` or None.
+
+    Cost:
+        ``rank·(in + out)`` multiply-adds a token against ``in·out`` of a dense layer, so it pays
+        below ``rank = in·out / (in + out)``.
 
     Example:
         >>> LowRankLinear(6, 4, rank=2)(torch.zeros(3, 5, 6)).shape
@@ -109,10 +121,13 @@ class LowRankLinear(LeftFactoredLinear):
 
     @classmethod
     def in_place_of(cls, layer: nn.Module, rank: int) -> Self:  # type: ignore[override]
-        """Return a layer of that rank to stand where ``layer`` stood, its factors not yet set.
+        """Return a layer of that rank to replace ``layer``; its factors are not yet set.
 
         It takes over ``layer``'s bias, the same parameter, and its dtype, device and training
         flags.
+
+        Raises:
+            LayerError: if ``layer`` is of a type that is not known.
         """
         old = views.view(layer)
         out_features, in_features = old.shape
@@ -154,7 +169,7 @@ class LowRankLinear(LeftFactoredLinear):
         return self.left.weight @ self.right.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the narrow factor first."""
+        """Apply ``right``, then ``left`` and the bias."""
         return self.left(self.right(x))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""An embedding as a narrow one and a matrix that widens its rows."""
+"""Factorized embedding (ALBERT): a table of low width, and a matrix to the full width."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -14,15 +14,23 @@ from lrcompress.statistics import views
 
 
 class FactoredEmbedding(Replacement):
-    """What all that stand for an embedding share: a narrow table, ``left``, one row a token.
+    """Base class of layers that replace an embedding by a narrow table and what widens its rows.
 
-    Attributes:
-        num_embeddings: rows.
-        embedding_dim: width of what it gives.
+    The values of a new table are not set: they are uninitialised memory. The first five arguments
+    are attributes too.
+
+    Args:
+        num_embeddings: rows, one a token.
+        embedding_dim: width of the output.
         rank: width of the narrow table.
         padding_idx: the row that gets no gradient, or None.
-        scale: what rows are multiplied by, as some embeddings of ``transformers`` do.
-        left: the narrow table, an ``nn.Embedding``.
+        scale: what output rows are multiplied by, as some embeddings of ``transformers`` do.
+        sparse: whether the gradient of the table is a sparse tensor.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        left: the narrow table, an ``nn.Embedding``; its weight is ``(vocabulary, rank)``.
     """
 
     bias = None
@@ -50,10 +58,16 @@ class FactoredEmbedding(Replacement):
 
     @classmethod
     def in_place_of(cls, layer: nn.Module, rank: int) -> Self:  # type: ignore[override]
-        """Return a layer whose narrow table has that width, values not yet set.
+        """Return a layer of that rank to replace an embedding; its values are not yet set.
+
+        Args:
+            layer: an ``nn.Embedding``, a scaled one of ``transformers``, or a factored one. Its
+                options, dtype, device and training flags are taken over.
+            rank: width of the narrow table.
 
         Raises:
-            LayerError: if ``layer`` does more than to look up rows.
+            LayerError: if ``layer`` is no embedding, or does more than look up rows.
+            ShapeError: if ``rank`` does not divide the width of Kronecker rows.
         """
         reason = obstacle(layer)
         if reason is not None:
@@ -80,7 +94,7 @@ class FactoredEmbedding(Replacement):
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """The table ``(vocabulary, width)`` that it stands for, for code that reads it."""
+        """The full table ``(vocabulary, width)``, before ``scale``."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -91,7 +105,7 @@ class FactoredEmbedding(Replacement):
         return {"rank": (1, min(sizes["in"], sizes["out"]))}
 
     def to_dense(self) -> nn.Module:
-        """Return an embedding of the class that stood there, with the same rows."""
+        """Return an embedding of the class that was replaced, with the same rows."""
         weight = self.weight.detach().contiguous()
         more = {} if self.plain is nn.Embedding else {"embed_scale": self.scale}
         with torch.device("meta"):
@@ -109,14 +123,25 @@ class FactoredEmbedding(Replacement):
 
 
 class LowRankEmbedding(FactoredEmbedding):
-    """``row i = left[i] right``: a table of rank at most ``rank``.
+    """Factorized embedding with rows ``left[i] right``: a table of rank at most ``rank``.
 
-    An output head that is tied to it is a :class:`~lrcompress.nn.LowRankLinear` with the same two
-    parameters.
+    It has ``rank·(vocabulary + width)`` parameters. An output head that is tied to it is a
+    :class:`~lrcompress.nn.LowRankLinear` with the same two parameters. The values of a new table
+    are not set: they are uninitialised memory.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: width of the output.
+        rank: width of ``left``.
+        **options: ``padding_idx``, ``scale``, ``sparse``, ``device`` and ``dtype`` of
+            :class:`FactoredEmbedding`.
 
     Shapes:
         input ``(...)`` of row numbers, output ``(..., width)``; ``left.weight``
         ``(vocabulary, rank)``, ``right.weight`` ``(rank, width)``.
+
+    Source:
+        Lan et al., "ALBERT", ICLR 2020.
 
     Example:
         >>> LowRankEmbedding(50, 6, rank=2)(torch.zeros(3, 5, dtype=torch.int64)).shape
@@ -154,7 +179,7 @@ class LowRankEmbedding(FactoredEmbedding):
         return {"left.weight": (sizes["out"], rank), "right.weight": (rank, sizes["in"])}
 
     def forward(self, input: Tensor) -> Tensor:
-        """Look up narrow rows and widen them."""
+        """Look up rows of ``left``, and multiply them by ``right``."""
         return self._scaled(self.left(input) @ self.right.weight)
 
 
@@ -188,7 +213,7 @@ def _view(layer: nn.Module) -> views.LinearView:
 
 
 def register_table(kind: type[FactoredEmbedding]) -> None:
-    """Make a kind of embedding known to whoever asks for a layer's normal form."""
+    """Register the normal form of a kind of embedding."""
     views.register(kind, _view, table=True)
 
 

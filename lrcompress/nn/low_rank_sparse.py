@@ -1,4 +1,4 @@
-"""A linear layer as two narrow ones and some rows of its own."""
+"""Linear layer as low rank plus sparse rows (LoSparse)."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -21,7 +21,7 @@ _ALIGN = 16  # widths of products that are multiples of it are faster
 
 
 class LowRankSparseLinear(LeftFactoredLinear):
-    """``y = left (right x) + scatter(rows x) + bias``: low rank, and more for some outputs.
+    """Low rank plus sparse rows: ``y = left (right x) + scatter(rows x) + bias``.
 
     Row ``i`` of the sparse part adds to output ``index[i]``; the others have the low-rank part
     alone. ``right`` and ``rows`` are stacked in ``inner``, so that both are one matrix product.
@@ -30,10 +30,26 @@ class LowRankSparseLinear(LeftFactoredLinear):
     they add nothing any more and their gradients are exactly zero, but the parameters keep their
     shapes until :meth:`compacted`.
 
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        rank: columns of ``left``, at least 1.
+        num_rows: rows of the sparse part, from 0 to ``out``.
+        bias: whether it has one.
+        device: of the parameters.
+        dtype: of the parameters.
+
     Shapes:
         input ``(..., in)``, output ``(..., out)``; ``inner.weight`` ``(rank + rows, in)``,
         ``left.weight`` ``(out, rank)``, ``left.bias`` ``(out,)`` or None; ``index`` ``(rows,)``
         int64, ascending; ``kept`` ``(rank + rows,)`` bool, the components that are alive.
+
+    Cost:
+        ``rank·(in + out) + rows·in`` multiply-adds a token. Pruned components are left out of the
+        products where there are tokens enough to make a copy of the other weights pay.
+
+    Source:
+        Li et al., "LoSparse", ICML 2023, arXiv 2306.11222.
 
     Example:
         >>> layer = LowRankSparseLinear(6, 4, rank=2, num_rows=3)
@@ -79,17 +95,26 @@ class LowRankSparseLinear(LeftFactoredLinear):
         self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.register_buffer("index", torch.arange(num_rows, device=device))
         self.register_buffer("kept", torch.ones(components, dtype=torch.bool, device=device))
-        # Which components are alive, known without asking the device; None while all are.
+        # Which components are alive, known without waiting for the device; None while all are.
         self._alive: _Alive | None = None
 
     @classmethod
     def in_place_of(  # type: ignore[override]
         cls, layer: nn.Module, rank: int, rows: int | None = None
     ) -> Self:
-        """Return a layer to stand where ``layer`` stood, its values not yet set.
+        """Return a layer of these sizes to replace ``layer``; its values are not yet set.
 
         It takes over ``layer``'s bias, the same parameter, and its dtype, device and training
-        flags. By default it has a row for every output.
+        flags.
+
+        Args:
+            layer: a linear layer; it is not changed.
+            rank: columns of ``left``.
+            rows: of the sparse part; None is one for every output.
+
+        Raises:
+            LayerError: if ``layer`` is of a type that is not known.
+            ShapeError: if there is no rank, or there are more rows than outputs.
         """
         old = views.view(layer)
         out_features, in_features = old.shape
@@ -156,7 +181,7 @@ class LowRankSparseLinear(LeftFactoredLinear):
 
     @torch.no_grad()
     def prune_(self, kept: Tensor) -> Self:
-        """Take out the components that are not in ``kept``; those out already stay out.
+        """Prune the components that are not in ``kept``, in place; pruned ones stay pruned.
 
         Their weights become zero. Nothing of an optimizer's state is changed.
 
@@ -167,6 +192,7 @@ class LowRankSparseLinear(LeftFactoredLinear):
             The layer itself.
 
         Raises:
+            ShapeError: if ``kept`` is not bool or has another shape.
             SettingError: if no rank would be left; one has to stay.
         """
         alive = self.kept & self._checked(kept)
@@ -190,6 +216,9 @@ class LowRankSparseLinear(LeftFactoredLinear):
 
         Returns:
             The layer itself.
+
+        Raises:
+            ShapeError: if ``which`` is not bool or has another shape.
         """
         self.kept.logical_or_(self._checked(which))
         self._look()
@@ -197,7 +226,7 @@ class LowRankSparseLinear(LeftFactoredLinear):
 
     @torch.no_grad()
     def compacted(self) -> "LowRankSparseLinear | LowRankLinear":
-        """Return a new layer with the components that are alive and no others.
+        """Return a new, smaller layer that has only the components that are alive.
 
         It is a :class:`LowRankLinear` if no row is alive. The bias is the same parameter.
         """
@@ -215,7 +244,7 @@ class LowRankSparseLinear(LeftFactoredLinear):
         return new
 
     def output_of(self, which: Tensor, x: Tensor) -> Tensor:
-        """Return what some components add to the output, without the bias.
+        """Return the part of the output that some components give, without the bias.
 
         Args:
             which: ``(rank + rows,)`` bool, the ranks first.
@@ -223,13 +252,16 @@ class LowRankSparseLinear(LeftFactoredLinear):
 
         Returns:
             ``(..., out)``.
+
+        Raises:
+            ShapeError: if ``which`` is not bool or has another shape.
         """
         inner = self.inner.weight * self._checked(which)[:, None]
         low_rank, rows = torch.split(F.linear(x, inner), [self.rank, self.num_rows], -1)
         return F.linear(low_rank, self.left.weight).index_add(-1, self.index, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply what is alive, in the form that is fastest for so many tokens."""
+        """Apply the components that are alive, in the form that is fastest for so many tokens."""
         tokens = x.reshape(-1, x.shape[-1])
         inner = self.inner.weight
         if torch.compiler.is_compiling():
@@ -264,7 +296,7 @@ class LowRankSparseLinear(LeftFactoredLinear):
         return self._stacked(tokens, inner, left, self.index, self.kept)
 
     def _accumulated(self, tokens: Tensor, inner: Tensor) -> Tensor:
-        """Have rows of every output add straight to it, without memory between."""
+        """Add rows of every output straight to it, without memory between."""
         right, rows = torch.split(inner, [self.rank, self.num_rows])
         y = F.linear(F.linear(tokens, right), self.left.weight, self.left.bias)
         return y.addmm_(tokens.to(y.dtype), rows.mT.to(y.dtype))
@@ -308,7 +340,7 @@ class LowRankSparseLinear(LeftFactoredLinear):
         return components.to(self.kept.device)
 
     def _look(self) -> None:
-        """Learn from ``kept`` what is alive, waiting for the device here and not in forward."""
+        """Read from ``kept`` what is alive: the wait for the device is here and not in forward."""
         self._alive = None if self.kept.is_meta or self.kept.all() else _Alive(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -339,7 +371,7 @@ class _Alive:
         self._least = min(_MANY, _COPY * len(alive) // max(1, len(layer.kept) - len(alive)))
 
     def pays(self, num_tokens: int) -> bool:
-        """Return whether so many tokens are worth a copy of the weights that are alive."""
+        """Return whether a copy of the weights that are alive pays for so many tokens."""
         return num_tokens >= self._least
 
 

@@ -1,4 +1,4 @@
-"""A frozen linear layer with a small trained update: low rank plus a few entries."""
+"""Frozen linear layer with a small trained update: low rank plus a few entries (DSEE)."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,20 +14,40 @@ from lrcompress.statistics import views
 
 
 class LowRankUpdateLinear(Replacement):
-    """``y = (mask ⊙ (W + left right + S)) (c ⊙ x) + bias``: a frozen ``W`` and what it learns.
+    """Frozen linear layer with a trained low-rank and sparse update, a mask and head coefficients.
 
-    ``S`` has values at fixed places, its support. ``left`` and the values start at zero, so the
-    layer starts exactly as the one it stands for. ``mask`` is there once entries are pruned;
+    ``y = (mask ⊙ (W + left right + S)) (c ⊙ x) + bias``. ``S`` has values at fixed places, its
+    support. ``left`` and the values start at zero and ``c`` at one, so the layer starts exactly as
+    the one it replaces. ``mask`` is there once entries are pruned;
     without it the update is computed beside ``W x``, which saves the gradient of a whole weight.
     ``c`` scales the inputs by groups, the heads of an attention whose output this layer reads.
 
     Tensors that a layer does not have are stored with no entries.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        rank: of the update; 0 is none.
+        entries: of ``S``; 0 is none.
+        heads: groups of inputs that ``c`` scales, a divisor of ``in``; 0 is none.
+        masked: 1 with a mask, 0 without.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes:
         input ``(..., in)``, output ``(..., out)``; ``frozen`` ``(out, in)``; ``left``
         ``(out, rank)``; ``right`` ``(rank, in)``; ``entries`` ``(entries,)``, its ``support``
         likewise, int64, ``row·in + column``; ``coefficients`` ``(heads,)``; ``mask`` ``(out, in)``
         or ``(0, in)`` bool, true for what stays; ``bias`` ``(out,)`` or None.
+
+    Cost:
+        ``in·out + rank·(in + out) + entries`` multiply-adds a token. With a mask the matrix is
+        formed at every call, for ``rank·in·out`` more, whatever the number of tokens, and
+        ``in·out`` a token.
+
+    Source:
+        Chen et al., "DSEE: Dually Sparsity-embedded Efficient Tuning", ACL 2023, arXiv
+        2111.00160.
 
     Example:
         >>> layer = LowRankUpdateLinear.in_place_of(nn.Linear(6, 4), rank=2, entries=3)
@@ -88,9 +108,21 @@ class LowRankUpdateLinear(Replacement):
     def in_place_of(  # type: ignore[override]
         cls, layer: nn.Module, rank: int, entries: int = 0, heads: int = 0, masked: int = 0
     ) -> Self:
-        """Return a layer to stand where ``layer`` stood, with its weight, bias, dtype and device.
+        """Return a layer to replace ``layer``, with its weight, bias, dtype and device.
 
-        Its coefficients are one; ``right`` and ``support`` are not set.
+        The bias is the same parameter, the weight a copy. Its coefficients are one; ``right`` and
+        ``support`` are not set.
+
+        Args:
+            layer: a linear layer, which is made dense first if it is factored; it is not changed.
+            rank: of the update.
+            entries: of ``S``.
+            heads: groups of inputs that get a coefficient.
+            masked: 1 with a mask, in which everything stays, 0 without.
+
+        Raises:
+            LayerError: if ``layer`` is of a type that is not known.
+            ShapeError: if the inputs cannot be shared out evenly by so many heads.
         """
         layer = layer.to_dense() if isinstance(layer, Replacement) else layer
         old = views.view(layer)
@@ -172,18 +204,18 @@ class LowRankUpdateLinear(Replacement):
 
     @property
     def masked(self) -> bool:
-        """Whether entries are pruned."""
+        """Whether it has a mask, that is, entries are pruned."""
         return bool(len(self.mask))
 
     @property
     def weight(self) -> Tensor:
-        """What the layer applies, ``(out, in)``: mask and coefficients included."""
+        """The merged weight ``(out, in)``: update, mask and coefficients included."""
         matrix = self._matrix()
         return matrix * self._scales if len(self.coefficients) else matrix
 
     @property
     def _scales(self) -> Tensor:
-        """What inputs are multiplied by, ``(in,)``."""
+        """The coefficient of every input, ``(in,)``."""
         return self.coefficients.repeat_interleave(self.in_features // len(self.coefficients))
 
     def _matrix(self) -> Tensor:
@@ -212,7 +244,7 @@ class LowRankUpdateLinear(Replacement):
 
     @torch.no_grad()
     def prune_(self, kept: Tensor) -> Self:
-        """Take out the entries that are not in ``kept``, besides those that are out already.
+        """Prune the entries that are not in ``kept``, in place; pruned ones stay pruned.
 
         Args:
             kept: ``(out, in)`` bool.
@@ -232,9 +264,10 @@ class LowRankUpdateLinear(Replacement):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
-        """Return a plain layer of the same weight, with true zeros, and the same bias.
+        """Return a dense layer with the merged weight, with true zeros, and the same bias.
 
-        It is a ``Conv1D`` where this layer took the place of one, else an ``nn.Linear``.
+        It is a ``Conv1D`` where this layer replaced one, else an ``nn.Linear``. Its weight is
+        trained.
         """
         weight = self.weight.to(self.frozen.dtype, copy=True)  # it may be the frozen one itself
         return plain_linear(self.plain, weight, self.bias, trained=True).train(self.training)

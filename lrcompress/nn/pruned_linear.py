@@ -1,4 +1,4 @@
-"""A plain linear layer that has lost whole groups of its outputs or inputs."""
+"""Linear layer without the outputs or inputs that structured pruning removed."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -13,11 +13,24 @@ from lrcompress.statistics import views
 
 
 class PrunedLinear(Replacement):
-    """``y = weight x + bias`` between fewer features than the architecture has there.
+    """Linear layer with fewer inputs or outputs than in the architecture: ``y = weight x + bias``.
 
-    What stands before and after has to be as narrow: of an attention whose heads were removed,
+    The layers before and after it must have as few: in an attention whose heads were removed,
     query, key and value have fewer outputs and the output projection has fewer inputs. Its dense
     form has zeros for what is gone, with which the attention computes the same.
+
+    Args:
+        in_features: inputs in the architecture.
+        out_features: outputs in the architecture.
+        rows: outputs that are left.
+        columns: inputs that are left.
+        bias: whether it has one.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        in_features: inputs that are left.
+        out_features: outputs that are left.
 
     Shapes:
         input ``(..., columns left)``, output ``(..., rows left)``; ``weight``
@@ -59,9 +72,17 @@ class PrunedLinear(Replacement):
 
     @classmethod
     def in_place_of(cls, layer: nn.Module, rows: int, columns: int) -> Self:  # type: ignore[override]
-        """Return a layer to stand where ``layer`` stood, its values not yet set.
+        """Return a layer of these sizes to replace ``layer``; its values are not yet set.
 
         It takes over ``layer``'s dtype, device, training flags and whether it has a bias.
+
+        Args:
+            layer: a linear layer, which is made dense first if it is factored; it is not changed.
+            rows: outputs that are left.
+            columns: inputs that are left.
+
+        Raises:
+            LayerError: if ``layer`` is of a type that is not known.
         """
         layer = layer.to_dense() if isinstance(layer, Replacement) else layer
         old = views.view(layer)
@@ -85,14 +106,17 @@ class PrunedLinear(Replacement):
     def of(
         cls, layer: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None
     ) -> Self:
-        """Return ``layer`` with some of its outputs and inputs alone, all where none are given.
+        """Return a pruned copy of ``layer``, with some of its outputs and inputs.
 
         Where all outputs are left, its bias is the same parameter.
 
         Args:
-            layer: a plain one.
-            rows: ``(out,)`` bool, the outputs that are left.
-            columns: ``(in,)`` bool, the inputs that are left.
+            layer: a dense linear layer.
+            rows: ``(out,)`` bool, the outputs that are left; None is all.
+            columns: ``(in,)`` bool, the inputs that are left; None is all.
+
+        Raises:
+            LayerError: if ``layer`` is of a type that is not known.
         """
         old = views.view(layer)
         out_features, in_features = old.shape
@@ -149,10 +173,10 @@ class PrunedLinear(Replacement):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
-        """Return a plain layer of the architecture's size, with zeros for what is gone.
+        """Return a dense layer of the architecture's size, with zeros for what was removed.
 
-        It is a ``Conv1D`` where this layer took the place of one, else an ``nn.Linear``. Its bias
-        is this layer's if that has all its outputs.
+        It is a ``Conv1D`` where this layer replaced one, else an ``nn.Linear``. Its bias is the
+        same parameter if all outputs are left.
         """
         weight = self.weight.new_zeros(len(self.rows), len(self.columns))
         if not weight.is_meta:
@@ -166,7 +190,7 @@ class PrunedLinear(Replacement):
         return plain_linear(self.plain, weight, bias, trained=trained).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the narrow weight."""
+        """Apply the weight that is left, and the bias."""
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""An embedding of narrow rows, a transformer layer over them, and a matrix that widens them."""
+"""Self-attentive factorized embedding (SAFE) of Subformer."""
 
 import math
 from collections.abc import Mapping
@@ -17,20 +17,41 @@ _WIDER = 4  # the feed-forward part against the layer
 
 
 class SafeEmbedding(FactoredEmbedding):
-    """``lift(layer(left[tokens]))``: Subformer's self-attentive factorised embedding.
+    """Self-attentive factorized embedding (SAFE): ``lift(layer(left[tokens]))``.
 
-    The layer has attention over the whole last axis of the input, padding excluded, and a
+    Rows of low width pass through a transformer layer before ``lift`` brings them to the full
+    width. The layer has attention over the whole last axis of the input, padding excluded, and a
     feed-forward part, each ``x + branch(norm(x))``. Branches end in matrices that are zero at
     first, so a new one is ``left liftᵀ``: of full width it can be any table exactly. All its
     parameters are matrices, so that optimizers that treat biases and norms otherwise have it, like
-    the table before, in one group.
+    the table before, in one group. It has ``vocabulary·rank + 12·rank² + rank·width`` parameters.
+    The values of a new table are not set: they are uninitialised memory.
+
+    Since a row depends on the others of its sequence, there is no dense form, and models that
+    generate token by token cannot use it.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: width of the output.
+        rank: width of ``left`` and of the layer.
+        **options: ``padding_idx``, ``scale``, ``sparse``, ``device`` and ``dtype`` of
+            :class:`FactoredEmbedding`.
 
     Shapes:
         input ``(..., length)`` of row numbers, output ``(..., length, width)``; ``left.weight``
-        ``(vocabulary, rank)``, ``lift.weight`` ``(width, rank)``.
+        ``(vocabulary, rank)``, ``lift.weight`` ``(width, rank)``, ``attention.weight``
+        ``(3·rank, rank)``, ``attention_out.weight`` ``(rank, rank)``, ``feed.weight``
+        ``(4·rank, rank)``, ``feed_out.weight`` ``(rank, 4·rank)``.
+
+    Cost:
+        ``12·rank² + rank·(2·length + width)`` multiply-adds a token.
 
     Source:
         Reid et al., "Subformer", Findings of EMNLP 2021, arXiv 2101.00234.
+
+    Example:
+        >>> SafeEmbedding(9, 6, rank=2)(Tensor([[1, 4, 2]]).long()).shape
+        torch.Size([1, 3, 6])
     """
 
     kind = "safe_embedding"
@@ -58,7 +79,7 @@ class SafeEmbedding(FactoredEmbedding):
 
     @property
     def weight(self) -> Tensor:
-        """The table without its layer."""
+        """The table ``left liftᵀ`` ``(vocabulary, width)``, without the transformer layer."""
         return self.left.weight @ self.lift.weight.mT
 
     @staticmethod
@@ -79,7 +100,7 @@ class SafeEmbedding(FactoredEmbedding):
         }
 
     def to_dense(self) -> nn.Module:
-        """Raise, since what a row becomes depends on its neighbours.
+        """Raise an error: no plain embedding computes the same, as rows depend on their sequence.
 
         Raises:
             LayerError: always.
@@ -90,7 +111,7 @@ class SafeEmbedding(FactoredEmbedding):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """Look up narrow rows, let them see each other, and widen them."""
+        """Look up rows of ``left``, apply the transformer layer, and lift to the full width."""
         tokens = input.reshape(-1, input.shape[-1]) if input.ndim else input.reshape(1, 1)
         x = self.left(tokens)
         x = x + self.attention_out(self._attend(_normed(x), tokens))

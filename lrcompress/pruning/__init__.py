@@ -1,4 +1,4 @@
-"""Low rank plus sparse rows: split layers, prune both under a budget, keep what survives."""
+"""Pruning: LoSparse (low rank plus sparse rows) and DSEE (frozen weights, sparse updates)."""
 
 from lrcompress.pruning.budget import LoSparseBudget, Quota
 from lrcompress.pruning.pruner import Pruner

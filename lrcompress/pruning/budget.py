@@ -1,4 +1,4 @@
-"""How the parameters that remain are shared out between ranks and rows."""
+"""LoSparse budget: how the kept parameters are shared between ranks and sparse rows."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ GRANULARITIES = ("rows", "entries")
 
 @dataclass(frozen=True, kw_only=True)
 class LoSparseBudget:
-    """How the parameters that remain are shared out; every entry is checked when it is made.
+    """The parameter budget of LoSparse; every entry is checked when it is made.
 
     Attributes:
         keep: parameters that remain / parameters before, over the targeted layers. At 1 nothing
@@ -64,10 +64,11 @@ class LoSparseBudget:
             )
 
     def check_method(self, method: str) -> None:
-        """Check that ranks and rows can compete as they are asked to.
+        """Check that ``method`` can start LoSparse with this budget.
 
         Raises:
-            SettingError: if they shall by predicted losses, which ``method`` does not know.
+            SettingError: if it gives no low-rank split, or ranks and rows compete by predicted
+                losses, which it does not know.
         """
         if method not in LOW_RANK:
             raise SettingError(
@@ -103,7 +104,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Quota:
-    """Parameters that units of some kind may take, while they are being pruned.
+    """The parameters that units of some kind may have while they are pruned.
 
     Attributes:
         parts: which units: ``components``, ``rows``, or both.

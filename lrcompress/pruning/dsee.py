@@ -1,4 +1,4 @@
-"""Small trained updates beside a frozen, pruned model; and what it is once they are merged."""
+"""DSEE: train small updates of a frozen model, prune it, and merge the updates."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -37,7 +37,7 @@ def check_update(rank: int, entries: int) -> None:
 
 
 def updated_names(model: nn.Module, patterns: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the layers that get an update.
+    """Return the names of the layers that get an update.
 
     Args:
         model: to search.
@@ -61,7 +61,7 @@ def updated_names(model: nn.Module, patterns: Sequence[str] | None) -> tuple[str
 def trained_names(
     model: nn.Module, patterns: Sequence[str] | None, layers: Collection[str]
 ) -> tuple[str, ...]:
-    """Return the parameters that are trained besides the updates, of those that now are.
+    """Return the names of the parameters to train besides the updates, of those trained now.
 
     Args:
         model: to search.
@@ -120,10 +120,10 @@ def attach_(
     seed: int = 0,
     processes: Processes = ONE_PROCESS,
 ) -> None:
-    """Give layers an update: a low-rank one, and ``entries`` single ones where GoDec finds them.
+    """Attach an update to layers: low rank plus ``entries`` single ones at places GoDec chooses.
 
-    The model computes what it did. ``right`` starts uniform within ``±1/√in``, ``left`` and the
-    values of entries at zero.
+    The outputs of the model do not change. ``right`` starts uniform within ``±1/√in``, ``left`` and
+    the values of entries at zero.
 
     Args:
         model: changed in place.
@@ -158,10 +158,10 @@ def attach_(
 def check_updatable(
     model: nn.Module, pruned: Collection[str], updates: Collection[str], rank: int, entries: int
 ) -> None:
-    """Check that layers are plain, and large enough for their updates.
+    """Check that layers are dense, and large enough for their updates.
 
     Raises:
-        LayerError: if one is no plain layer.
+        LayerError: if one is replaced already.
         ShapeError: if one has no such rank, or not so many entries.
     """
     for name in (*pruned, *updates):
@@ -182,7 +182,7 @@ def check_updatable(
 
 
 def freeze_(model: nn.Module, trained: Collection[str]) -> None:
-    """Have the named parameters trained, and no others."""
+    """Freeze all parameters but the named ones, and drop the gradients of the frozen."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
         if name not in trained:
@@ -190,7 +190,7 @@ def freeze_(model: nn.Module, trained: Collection[str]) -> None:
 
 
 def update_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters of all updates, coefficients that are fixed left out."""
+    """Return the names of the trained parameters of all updates."""
     return tuple(
         f"{name}.{kind}"
         for name, layer in model.named_modules()
@@ -204,7 +204,8 @@ def update_parameters(model: nn.Module) -> tuple[str, ...]:
 def prune_(model: nn.Module, names: Sequence[str], keep: float, scope: str) -> None:
     """Set the smallest entries of ``W + left right + S`` to zero, where they stay.
 
-    Plain layers are frozen, so that zeros in their weight remain; updated ones get a mask.
+    Plain layers are frozen, so that zeros in their weight remain; layers with an update get a
+    mask.
 
     Args:
         model: changed in place.
@@ -229,7 +230,7 @@ def _magnitudes(layer: nn.Module) -> Tensor:
 
 
 def merge_updates_(model: nn.Module) -> None:
-    """Replace every updated layer by a plain one of the same weight, with true zeros."""
+    """Merge every update into its layer: a dense one of the same weight, with true zeros."""
     updated = [n for n, layer in model.named_modules() if isinstance(layer, LowRankUpdateLinear)]
     for name in updated:
         layer = model.get_submodule(name)

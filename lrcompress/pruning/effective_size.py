@@ -1,4 +1,4 @@
-"""What a model with updates is once they are merged: its sizes, and what is left of each layer."""
+"""Effective sizes of a model as after its DSEE updates are merged, in total and by layer."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -16,19 +16,19 @@ Sides = Mapping[str, tuple[int, int]]
 
 
 def trained_size(model: nn.Module) -> int:
-    """Return how many parameters are trained."""
+    """Return the number of trained parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def update_size(model: nn.Module, names: Collection[str], rank: int, entries: int) -> int:
-    """Return how many parameters updates of these layers have."""
+    """Return the number of parameters that updates of these layers would have."""
     shapes = [view(model.get_submodule(name)).shape for name in names]
     return sum(rank * sum(shape) + entries for shape in shapes)
 
 
 @torch.no_grad()
 def effective_size(model: nn.Module) -> int:
-    """Return how many parameters are not zero, each update counted as merged."""
+    """Return the number of parameters that are not zero, each update counted as merged."""
     updated = [layer for layer in model.modules() if isinstance(layer, LowRankUpdateLinear)]
     inside = {id(p) for layer in updated for p in layer.factors}
     total = sum(int(layer.weight.count_nonzero()) for layer in updated)
@@ -36,7 +36,7 @@ def effective_size(model: nn.Module) -> int:
 
 
 def pruned_features(model: nn.Module, found: Collection[Attention]) -> Sides:
-    """Return the rows and columns that projections will have once silent heads are removed."""
+    """Return the rows and columns of the projections after silenced heads are removed."""
     return _sides(model, {one: one.head_size * int(remaining(model, one).sum()) for one in found})
 
 
@@ -53,7 +53,7 @@ def _sides(model: nn.Module, features: Mapping[Attention, int]) -> Sides:
 def records(
     model: nn.Module, names: Sequence[str], sides: Sides | None = None
 ) -> list[LayerRecord]:
-    """Return what is left of layers, as they are or would be merged.
+    """Return the records of layers for the report, as if their updates were merged.
 
     Args:
         model: that holds them.
@@ -81,7 +81,7 @@ def pruning_record(
     found: Collection[Attention],
     merge: bool,
 ) -> PointRecord:
-    """Return what pruning left of a model whose updates are still trained.
+    """Return the record of a pruning for the report, while updates are still trained.
 
     Args:
         method: for the record.
@@ -108,7 +108,7 @@ def pruning_record(
 
 
 def recount_(record: PointRecord, model: nn.Module) -> None:
-    """Let a record say what its layers and the model are at the end."""
+    """Update the figures of a record to the layers and the model as they are now."""
     record.layers = records(model, [layer.name for layer in record.layers])
     record.model_after = sum(p.numel() for p in model.parameters())
     record.bytes_after, record.effective = stored_bytes(model), effective_size(model)
@@ -117,7 +117,7 @@ def recount_(record: PointRecord, model: nn.Module) -> None:
 def preview(
     model: nn.Module, names: Sequence[str], keep: float, found: Collection[Attention] = ()
 ) -> list[LayerRecord]:
-    """Return what would be left if every layer, or every attention, kept the same share.
+    """Return the records of layers if every layer, or attention, kept the same share.
 
     Args:
         model: not pruned yet.

@@ -1,4 +1,4 @@
-"""Attention whose heads can be removed: where its projections are, which heads go, and how."""
+"""Prune attention heads: find the projections, choose the heads, and remove them."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lrcompress.structure.surgery import replace_
 
 @dataclass(frozen=True)
 class _Parts:
-    """Paths within an attention module, and the path of its head size."""
+    """The paths of the projections in an attention module, and of its head size."""
 
     query: str
     key: str
@@ -46,7 +46,7 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Attention:
-    """The projections of one attention, by name.
+    """The names of the projections of one attention module, and its heads.
 
     Attributes:
         inputs: query, key and value; their outputs are shared out evenly by the heads.
@@ -118,7 +118,7 @@ def _attention(model: nn.Module, inputs: tuple[str, str, str], output: str, size
 def kept_heads(
     model: nn.Module, found: Collection[Attention], keep: float, scope: str
 ) -> dict[str, Tensor]:
-    """Return which heads stay: those of the largest ``|coefficient|``, of each attention one.
+    """Return which heads stay: those of the largest ``|coefficient|``, at least one each.
 
     Args:
         model: its output projections have coefficients.
@@ -143,7 +143,7 @@ def kept_heads(
 def penalise_(
     model: nn.Module, found: Collection[Attention], optimizer: Optimizer, weight: float
 ) -> None:
-    """Add the gradient of ``weight · Σ|coefficient|``, of coefficients that ``optimizer`` holds."""
+    """Add the gradient of the L1 penalty ``weight · Σ|c|`` to coefficients of ``optimizer``."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for one in found:
         layer = model.get_submodule(one.output)
@@ -155,7 +155,7 @@ def penalise_(
 
 @torch.no_grad()
 def silence_(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Set the coefficients of heads that go to zero, and train none of them any more."""
+    """Set the coefficients of pruned heads to zero, and freeze all coefficients."""
     for name, stays in kept.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, LowRankUpdateLinear)
@@ -176,7 +176,7 @@ def remaining(model: nn.Module, attention: Attention) -> Tensor:
 
 @torch.no_grad()
 def remove_heads_(model: nn.Module, found: Collection[Attention]) -> None:
-    """Take silenced heads out: projections become narrower, coefficients part of the weights.
+    """Remove silenced heads from the projections, and merge coefficients into the weights.
 
     Layers of an attention that keeps all its heads are left as they are.
     """

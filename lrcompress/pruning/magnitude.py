@@ -1,4 +1,4 @@
-"""Which entries stay when the smallest go."""
+"""Magnitude pruning: choose the largest entries, of each layer or of all together."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ SCOPES = ("global", "layer")
 
 
 def check_scope(scope: str) -> None:
-    """Check over what magnitudes are compared.
+    """Check the scope over which magnitudes are compared.
 
     Raises:
-        SettingError: if it is neither the whole model nor a layer.
+        SettingError: if it is neither ``global`` nor ``layer``.
     """
     if scope not in SCOPES:
         raise SettingError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")

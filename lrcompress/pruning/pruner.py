@@ -1,4 +1,4 @@
-"""Prune split layers by the importance of their units, and compact what is left."""
+"""Prune LoSparse layers by importance scores, and compact what is left."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ _SHOWN = 25  # units of a layer whose scores are kept for the report
 
 
 class Pruner:
-    """Scores the units of split layers by their gradients, and prunes what matters least.
+    """Score the units of LoSparse layers by their gradients, and prune the least important.
 
     A unit that was pruned stays at zero, its optimizer state too; with ``revive`` it competes
     again at every mask. Of each layer one rank component always stays.
@@ -73,7 +73,7 @@ class Pruner:
 
     @property
     def keep(self) -> float:
-        """Parameters that remain now, of those of the dense layers."""
+        """Parameters that remain now / parameters of the dense layers."""
         dense = sum(layer.out_features * layer.in_features for layer in self.layers.values())
         kept = 0
         for name, layer in self.layers.items():
@@ -131,7 +131,7 @@ class Pruner:
 
     @torch.no_grad()
     def prune_(self, share: float, optimizers: Iterable[Optimizer] = ()) -> None:
-        """Prune down to the quotas.
+        """Prune down to the quotas at a share of what has to go.
 
         Args:
             share: of what has to go in the end, what may still stay: 1 at the start, 0 at the end.
@@ -225,7 +225,7 @@ class Pruner:
         self.hold_(optimizers, (name,))
 
     def _lost(self, name: str, layer: LowRankSparseLinear, kept: Tensor, mean: Tensor) -> Tensor:
-        """Return what an input ``(in,)`` loses of the output, of which this process has rows."""
+        """Return the loss of output for an input ``(in,)``, in the rows that this process has."""
         inner, mine = local_rows(layer.inner.weight)
         gone = inner.masked_fill(kept[mine, None], 0)
         if name in self.masks:
@@ -243,7 +243,7 @@ class Pruner:
     def hold_(
         self, optimizers: Iterable[Optimizer] = (), names: Iterable[str] | None = None
     ) -> None:
-        """Put pruned entries back to zero, which a step has moved; rows stay by themselves."""
+        """Set pruned single entries to zero again after a step; pruned rows stay by themselves."""
         for name in self.masks if names is None else names:
             if name not in self.masks:
                 continue
@@ -255,7 +255,7 @@ class Pruner:
 
     @torch.no_grad()
     def compact_(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> list[LayerRecord]:
-        """Replace every layer by one of its surviving units, or by a dense one if that is smaller.
+        """Replace every layer by a smaller one of its kept units, or a dense one if no larger.
 
         Args:
             model: that holds the layers.
@@ -320,7 +320,7 @@ class Pruner:
             del self.layers[name]
 
     def state_dict(self) -> dict[str, object]:
-        """Return what is not in the model, in plain types and tensors."""
+        """Return the state that is not in the model, in plain types and tensors."""
         quotas = [{"parts": list(q.parts), "start": q.start, "final": q.final} for q in self.quotas]
         return {
             "names": list(self.layers),
@@ -352,7 +352,7 @@ class Pruner:
 
 
 def _ranking(scores: Tensor) -> Curve:
-    """Return how many units are at least as important as some of them, and their scores."""
+    """Return the ranking curve of scores: ``(units scored at least so high, score)`` pairs."""
     ordered = scores.sort(descending=True).values.cpu()
     steps = max(1, min(_SHOWN, len(ordered)) - 1)
     places = sorted({i * (len(ordered) - 1) // steps for i in range(steps + 1)})

@@ -1,4 +1,4 @@
-"""Split dense layers into factors and the rows of the remainder, exactly."""
+"""Split dense layers into low-rank factors and rows of the remainder, exactly (LoSparse)."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +44,7 @@ def split_(
     optimizers: Iterable[Optimizer] = (),
     processes: Processes = ONE_PROCESS,
 ) -> tuple[dict[str, Tensor], list[Quota]]:
-    """Replace the targeted layers by factors plus all rows of the remainder: nothing is lost.
+    """Replace the targeted layers by factors plus all rows of the remainder, exactly.
 
     ``W = left right + S`` with ``left right`` the best matrix of its rank in the metric of
     ``settings.method``. Without a sparse part the factors start with full rank; only there, with
@@ -115,7 +115,7 @@ def check_dense(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _budget(sizes: Sizes, shares: LoSparseBudget) -> int:
-    """Return the parameters that remain.
+    """Return the number of parameters that remain.
 
     Raises:
         SettingError: if they are less than one rank a layer takes.
@@ -134,7 +134,7 @@ def _budget(sizes: Sizes, shares: LoSparseBudget) -> int:
 def _ranks(
     solutions: Solutions, settings: Settings, shares: LoSparseBudget, sizes: Sizes, budget: int
 ) -> dict[str, int]:
-    """Return the rank that every layer starts with."""
+    """Return the rank with which every layer starts."""
     if shares.start_rank is not None:
         return {n: math.ceil(shares.start_rank * min(s) - 1e-9) or 1 for n, s in sizes.items()}
     part = shares.keep * float(shares.low_rank_share)
@@ -179,7 +179,7 @@ def _put(
     shares: LoSparseBudget,
     optimizers: Sequence[Optimizer],
 ) -> None:
-    """Put a split layer in a layer's place; if not solved here, one to receive its values."""
+    """Replace a layer by a split one; if it was not solved here, one to receive its values."""
     layer = model.get_submodule(name)
     old = view(layer)
     new = LowRankSparseLinear.in_place_of(layer, rank, None if shares.sparse else 0)
@@ -225,7 +225,7 @@ def _quotas(sizes: Sizes, ranks: Mapping[str, int], shares: LoSparseBudget) -> l
 def preview(
     model: nn.Module, settings: Settings, shares: LoSparseBudget
 ) -> tuple[list[LayerRecord], Selection, int]:
-    """Return what would remain if every layer kept the same share, and bytes of statistics.
+    """Return the records if every layer kept the same share, and the bytes of statistics.
 
     Nothing is observed or changed. Scores share the same parameters out otherwise.
 

@@ -1,4 +1,4 @@
-"""Read the recipe a command line gives, and say everything that is wrong with it."""
+"""Reading and validation of recipes, with all errors reported at once."""
 
 from lrcompress.recipe.validation import find_errors, link_
 

@@ -1,4 +1,4 @@
-"""Values, types and names as they appear in messages."""
+"""Formatting of values, types and names for error messages."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ def shown(value: Any) -> str:
 
 
 def nearest_of(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message that names what comes nearest, empty if nothing is known.
+    """Return the end of a message that lists the nearest valid names; empty if none are known.
 
     Example:
         >>> nearest_of("kep", ["keep", "at"])

@@ -1,4 +1,4 @@
-"""The recipe that files and overrides make together, each value knowing where it was written.
+"""Parsing of recipes: YAML files merged with overrides, each value with its file and line.
 
 It is a tree of YAML nodes, whose marks hold file and line. Later values change earlier ones as
 jsonargparse does it: mappings grow together, ``key+`` appends to a list, a class may be given by
@@ -23,12 +23,13 @@ NOWHERE = Mark(COMMAND_LINE, 0, 0, 0, None, None)
 
 
 class Recipe:
-    """What the arguments of a command line say together.
+    """The recipe that the arguments of a command line make, as a tree of YAML nodes.
 
     Attributes:
         root: the tree, ``trainer``, ``model`` and ``data`` at its top.
-        faults: what was wrong with files and arguments on the way, one line each.
-        complete: whether every file could be read; what is missing may be in the others.
+        faults: the errors found in files and arguments, one line each.
+        complete: whether every file could be read; if not, what is missing may be in one that
+            could not.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -66,7 +67,7 @@ class Recipe:
         return node
 
     def _read(self, path: Path) -> MappingNode | None:
-        """Return the contents of a file, or nothing and the reason among the faults."""
+        """Return the contents of a file, or None, with the reason added to the errors."""
         try:
             node = _contents(path)
             self.faults += _repeated_keys(node, "")

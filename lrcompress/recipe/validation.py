@@ -1,7 +1,7 @@
-"""Everything that is wrong with a recipe: where, what was expected, what comes nearest.
+"""Validation of recipes: every error with its place, what was expected and the nearest valid name.
 
-jsonargparse stops at the first fault it meets. Here its parser is asked about one value after the
-other, and about the arguments of a class only where it refuses the class as a whole.
+jsonargparse stops at the first error it meets. Here its parser checks one value after the other,
+and the arguments of a class only where it refuses the class.
 
 A path in a message is the option that sets the value: ``model.width`` stands for ``width`` in the
 ``init_args`` of the class under ``model``.
@@ -47,7 +47,7 @@ LINKED = {"data.tokenizer": "model.path"}  # an option that, if not given, is wh
 
 
 def linked_from(source: str, args: Sequence[str]) -> str:
-    """Return where a recipe has the source of a link: in the student of a model that has one.
+    """Return the option that a link reads: in the student, if the recipe's model has one.
 
     Example:
         >>> linked_from("model.path", ["--model=lrcompress.Distilled", "--model.student=Mine"])
@@ -61,7 +61,7 @@ def linked_from(source: str, args: Sequence[str]) -> str:
 
 
 def link_(parser: ArgumentParser, args: Sequence[str]) -> None:
-    """Have the parser fill in what is linked and not given.
+    """Link options of a parser: one that is not given takes the value of another.
 
     Args:
         parser: of a command line whose model and data are classes.
@@ -77,13 +77,13 @@ def _first_given(value: object, default: object) -> object:
 
 
 def find_errors(parser: ArgumentParser, args: Sequence[str], *, refused: bool) -> list[str]:
-    """Return every fault of the recipe that a command line gives, one line each.
+    """Return every error in the recipe that a command line gives, one line each.
 
     Args:
         parser: what LightningCLI made for the verb.
         args: the command line after the verb.
         refused: whether the parser refused it. If it did not, only what the parser lets pass is
-            a fault: files with a key written twice, and values that callbacks and losses of
+            checked: files with a key written twice, and values that callbacks and losses of
             lrcompress refuse.
     """
     recipe = Recipe(args)
@@ -97,7 +97,7 @@ def find_errors(parser: ArgumentParser, args: Sequence[str], *, refused: bool) -
 def _check_keys(
     parser: ArgumentParser, node: MappingNode, where: str, required: set[str], prefix: str = ""
 ) -> Iterator[str]:
-    """Yield the faults of a mapping whose keys are options of the parser, below the prefix."""
+    """Yield the errors in a mapping whose keys are options of the parser, below the prefix."""
     actions = {
         action.dest.removeprefix(prefix): action
         for action in parser._actions
@@ -121,7 +121,7 @@ def _check_keys(
 
 
 def _further_in(node: MappingNode, name: str) -> Iterator[str]:
-    """Yield the options of that name of classes below, as of the student in a distilled model."""
+    """Yield options of that name in nested classes, such as the student in a distilled model."""
     for key, value in node.value:
         path = entries_of(as_mapping(value, NOWHERE)).get("class_path")
         named = _locate(path.value, ()) if isinstance(path, ScalarNode) else None
@@ -130,7 +130,7 @@ def _further_in(node: MappingNode, name: str) -> Iterator[str]:
 
 
 def _check_values(node: Node, where: str) -> Iterator[str]:
-    """Yield what the classes anywhere in a recipe say of their arguments' values."""
+    """Yield the errors that the classes of a recipe raise for their arguments' values."""
     if isinstance(node, SequenceNode):
         for index, item in enumerate(node.value):
             yield from _check_values(item, f"{where}[{index}]")
@@ -149,7 +149,7 @@ def _check_values(node: Node, where: str) -> Iterator[str]:
 
 
 def _check_making(named: object, node: MappingNode, where: str) -> Iterator[str]:
-    """Yield what a class of lrcompress whose making is free says of its arguments' values."""
+    """Yield the error of a class of lrcompress for its arguments, if making an object is cheap."""
     if not isinstance(named, type) or not issubclass(named, _SAY_THEIR_FAULTS):
         return
     if not named.__module__.startswith("lrcompress."):
@@ -201,7 +201,7 @@ def _accepts(parser: ArgumentParser, dest: str, value: Any) -> bool:
 
 
 def _check_classes(bases: tuple[type, ...], node: Node, where: str) -> Iterator[str]:
-    """Yield the faults of a class, or of each in a list; nothing if the node is neither."""
+    """Yield the errors in a class, or in each of a list; nothing if the node is neither."""
     if isinstance(node, SequenceNode):
         for index, item in enumerate(node.value):
             yield from _check_classes(bases, item, f"{where}[{index}]")

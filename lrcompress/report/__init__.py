@@ -1,4 +1,4 @@
-"""The record of what happened, and how it is shown."""
+"""Report of a compression: its data, tables, plots and HTML page."""
 
 from lrcompress.report.record import LayerRecord, PointRecord, Report
 

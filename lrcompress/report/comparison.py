@@ -1,4 +1,4 @@
-"""Several runs side by side, and what each buys with its size."""
+"""Comparison of several runs: figures side by side, and quality against size."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def _figures(report: Report) -> dict[str, str]:
 
 
 def fronts(reports: Mapping[str, Report]) -> list[Plot]:
-    """Return one figure a validation figure: what it is at the end, over the model's parameters."""
+    """Return a plot for each validation figure: its final value over the model's parameters."""
     names = dict.fromkeys(name for report in reports.values() for name in final_figures(report)[1])
     with rc_context(STYLE):
         return [_front(reports, name, number) for number, name in enumerate(names)]
@@ -77,7 +77,9 @@ def _front(reports: Mapping[str, Report], name: str, index: int) -> Plot:
 
 
 def front(ends: Sequence[tuple[float, float]], more_is_better: bool) -> list[tuple[float, float]]:
-    """Return those (size, figure) that no smaller or equal one beats, in rising order of size.
+    """Return the Pareto front of (size, figure) pairs, in rising order of size.
+
+    It holds those that no pair of smaller or equal size beats.
 
     Example:
         >>> front([(2.0, 0.8), (1.0, 0.7), (3.0, 0.75), (2.0, 0.6)], more_is_better=True)
@@ -92,7 +94,7 @@ def front(ends: Sequence[tuple[float, float]], more_is_better: bool) -> list[tup
 
 
 def write_comparison(reports: Mapping[str, Report], path: str | Path) -> None:
-    """Write several runs as one page."""
+    """Write the comparison of several runs as one HTML page."""
     page = render(
         "comparison.html",
         title=f"{len(reports)} runs side by side",

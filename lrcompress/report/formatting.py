@@ -1,8 +1,8 @@
-"""How figures are written, in the terminal and in the page."""
+"""Format numbers, for terminal tables and the HTML page."""
 
 
 def number(value: float | None) -> str:
-    """Return a figure as people read it: whole ones in full, others to four places.
+    """Return a number as text: integers in full, others to four places.
 
     Example:
         >>> [number(x) for x in (1234567, 0.25, 0.00012345, 12.0, None)]

@@ -1,4 +1,4 @@
-"""Layers by kind, the same path in every block, and by depth, the number of the block."""
+"""Group layers by kind, the same path in every block, and by depth, the block's number."""
 
 import itertools
 import re

@@ -1,6 +1,6 @@
-"""The report as a page: one file, no network, light and dark, readable on a phone.
+"""HTML page of a report: one file, no network, light and dark, readable on a phone.
 
-Every figure of the report stands in it, written as :mod:`lrcompress.report.formatting` says.
+It holds every figure of the report, formatted by :mod:`lrcompress.report.formatting`.
 """
 
 import io
@@ -52,13 +52,13 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of texts, for a template.
 
     Attributes:
-        corner: above the labels.
+        corner: heading of the labels.
         headings: of the columns after the first.
         rows: a label and a text for every column.
-        notes: what has to be said about them.
+        notes: lines of text below the table.
     """
 
     corner: str
@@ -68,7 +68,7 @@ class Table:
 
 
 def write_page(report: Report, path: str | Path) -> None:
-    """Write the report of a run with at least one point as a page, named after its folder."""
+    """Write the report of a run with at least one point as HTML, titled like its folder."""
     found = summary(report)
     points = [
         {"title": _title(point), "figures": _scalars(point), "layers": _layers(point)}
@@ -88,12 +88,12 @@ def write_page(report: Report, path: str | Path) -> None:
 
 
 def render(template: str, **values: object) -> str:
-    """Return a page of the package's templates, in its colours."""
+    """Return the HTML of one of the package's templates, filled in."""
     return _PAGES.get_template(template).render(light=COLOURS, dark=_DARK, **values)
 
 
 def drawn(figures: Iterable[Plot]) -> list[dict[str, object]]:
-    """Return what a template needs of each figure."""
+    """Return title, caption and SVG of each plot, for a template."""
     return [
         {"title": plot.title, "caption": plot.caption, "svg": Markup(to_svg(plot.figure, plot))}
         for plot in figures
@@ -101,7 +101,7 @@ def drawn(figures: Iterable[Plot]) -> list[dict[str, object]]:
 
 
 def to_svg(figure: Figure, plot: Plot) -> str:
-    """Return a figure as an element of a page, in the page's fonts and colours."""
+    """Return a figure as an ``<svg>`` element with the page's fonts and colours."""
     file = io.StringIO()
     without = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": plot.name}):

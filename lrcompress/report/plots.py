@@ -1,7 +1,6 @@
-"""What happened, drawn: figures that are narrow enough for a phone.
+"""Matplotlib plots of a report, sized for a phone.
 
-Colours stand for what they show, by the names of :data:`COLOURS`; a page gives them others in
-the dark.
+Colours have the names of :data:`COLOURS`; a page replaces them in dark mode.
 """
 
 import math
@@ -59,7 +58,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure.
+    """One matplotlib figure of a report, with title and caption.
 
     Attributes:
         name: short and unique among those of a report.
@@ -75,7 +74,7 @@ class Plot:
 
 
 def plots(report: Report) -> list[Plot]:
-    """Return the figures of a run with at least one point."""
+    """Return the plots of a run with at least one point."""
     with rc_context(STYLE):
         return [
             *_over_depth(report.layers_after(len(report.points))),
@@ -115,7 +114,7 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def name_series(figure: Figure, axes: Axes) -> None:
-    """Put the names of the series below, where there is more than one."""
+    """Add a legend below the axes, where there is more than one series."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
         columns = 2 if max(map(len, names)) < 28 else 1
@@ -124,7 +123,7 @@ def name_series(figure: Figure, axes: Axes) -> None:
 
 
 def loss_curves_figure(found: Sequence[PredictedLoss]) -> Figure:
-    """Return what every method is predicted to lose over ``keep``, where it knows the loss."""
+    """Return a figure of predicted loss over ``keep``, for methods that predict it."""
     with rc_context(STYLE):
         figure, axes = new_axes("keep", "predicted change of loss")
         known = [one for one in found if one.predicted_loss is not None]

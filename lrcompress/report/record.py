@@ -1,4 +1,4 @@
-"""What a run lost and gained, as data."""
+"""Report of a run, as data: its points, layers and validation figures."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,10 +23,11 @@ class LayerRecord:
         out_features: rows of its weight.
         in_features: columns of its weight.
         rank: of its factors; None if it was left dense.
-        error: relative error in the method's metric; 0 for a dense layer, None before it is known.
+        error: ``‖P (W − M) Q‖ / ‖P W Q‖`` in the method's metric; 0 for a dense layer, None before
+            it is known.
         predicted_loss: increase of the loss per example that the metric predicts for this
             layer alone; None for metrics that do not know the loss.
-        note: what was done about ill-conditioned statistics, or "".
+        note: about statistics that could not be used, or why the layer stays; or "".
         rows: rows of its sparse part; None where there is none. Of rank 0, it is all of the layer.
         entries: entries of these rows that are not zero, where single ones were pruned.
         measured_loss: increase of the validation loss with this layer alone replaced; None if it
@@ -37,6 +38,11 @@ class LayerRecord:
             the terms; None for other factors.
         importance: how many units were at least as important, and the score of the last of them,
             when pruning began: some of the units that pruning chooses from, in falling order.
+
+    Example:
+        >>> layer = LayerRecord("0", 8, 8, rank=2, error=0.1, predicted_loss=None)
+        >>> layer.before, layer.unit, layer.after
+        (64, 16, 32)
     """
 
     name: str
@@ -86,17 +92,17 @@ class LayerRecord:
 
 @dataclass
 class PointRecord:
-    """What one point did.
+    """Record of one point: its layers, sizes, and validation figures before and after.
 
     Attributes:
-        method: that factored.
+        method: that factored, a key of :data:`lrcompress.objective.METHODS` or a callback's own.
         step: optimizer steps before it; None outside of a training run.
         layers: the targeted layers.
         model_before: parameters of the whole model, dense.
         model_after: parameters of the whole model now.
         observed: steps, tokens and skipped steps behind the statistics, and their bytes.
-        seconds: the solves and the surgery took.
-        metrics: validation figures just before and just after, without any retraining.
+        seconds: that solving and replacing layers took.
+        metrics: ``"before"`` and ``"after"`` to validation figures just then, without retraining.
         bytes_before: of the whole model's parameters, dense; None in records of version 1.
         bytes_after: of the whole model's parameters now.
         budget: steps of gradual pruning and what was kept of the layers after them.
@@ -104,6 +110,11 @@ class PointRecord:
         trained: parameters that are trained from there on; None where that is all of them.
         effective: parameters of the whole model that are not zero, updates merged; None where it
             was not counted.
+
+    Example:
+        >>> layer = LayerRecord("0", 8, 8, rank=2, error=0.1, predicted_loss=0.5)
+        >>> PointRecord("kfac", None, [layer], model_before=128, model_after=96).figures()
+        {'keep': 0.5, 'keep_model': 0.75, 'seconds': 0.0, 'predicted_loss': 0.5}
     """
 
     method: str
@@ -123,16 +134,16 @@ class PointRecord:
 
     @property
     def keep(self) -> float:
-        """Parameters that remain of the targeted layers."""
+        """Parameters that remain / parameters before, over the targeted layers."""
         return sum(x.after for x in self.layers) / sum(x.before for x in self.layers)
 
     @property
     def predicted_loss(self) -> float | None:
-        """Increase of the loss that the metric predicts, summed over layers."""
+        """Predicted increase of the loss, summed over layers; None if that of one is unknown."""
         return sum_or_none(layer.predicted_loss for layer in self.layers)
 
     def figures(self) -> dict[str, float]:
-        """Return what a logger takes: one number a name."""
+        """Return name to number, for a logger."""
         values = {
             "keep": self.keep,
             "keep_model": self.model_after / self.model_before,
@@ -147,13 +158,20 @@ class PointRecord:
 
 @dataclass
 class Report:
-    """What happened in a run: its points, and how it ended.
+    """Report of a run: its points, validation figures and step times.
 
     Attributes:
         points: in the order they were reached.
         final: validation figures after the last step of training; empty if none were taken then.
-        seconds_per_step: of training before the first and after the last point.
-        history: figures of the validations in the course of training: name to steps and values.
+        seconds_per_step: ``"dense"`` before the first point, ``"factored"`` after the last and,
+            where there was gradual pruning, ``"pruning"`` between them.
+        history: validation figures during training: name to steps and values.
+
+    Example:
+        >>> layer = LayerRecord("0", 8, 8, rank=2, error=0.1, predicted_loss=0.5)
+        >>> report = Report([PointRecord("kfac", 100, [layer], model_before=128, model_after=96)])
+        >>> Report.from_dict(report.to_dict()) == report
+        True
     """
 
     points: list[PointRecord] = field(default_factory=list)
@@ -165,7 +183,9 @@ class Report:
     def joined(cls, reports: Iterable["Report"]) -> "Report":
         """Return the one report of a run in which several callbacks replaced layers.
 
-        Steps are timed as dense until the first point of all, as factored after the last.
+        Reports without points are left out. Final figures and history are those of the callback
+        with the first point. Steps are timed as dense until the first point of all, as factored
+        after the last.
         """
         held = [report for report in reports if report.points]
         if len(held) < 2:
@@ -180,7 +200,10 @@ class Report:
     def layers_after(self, point: int) -> list[LayerRecord]:
         """Return all layers that any point targets, as they stand after point number ``point``.
 
-        Those that no point has reached yet are dense. Number −1 is before the first.
+        Those that no point has reached yet are dense.
+
+        Args:
+            point: from 0; −1 is before the first, and any above the last is after it.
         """
         names = {layer.name: layer for record in self.points for layer in record.layers}
         now = {
@@ -192,7 +215,7 @@ class Report:
         return list(now.values())
 
     def note(self, step: int, figures: Mapping[str, float], gap: float) -> None:
-        """Add figures of a validation to the history, the latest of which always stay.
+        """Add validation figures to the history; the latest always stay.
 
         Args:
             step: optimizer steps before it.
@@ -203,15 +226,15 @@ class Report:
             self.history[name] = with_value(self.history.get(name, ()), step, value, gap)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the report in plain types."""
+        """Return the report in plain types, with the ``version`` of their form."""
         return {"version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Report":
-        """Return the report that :meth:`to_dict` described, here or in an earlier version.
+        """Return the report that :meth:`to_dict` returned, in this version or an earlier one.
 
         Raises:
-            ReportError: if ``data`` is no such description, or of a later version.
+            ReportError: if ``data`` is no report, a point has no layers, or its version is later.
         """
         version = data.get("version", 1) if isinstance(data, Mapping) else None
         if version not in range(1, VERSION + 1):
@@ -228,7 +251,14 @@ class Report:
             raise ReportError(f"this is no report: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON, whole or not at all."""
+        """Write the report as JSON, atomically.
+
+        Args:
+            path: of the file; its folder is made if need be.
+
+        Raises:
+            OSError: if the file cannot be written; what was there before stays.
+        """
         with atomic_write(path) as passing:
             passing.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
@@ -291,7 +321,7 @@ def with_value(curve: Curve, step: int, value: float, gap: float) -> Curve:
 
 @dataclass(frozen=True)
 class PredictedLoss:
-    """What one method would lose at one ``keep``.
+    """Predicted loss and error of one method at one ``keep``.
 
     Attributes:
         method: a key of :data:`lrcompress.objective.METHODS`.

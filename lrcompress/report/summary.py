@@ -1,4 +1,4 @@
-"""What was lost and gained, in rows: before, after each point, and at the end."""
+"""Summary of a run in rows: figures before, after each point, and at the end."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from lrcompress.report.record import PointRecord, Report
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of figures.
+    """A table of figures of a run.
 
     Attributes:
         headings: of the columns after the first.
         rows: a label and a text for every column.
-        notes: what has to be said about them.
+        notes: lines of text below the table.
     """
 
     headings: list[str]

@@ -1,4 +1,4 @@
-"""The report in a terminal."""
+"""Terminal tables of a report."""
 
 from collections.abc import Iterable, Sequence
 
@@ -22,7 +22,7 @@ WIDTH = 130  # columns that the widest table needs
 
 
 def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
-    """Return one row per kind of layer: the same path in every block, numbers aside."""
+    """Return a table of ranks, a row per kind of layer: the same path in every block."""
     shared, kinds = by_layer_type(layers)
     table = plain_table(title + (f"; layers of {shared}" if shared else ""))
     table.add_column("layer", no_wrap=True)
@@ -72,7 +72,7 @@ def plan_table(
     notes: Iterable[str],
     kept: int = 0,
 ) -> RenderableType:
-    """Return what would become of the layers of a model of ``whole`` parameters.
+    """Return a table of planned ranks and sizes, for a model of ``whole`` parameters.
 
     Of what is replaced, ``kept`` parameters stay in the model for others.
     """
@@ -88,7 +88,7 @@ def plan_table(
 
 
 def loss_curves_table(found: Sequence[PredictedLoss], title: str) -> RenderableType:
-    """Return what every method is predicted to lose at every ``keep``: of the loss, or an error."""
+    """Return a table of the predicted loss, or else error, of each method at each ``keep``."""
     methods = list(dict.fromkeys(one.method for one in found))
     known = {(one.method, one.keep): one for one in found}
 
@@ -112,7 +112,7 @@ def loss_curves_table(found: Sequence[PredictedLoss], title: str) -> RenderableT
 
 
 def point_table(point: PointRecord) -> RenderableType:
-    """Return what one point did, by kind of layer, and in total."""
+    """Return a table of what one point did, by kind of layer, with totals."""
     where = "" if point.step is None else f" at step {point.step}"
     table = ranks_table(point.layers, f"lrcompress: {point.method}{where}, {point.seconds:.1f} s")
     lines = [
@@ -139,7 +139,7 @@ def point_table(point: PointRecord) -> RenderableType:
 
 
 def summary_table(report: Report) -> RenderableType:
-    """Return what was lost and gained: before, after each point, and at the end."""
+    """Return a table of figures before, after each point, and at the end."""
     found = summary(report)
     table = columns_table("lrcompress: what was lost and gained", found.headings, found.rows)
     return Group(table, *(Text(note) for note in found.notes))
@@ -148,7 +148,7 @@ def summary_table(report: Report) -> RenderableType:
 def columns_table(
     title: str, headings: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]
 ) -> Table:
-    """Return a label and a text for every column, row by row."""
+    """Return a table of texts, in each row a label and a cell for every column."""
     table = plain_table(title)
     table.add_column("", no_wrap=True)
     for heading in headings:

@@ -1,4 +1,4 @@
-"""Two factors of a matrix improved in turn, in a metric in which no one step gives both."""
+"""Alternating minimization of two factors of a matrix, in metrics without a closed solution."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ _SEEN = 1e-12  # eigenvalues of normal equations below this share of the largest
 def alternating_minimization(
     matrix: Tensor, x: Tensor, y: Tensor, product: Map
 ) -> tuple[Tensor, Tensor, float, float, int]:
-    """Lower ``⟨R − XY, 𝓜(R − XY)⟩`` by one factor after the other.
+    """Lower ``⟨R − XY, 𝓜(R − XY)⟩`` by one factor after the other, by conjugate gradients.
 
     Args:
         matrix: ``R``, ``(rows, columns)``.

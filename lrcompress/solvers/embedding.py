@@ -1,4 +1,4 @@
-"""The rank-r table nearest to an embedding, its rows weighted, and nothing tall decomposed."""
+"""Low-rank truncation of an embedding with weighted rows, without a decomposition of its size."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

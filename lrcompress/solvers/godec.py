@@ -1,4 +1,4 @@
-"""A weight as low rank plus a few entries, to find the entries that low rank cannot follow."""
+"""GoDec: a weight as low rank plus a few sparse entries, to find where these should be."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from lrcompress.errors import NotFiniteError, ShapeError
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What :func:`godec` found: ``weight ≈ left right + S``.
+    """Low rank plus sparse entries, found by :func:`godec`: ``weight ≈ left right + S``.
 
     Attributes:
         left: ``(out, rank)``, its columns orthonormal.
@@ -63,7 +63,8 @@ def godec(
         NotFiniteError: if the weight is not finite.
 
     Cost:
-        ``4·out·in·rank`` multiply-adds and one selection of ``entries`` a sweep.
+        ``3·out·in·rank`` multiply-adds, a QR decomposition of ``(out, rank)`` and one selection of
+        ``entries`` a sweep.
 
     Source:
         Zhou & Tao, "GoDec", ICML 2011; for the support of an update: Chen et al., "DSEE",

@@ -1,4 +1,4 @@
-"""A weight as a sum of Kronecker products, nearest in a two-sided metric.
+"""Nearest sum of Kronecker products to a weight, in a two-sided metric.
 
 ``W ≈ Σ_s A_s ⊗ B_s``: block ``(i, j)`` of ``W``, of the size of ``B``, is ``Σ_s A_s[i, j] B_s``.
 With the blocks of ``W`` as the rows of a matrix ``R(W)``, a Kronecker product is a matrix of rank

@@ -1,4 +1,4 @@
-"""What every row of a weight loses by truncation, to find the rows worth keeping whole."""
+"""Truncation error of every row of a weight, to choose the rows of a sparse part."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def row_energies(
         output: ``G``: ``(out, out)``, ``(out,)`` or None.
         input: ``C``: ``(in, in)``, ``(in,)`` or None.
         truncation: of the same weight in the same metric.
-        most: the greatest rank asked for.
+        most: the greatest rank requested.
 
     Returns:
         ``(most + 1, out)`` float64.

@@ -1,4 +1,4 @@
-"""The rank-r matrix nearest to a weight in a two-sided metric: every weighted SVD in one."""
+"""Weighted SVD: the rank-r matrix nearest to a weight in a two-sided metric."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a batch says of itself: which positions are real, and how many examples it holds."""
+"""Padding masks and numbers of examples of batches."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,10 +58,13 @@ def batch_examples(batch: Any) -> int:
 
 
 def batch_terms(batch: Any) -> int:
-    """Return what number of terms a loss of this batch is the mean of: its tokens, or examples.
+    """Return how many terms a mean loss of this batch averages: its tokens, or examples.
 
     Where its ``labels`` are whole numbers ``(examples, length)``, those that are not -100 count,
     else the examples.
+
+    Raises:
+        ObservationError: if the examples are to be counted and there is no tensor in the batch.
 
     Example:
         >>> batch_terms({"labels": torch.tensor([[7, 8], [9, -100]])})
@@ -84,7 +87,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 def batch_mask(
     batch: Any, mask: str | Callable[[Any], Tensor] | None, owner: str
 ) -> tuple[Tensor | None, str | None]:
-    """Return a batch's padding mask, or why there is none where one was expected."""
+    """Return a batch's padding mask, or the reason why an expected one is missing."""
     if mask is None:
         return None, None
     if not isinstance(mask, str):
@@ -101,10 +104,10 @@ def batch_mask(
 
 
 def batch_decoder_mask(batch: Any) -> Tensor | None:
-    """Return which positions of a decoder's own input are real, where a batch says so.
+    """Return the padding mask of a decoder's own input, or None if the batch has none.
 
     That is its ``decoder_attention_mask``, or where its ``labels`` are not -100: a decoder reads
-    at each position what it is to predict at the one before.
+    at each position the label of the one before.
 
     Example:
         >>> batch_decoder_mask({"labels": torch.tensor([[7, 8], [9, -100]])}).tolist()

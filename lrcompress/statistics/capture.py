@@ -1,7 +1,7 @@
-"""Watch layers during chosen training steps, with hooks that always come off.
+"""Forward and gradient hooks that accumulate statistics of layers during chosen steps.
 
-Hooks are attached for one step at a time. A step that is not observed runs exactly as it
-would without this package, ``torch.compile`` included; an observed one runs eagerly.
+Hooks are attached for one step and always removed. A step that is not observed runs exactly as
+it would without this package, ``torch.compile`` included; an observed one runs eagerly.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,10 +60,10 @@ class _Pass:
 
 
 class _Eager:
-    """Keeps compiled code from running for as long as anyone holds it.
+    """Turns ``torch.compile`` off while a recorder observes a step.
 
-    Several recorders may watch one step, and they leave it in any order: whoever is last puts
-    back torch's stance, as the first found it.
+    Several recorders may observe one step, and leave it in any order: the last one restores
+    torch's stance, as the first found it.
     """
 
     def __init__(self) -> None:
@@ -87,9 +87,9 @@ _EAGER = _Eager()
 
 
 class Recorder:
-    """Accumulates statistics of named layers over the steps it is told to watch.
+    """Accumulates statistics of named layers over chosen steps.
 
-    A step is watched by running it inside :meth:`step`, and calling :meth:`commit` once its
+    A step is observed by running it inside :meth:`step`, and calling :meth:`commit` once its
     loss is known and before its backward pass::
 
         with recorder.step(mask=batch["attention_mask"]):
@@ -150,7 +150,7 @@ class Recorder:
 
     @property
     def observing(self) -> bool:
-        """Whether a step is being watched now."""
+        """Whether a step is being observed now."""
         return self._pass is not None
 
     @contextmanager
@@ -161,21 +161,22 @@ class Recorder:
         decoder_mask: Tensor | None = None,
         missing: str | None = None,
     ) -> Iterator[None]:
-        """Watch what runs inside the block, and only that.
+        """Observe what runs inside the block, and only that.
 
-        Inputs are held until :meth:`commit`, so that a step whose loss is not finite leaves no
-        trace; under activation checkpointing an observed step therefore needs their memory.
+        Inputs are held in memory until :meth:`commit`, also under activation checkpointing, so
+        that a step whose loss is not finite leaves no trace.
 
         Args:
             mask: ``(examples, length)``, nonzero where there is a token; inputs of that leading
                 shape lose their padding, others are taken whole. None if nothing is padded.
-            decoder_mask: the same of what a decoder reads of its own, which knows ``mask`` not.
-                A decoder is what is called with ``encoder_hidden_states=``; what it reads of
-                these has the padding of ``mask``.
+            decoder_mask: the same for a decoder's own input, to which ``mask`` does not apply.
+                A decoder is called with ``encoder_hidden_states=``, which have that of ``mask``.
             missing: without a mask, the error to raise when a layer reads sequences.
 
         Raises:
             ShapeError: if a mask is not two-dimensional.
+            ObservationError: if a layer is called twice without ``shared``, shares its input with
+                other layers than in earlier steps, or lacks the mask that ``missing`` is for.
         """
         self._pass = _Pass(Mask.of(mask), Mask.of(decoder_mask), missing)
         with ExitStack() as stack:
@@ -204,12 +205,11 @@ class Recorder:
         """Add what the forward pass read; backward passes from here on add their gradients.
 
         Args:
-            scale: what turns a gradient as it will arrive into the gradient of the summed
-                loss: terms per batch for a mean loss, divided by any loss scaling.
+            scale: makes gradients those of the summed loss: terms per batch / loss scaling.
             terms: of the loss, examples or predicted tokens, each of which counts as an example;
                 by default the leading size of the outputs.
             finite: whether the loss is; if not, the step is counted as skipped, not added.
-            armed: False to let backward passes go by until :meth:`arm`.
+            armed: False to ignore backward passes until :meth:`arm`.
         """
         current = self._pass
         assert current is not None, "commit outside of step"
@@ -226,18 +226,18 @@ class Recorder:
         current.terms = terms
 
     def arm(self, armed: bool = True) -> None:
-        """Let gradients count, or go by, from here on."""
+        """Add gradients from here on, or ignore them."""
         assert self._pass is not None, "arm outside of step"
         self._pass.armed = armed
 
     def drop(self) -> None:
-        """Add nothing more of this step, which was broken off."""
+        """Discard what is not added yet of this step, which was interrupted."""
         if self._pass is not None:
             self._pass.pending, self._pass.parts = {}, {}
 
     @property
     def outputs(self) -> list[Tensor]:
-        """The watched layers' outputs of this pass, to ask for gradients without ``.grad``."""
+        """The layers' outputs in this pass, for ``torch.autograd.grad`` in place of ``.grad``."""
         assert self._pass is not None, "outputs outside of step"
         return self._pass.outputs
 
@@ -278,7 +278,7 @@ class Recorder:
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _mask(self, name: str, x: Tensor) -> Mask | None:
-        """Return what tells the padding of a layer's input and output; None takes them whole."""
+        """Return the padding mask of a layer's input and output; None takes them whole."""
         current = self._pass
         if current is None:
             return None

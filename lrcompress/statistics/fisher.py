@@ -1,4 +1,4 @@
-"""Labels drawn from the model's own prediction, for the true Fisher in place of the empirical."""
+"""True Fisher: labels sampled from the model's prediction, in place of the empirical Fisher's."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,10 +11,10 @@ from lrcompress.errors import NoMatchError, ObservationError, SettingError, near
 
 
 def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the mean cross entropy of labels drawn from ``softmax(logits)``, with its graph.
+    """Return the mean cross entropy of labels sampled from ``softmax(logits)``, with its graph.
 
-    The gradients of the training labels vanish once these are fitted, those of drawn labels do
-    not: their second moment is the Fisher information itself.
+    The gradients of the training labels vanish once these are fitted, those of sampled labels
+    do not: their second moment is the Fisher information itself.
 
     Args:
         logits: ``(..., classes)``, at least two classes.
@@ -36,10 +36,10 @@ def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class LogitsCapture:
-    """Catches a model's logits on their way out, during the steps that ask for it.
+    """Captures a model's logits by forward hooks, during chosen steps.
 
     Args:
-        model: the module to listen to.
+        model: the module whose logits are captured.
         name: of the submodule whose output are the logits; None takes the first output that
             has ``.logits``, as those of transformers models do.
 
@@ -59,7 +59,7 @@ class LogitsCapture:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen while the block runs."""
+        """Capture the logits of forward passes while the block runs."""
         self._caught = None
         with ExitStack() as stack:
             for module in self._modules:
@@ -75,7 +75,7 @@ class LogitsCapture:
         """Return the logits of the last forward pass.
 
         Raises:
-            ObservationError: if none went by.
+            ObservationError: if none were captured.
         """
         if self._caught is None:
             where = (

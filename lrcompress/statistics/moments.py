@@ -1,4 +1,4 @@
-"""Sums over tokens and examples, kept as sums and counts so that any parts add up to the whole."""
+"""Moments of layer inputs and output gradients, as mergeable sums and counts."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -79,7 +79,7 @@ class Sums:
     def zeros(
         cls, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str | None = None
     ) -> "Sums":
-        """Return sums of nothing yet."""
+        """Return sums and counts that are zero."""
         count = torch.zeros(3, dtype=torch.int64, device=device)
         values = {
             name: torch.zeros(shape, dtype=_dtype(name), device=device)
@@ -174,7 +174,7 @@ class Sums:
             self._count(finite, g.shape[0] * g.shape[1], counted)
 
     def add_rows_(self, rows: Tensor) -> None:
-        """Add the numbers ``(tokens, 1)`` of the rows that were read from a table."""
+        """Count the rows that were read from a table, given by their numbers ``(tokens, 1)``."""
         count = self.values["token_count"]
         count += torch.bincount(rows.reshape(-1), minlength=len(count)).to(count.device)
         self._count(torch.ones((), dtype=torch.bool, device=rows.device), rows.shape[0], 0)
@@ -270,7 +270,7 @@ def _per_example_squares(x: Tensor, g: Tensor) -> Tensor:
 
 @dataclass
 class Statistics:
-    """What was seen of every watched layer.
+    """Statistics of every observed layer: sums over its inputs and its output gradients.
 
     Layers that read the same tensor (query, key, value) share one input moment: ``source``
     names the layer whose entry in ``inputs`` serves them all.
@@ -295,7 +295,7 @@ class Statistics:
         """Return one layer's sums, input and output side together, not copied.
 
         Args:
-            name: a watched layer.
+            name: an observed layer.
             kinds: the statistics that must be there.
 
         Raises:
@@ -337,7 +337,7 @@ class Statistics:
         return self.skipped + int(max(layers, default=0))
 
     def figures(self) -> dict[str, int]:
-        """Return how much was seen, for a report."""
+        """Return how many steps and tokens were observed, for a report."""
         return {
             "steps": self.steps,
             "tokens": self.tokens,
@@ -346,7 +346,7 @@ class Statistics:
         }
 
     def merge_(self, other: "Statistics") -> None:
-        """Add everything ``other`` has seen: another rank, run or share of the data.
+        """Add everything ``other`` has seen: another process, run or share of the data.
 
         Raises:
             ObservationError: if the two watched different layers, shared them differently, or
@@ -379,13 +379,13 @@ class Statistics:
         self.tokens += other.tokens
 
     def clear_(self) -> None:
-        """Forget everything that was seen."""
+        """Reset to nothing observed."""
         for held in (self.inputs, self.outputs, self.source):
             held.clear()
         self.steps = self.skipped = self.tokens = 0
 
     def state_dict(self) -> dict[str, object]:
-        """Return everything in plain types and tensors."""
+        """Return all sums and counts in plain types and tensors."""
         return {
             "inputs": {name: sums.state_dict() for name, sums in self.inputs.items()},
             "outputs": {name: sums.state_dict() for name, sums in self.outputs.items()},
@@ -394,7 +394,7 @@ class Statistics:
         }
 
     def load_state_dict(self, state: Mapping[str, object], device: torch.device | str) -> None:
-        """Become what :meth:`state_dict` described, on ``device``.
+        """Restore what :meth:`state_dict` returned, on ``device``.
 
         Raises:
             CheckpointError: if ``state`` is not such a description.

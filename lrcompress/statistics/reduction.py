@@ -1,4 +1,4 @@
-"""Statistics of several processes become those of all of them: once, at the point."""
+"""All-reduce of statistics over processes, once, at the point."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def reduced_bytes(statistics: Statistics) -> int:
     """Return the bytes that :func:`all_reduce_` adds up: of a symmetric sum one triangle.
 
     ``4·n(n + 1)/2`` for a moment of ``n`` features, ``4·n`` for a vector, ``8·n`` for one of whole
-    numbers, ``8·3`` for the counts of each: what is there to tell, and nothing else.
+    numbers, ``8·3`` for the counts of each.
     """
     total = 0
     for _, sums in _every(statistics):
@@ -39,7 +39,7 @@ def all_reduce_(
     *,
     bucket: int = BUCKET,
 ) -> None:
-    """Make the statistics of every process those of all processes together.
+    """Add up the statistics of all processes, so that every process holds the sum.
 
     Processes may have seen different layers, steps and batch sizes; one that saw nothing of a
     layer adds zeros. Steps were taken together, so they are those of the process with most.
@@ -56,7 +56,8 @@ def all_reduce_(
             kinds for a layer; in all of them, and nothing is changed.
 
     Cost:
-        :func:`reduced_bytes` in ``⌈values / bucket⌉ + 1`` reductions, after one exchange of names.
+        :func:`reduced_bytes` in about ``values / bucket + 1`` reductions; before, one exchange of
+        names.
     """
     if processes.size == 1:
         return
@@ -85,9 +86,9 @@ def all_reduce_(
 def reduce_to_first_(
     statistics: Statistics, processes: Processes, device: torch.device | str = "cpu"
 ) -> None:
-    """Move the statistics of all processes to the first, so that the others start from nothing.
+    """Add up the statistics of all processes in the first, and clear those of the others.
 
-    The whole stays what it was, and one file that the first process writes holds it all.
+    The total stays the same, and one file that the first process writes holds it all.
     """
     all_reduce_(statistics, processes, device)
     if processes.index > 0:

@@ -1,7 +1,7 @@
-"""The normal form of every layer type: a weight ``(out, in)`` applied to ``(tokens, in)``.
+"""Linear layers of any type in one normal form: a weight ``(out, in)`` on ``(tokens, in)``.
 
-Every other module speaks this form only. A new layer type is made known by registering it
-here, as :mod:`lrcompress.nn` does for the layers this package puts in.
+Every other module uses this form only. A new layer type is registered here, as
+:mod:`lrcompress.nn` does for the layers this package puts in.
 
 An embedding is a table here: ``weight`` is ``(vocabulary, width)``, as a tied output head sees it,
 and what is read are one-hot rows of it, given by their numbers.
@@ -79,7 +79,7 @@ _TABLES: dict[str, Callable[[nn.Module], LinearView]] = {}
 def register(
     kind: type[nn.Module], view: Callable[[nn.Module], LinearView], *, table: bool = False
 ) -> None:
-    """Make a layer type known: ``view(layer)`` gives its normal form."""
+    """Register a layer type, with a function that returns the normal form of such a layer."""
     (_TABLES if table else _VIEWS)[_qualified(kind)] = view
 
 
@@ -94,7 +94,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def stacked_matrices(model: nn.Module) -> dict[str, str]:
-    """Return what of a model are matrices without a layer, with the reason why they stay.
+    """Return 3-D parameters that hold experts' matrices, with the reason why they stay.
 
     The experts of a mixture may be one parameter, a matrix each. Its name and its module's are
     keys.
@@ -110,7 +110,7 @@ def stacked_matrices(model: nn.Module) -> dict[str, str]:
 
 
 def view(layer: nn.Module, name: str = "layer", *, table: bool = False) -> LinearView:
-    """Return the normal form of ``layer``, which may be a table where that is said.
+    """Return the normal form of ``layer``; with ``table=True`` of an embedding too.
 
     Raises:
         LayerError: if its type has none; the message lists those that do.

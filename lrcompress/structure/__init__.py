@@ -1,1 +1,1 @@
-"""The structure of a model: which layers, what replaces them, and how that is stored."""
+"""The structure of a model: select and replace layers, plans, tied weights, checkpoints."""

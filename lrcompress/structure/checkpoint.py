@@ -1,4 +1,4 @@
-"""A checkpoint file, checked before it is loaded: nothing in it runs or takes more than it has."""
+"""Read checkpoint files safely: checked before they are loaded, with no code of theirs run."""
 
 import io
 import pickle
@@ -21,7 +21,7 @@ _BYTES |= {"Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 
 
 def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[str, Any]:
-    """Return what a file of ``torch.save`` holds, on the CPU.
+    """Return the mapping in a ``torch.save`` file, on the CPU, after checks.
 
     The file is checked before any of it is loaded: the checksum of every part, that no part takes
     more than it has in the file, that every tensor lies within its part, and that there are
@@ -59,7 +59,7 @@ def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[
 
 
 def read_lightning_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
-    """Return a checkpoint of Lightning, or a state dict under ``state_dict`` as if it were one.
+    """Return a Lightning checkpoint; of a bare state dict, ``{"state_dict": …}``.
 
     Raises:
         CheckpointError: as :func:`read_checkpoint`, or if there are no weights in it.
@@ -73,7 +73,7 @@ def read_lightning_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def consolidate_command(folder: Path) -> str:
-    """Return the command with which the library that wrote a folder makes one file of it."""
+    """Return the shell command that makes one file of a sharded checkpoint."""
     if (folder / "zero_to_fp32.py").exists() or (folder / "checkpoint").is_dir():
         name = "convert_zero_checkpoint_to_fp32_state_dict"
         return (
@@ -115,7 +115,7 @@ class _Storage(NamedTuple):
 
 
 class _CheckingUnpickler(pickle._Unpickler):
-    """Goes through a pickle as loading would, and makes nothing of it but plain values.
+    """Unpickler that checks a checkpoint and builds nothing of it but plain values.
 
     What may be called are the methods below: each checks its arguments and gives nothing back.
     """
@@ -125,10 +125,10 @@ class _CheckingUnpickler(pickle._Unpickler):
         self._root, self._sizes = root, sizes
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name that the pickle asks for.
+        """Return the stand-in for a name that the pickle imports.
 
         Raises:
-            CheckpointError: if a checkpoint has no need of it.
+            CheckpointError: if checkpoints do not need that name.
         """
         known = {
             "collections.OrderedDict": self._mapping,

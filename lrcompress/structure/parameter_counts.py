@@ -1,4 +1,4 @@
-"""How large a model is, and how large it was before it was compressed."""
+"""Parameter counts and bytes of a model, as it is and as if dense."""
 
 import math
 
@@ -8,13 +8,13 @@ from lrcompress.nn import Replacement
 
 
 def dense_size(model: nn.Module) -> int:
-    """Return how many parameters ``model`` would have with its factored layers dense."""
+    """Return the number of parameters of ``model`` if its factored layers were dense."""
     now = sum(p.numel() for p in model.parameters())
     return now + sum(_weight(x) - sum(p.numel() for p in x.factors) for x in _replaced(model))
 
 
 def dense_bytes(model: nn.Module) -> int:
-    """Return the bytes they would take, in the types of the factors."""
+    """Return the bytes of the parameters if factored layers were dense, in the factors' dtypes."""
     now = stored_bytes(model)
     layers = _replaced(model)
     dense = sum(_weight(x) * x.factors[0].element_size() for x in layers)
@@ -27,7 +27,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def _replaced(model: nn.Module) -> list[Replacement]:
-    """Return the replaced layers, of those that share their factors one."""
+    """Return the replaced layers; of those that share their factors only one."""
     layers = [module for module in model.modules() if isinstance(module, Replacement)]
     return list({tuple(map(id, layer.factors)): layer for layer in layers}.values())
 

@@ -1,4 +1,4 @@
-"""The structure of a compressed model as data: the one way to give a model its structure."""
+"""Plan: the structure of a compressed model as data, and how a model gets that structure."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,19 +21,19 @@ from lrcompress.structure.tied_weights import (
 )
 
 VERSION = 1
-DENSE = "dense"  # the kind of a layer that is as the architecture made it
+DENSE = "dense"  # the kind of a layer that is as in the architecture
 _SIDES = ("in", "out")
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer that is not as the architecture made it.
+    """One replaced layer: its name, kind and sizes.
 
     Attributes:
         name: its path in the model.
-        kind: a key of :data:`lrcompress.nn.KINDS`, or ``"dense"`` for one that goes back to a
-            plain layer.
-        sizes: ``in`` and ``out``, and those that the kind has of its own.
+        kind: a key of :data:`lrcompress.nn.KINDS`, or ``"dense"`` for one that becomes a dense
+            layer again.
+        sizes: ``in`` and ``out`` of the dense weight, and the kind's own, such as ``rank``.
         tied: the layer whose factors it shares, as an output head those of an embedding; or "".
     """
 
@@ -45,7 +45,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """An ordered list of layers and what stands in their place.
+    """The structure of a compressed model: an ordered list of layers, and what replaces them.
+
+    It holds names, kinds and sizes, no values. ``len`` and iteration are over the layers.
+
+    Attributes:
+        layers: those that are not as in the architecture, in module order.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
@@ -66,19 +71,24 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Plan":
-        """Return the structure that ``model`` has now."""
+        """Return the plan of the layers that are replaced in ``model`` now, in module order."""
         return cls(tuple(_current_layers(model, lambda module: isinstance(module, Replacement))))
 
     @classmethod
     def matching(cls, model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> "Plan":
-        """Return what has to change in ``model`` before it can hold the tensors of ``state``.
+        """Return the layers of ``model`` to change before it can load the tensors of ``state``.
 
-        The keys and shapes say it all: ``name.left.weight`` beside ``name.right.weight`` stands
-        for factors, other kinds have others, and ``name.weight`` stands for a plain layer. Layers
-        are tied if their factors lie in the same memory.
+        Keys and shapes are all that is read: ``name.left.weight`` beside ``name.right.weight``
+        are low-rank factors, other kinds have other keys, and ``name.weight`` is a dense layer.
+        Layers are tied if their factors lie in the same memory.
+
+        Args:
+            model: not changed.
+            state: a state dict.
+            prefix: of the keys of ``model`` in ``state``, such as ``"student."``.
 
         Raises:
-            CheckpointError: if what should be factors are not of their form.
+            CheckpointError: if a factor is no tensor, or has not the axes of its kind.
         """
         every = _current_layers(model, lambda module: is_linear(module) or is_embedding(module))
         modules = dict(model.named_modules())
@@ -89,14 +99,22 @@ class Plan:
         return cls(tuple(x for x, now in zip(wanted, every, strict=True) if x != now))
 
     def apply_(self, model: nn.Module) -> nn.Module:
-        """Give ``model`` this structure, on any device, ``meta`` included; values are not set.
+        """Give ``model`` this structure in place, on any device, ``meta`` included.
 
-        Layers that have it already are left alone. Nothing is changed if anything is wrong.
+        The values of new layers are not set: load a state dict after it. Layers that fit already
+        are left alone. Nothing is changed if anything is wrong.
+
+        Args:
+            model: changed in place.
+
+        Returns:
+            The same model.
 
         Raises:
             NoMatchError: if a named layer is not in the model.
-            ShapeError: if its sizes are not the plan's.
-            LayerError: if it is of a type that cannot be factored.
+            ShapeError: if its sizes are not the plan's, or not possible for the kind.
+            LayerError: if it is of a type that the kind cannot replace, or has no dense form and
+                should become dense.
             CheckpointError: if the plan gives it a kind that is not known, or ties it to a layer
                 that it cannot share factors with.
         """
@@ -116,7 +134,11 @@ class Plan:
         return model
 
     def to_dict(self) -> dict[str, object]:
-        """Return the plan in plain types."""
+        """Return the plan in plain types, as JSON takes them.
+
+        Returns:
+            ``version``, and ``layers`` with ``name``, ``kind``, ``sizes`` and, if tied, ``tied``.
+        """
         layers = [asdict(layer) | {"sizes": dict(layer.sizes)} for layer in self.layers]
         listed = [{k: v for k, v in layer.items() if k != "tied" or v} for layer in layers]
         return {"version": VERSION, "layers": listed}
@@ -126,7 +148,7 @@ class Plan:
         """Return the plan that :meth:`to_dict` described.
 
         Raises:
-            CheckpointError: if ``data`` is no such description, or of a later version.
+            CheckpointError: if ``data`` is no such description, or of another version.
         """
         if data.get("version") != VERSION:
             raise CheckpointError(
@@ -161,7 +183,7 @@ def _current_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> li
 
 
 def _check_ties(layers: Iterable[LayerPlan], modules: Mapping[str, nn.Module]) -> None:
-    """Check that layers can share factors.
+    """Check that layers which the plan ties can share factors.
 
     Raises:
         CheckpointError: if they cannot.
@@ -251,9 +273,9 @@ def _built(layer: LayerPlan, old: nn.Module, sides: Mapping[str, int]) -> nn.Mod
 
 
 def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:
-    """Give ``model`` the structure it needs to load a checkpoint.
+    """Give ``model`` the structure that it needs to load a checkpoint; values are not loaded.
 
-    Call it where Lightning cannot know: in a LightningModule's ``on_load_checkpoint``, for
+    Call it where no callback does: in a LightningModule's ``on_load_checkpoint``, for
     ``load_from_checkpoint``, or in ``configure_model`` under sharded strategies, before anything
     is sharded::
 
@@ -263,13 +285,24 @@ def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:
     Args:
         model: changed in place; layers that fit already are left alone.
         checkpoint: a Lightning checkpoint or a state dict, as a path or as loaded; or the folder
-            of a distributed checkpoint.
+            of a distributed checkpoint. A file is checked before it is read, and no code in it
+            runs.
 
     Returns:
         The same model.
 
     Raises:
-        CheckpointError: if the file or its ``state_dict`` is none, or a folder holds no plan.
+        CheckpointError: if the file or its ``state_dict`` is none, a folder holds no plan, or
+            stored factors are not of their form.
+        ShapeError: if a stored layer has other sizes than the one in ``model``.
+        LayerError: if a layer is of a type that cannot be replaced.
+        NoMatchError: if the plan in a folder names a layer that is not in ``model``.
+
+    Example:
+        >>> trained = nn.Sequential(LowRankLinear(6, 4, rank=2))
+        >>> model = restore_structure(nn.Sequential(nn.Linear(6, 4)), trained.state_dict())
+        >>> model.load_state_dict(trained.state_dict())
+        <All keys matched successfully>
     """
     if not isinstance(checkpoint, Mapping):
         if Path(checkpoint).is_dir():
@@ -282,7 +315,7 @@ def restore_structure(model: nn.Module, checkpoint: Any) -> nn.Module:
 
 
 def _plan_in(folder: Path) -> Plan:
-    """Return the plan that a callback has left beside the shards of a checkpoint.
+    """Return the plan that a callback saved with a distributed checkpoint.
 
     Raises:
         CheckpointError: if there is none.

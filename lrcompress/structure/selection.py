@@ -1,4 +1,4 @@
-"""Find layers by pattern, and say which stay as they are, and why."""
+"""Select the layers to factor by name pattern, with a reason for each that is left alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from lrcompress.statistics.views import is_linear, stacked_matrices, view
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers that patterns chose.
+    """The layers that patterns selected.
 
     Attributes:
         names: of the layers to factor, in module order.
@@ -32,7 +32,7 @@ def select(
     shared: bool = False,
     argument: str = "targets",
 ) -> Selection:
-    """Return the linear layers to factor.
+    """Return the linear layers to factor, selected by name patterns.
 
     Args:
         model: the module to search.

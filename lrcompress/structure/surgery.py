@@ -1,4 +1,4 @@
-"""Put other layers in the place of layers, and carry the optimizer's state over."""
+"""Replace layers in a model and its optimizers, with the optimizer state carried over."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,7 +49,7 @@ def check_kinds(model: nn.Module, names: Iterable[str], *, dense: bool = False) 
 
 
 def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` wherever the layer called ``name`` stands, shared places included.
+    """Replace the layer called ``name`` by ``new``, wherever the same layer is used.
 
     Raises:
         NoMatchError: if there is no such layer.
@@ -69,9 +69,9 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
 def all_or_nothing(
     model: nn.Module, names: Iterable[str], optimizers: Iterable[Optimizer]
 ) -> Iterator[None]:
-    """Put layers and optimizers back as they were if the block that replaces them fails.
+    """Replace layers atomically: restore layers and optimizers if the block fails.
 
-    Other processes may die in the middle of it, and what is saved then has to make sense.
+    Other processes may die in the middle of it, and what is saved then must be consistent.
 
     Args:
         model: changed in the block.
@@ -109,7 +109,7 @@ Successors = Mapping[int, Sequence[tuple[Tensor, str]]]
 
 
 def carry_dense(left: Tensor, right: Tensor, transposed: bool) -> Carry:
-    """Return how optimizer state of a dense weight becomes state of its factors.
+    """Return a function that turns optimizer state of a dense weight into that of its factors.
 
     Gradients of the factors are ``∂L/∂right = leftᵀ ∂L/∂W`` and ``∂L/∂left = ∂L/∂W rightᵀ``, so
     a first moment carries over exactly: ``m_right = leftᵀ m_W``, ``m_left = m_W rightᵀ``. A second
@@ -135,7 +135,7 @@ def carry_dense(left: Tensor, right: Tensor, transposed: bool) -> Carry:
 
 
 def carry_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Carry:
-    """Return how optimizer state of factors becomes state of factors of a lower rank.
+    """Return a function that turns optimizer state of factors into that of lower-rank factors.
 
     A truncation stays in the spans of the factors it started from: ``left' = left T`` and
     ``right' = S right``. Hence ``m_right' = Tᵀ m_right`` and ``m_left' = m_left Sᵀ`` exactly, and
@@ -164,7 +164,7 @@ def carry_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Car
 
 
 def carry_sparse(left: Tensor, right: Tensor, transposed: bool, *, rows: bool = True) -> Carry:
-    """Return how optimizer state of a dense weight becomes state of a split into two parts.
+    """Return a function that turns optimizer state of a dense weight into that of a split one.
 
     With ``W = left right + S`` the gradient of ``S`` is ``∂L/∂W``, so its state is the weight's
     own, both moments exactly; that of the factors is as in :func:`carry_dense`.
@@ -189,7 +189,7 @@ def carry_sparse(left: Tensor, right: Tensor, transposed: bool, *, rows: bool = 
 
 
 def carry_kept(layer: LowRankSparseLinear) -> Carry:
-    """Return how optimizer state of a pruned layer becomes state of its compacted one.
+    """Return a function that turns optimizer state of a pruned layer into that of a compacted one.
 
     Every entry goes with the entry of the parameter it belongs to, so nothing is approximate.
 
@@ -210,9 +210,10 @@ def carry_kept(layer: LowRankSparseLinear) -> Carry:
 
 
 def carry_later(new: Sequence[Tensor]) -> Carry:
-    """Return how optimizer state gets the shapes of ``new``, for values that come from elsewhere.
+    """Return a function that gives zeros of the shapes of ``new``, to be filled in later.
 
-    Where layers are dealt over processes, only the one that solved a layer works out its state.
+    Where layers are distributed over processes, only the process that solved a layer computes its
+    optimizer state; the others receive it.
     """
 
     def carry(state: Sequence[Tensor], _squared: bool) -> list[Tensor]:
@@ -231,7 +232,7 @@ def swap_parameters_(
     names: Sequence[str] | None = None,
     staying: bool = False,
 ) -> None:
-    """Put ``new`` where ``old`` stood in every optimizer's groups, their state carried over.
+    """Replace parameters in every optimizer's groups, with their state carried over.
 
     The optimizer object, its groups and their options stay, so schedulers go on. State that is
     not known to be linear or quadratic in gradients, and state that ``carry`` does not give the
@@ -275,7 +276,7 @@ def _swap_in_groups(
 
 
 def _swap_in_group(group: dict[str, Any], successors: Successors, staying: bool) -> dict[str, str]:
-    """Swap in one group, and return what becomes of the names of biases."""
+    """Swap in one group, and return the new name of each bias by its old one."""
     params: list[Tensor] = []
     names: list[str] = []
     renamed: dict[str, str] = {}

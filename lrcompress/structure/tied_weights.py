@@ -1,4 +1,4 @@
-"""Layers that share their factors, as an embedding and an output head share a table."""
+"""Tied weights: layers that share their factors, as an embedding and an output head do."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ _TIED, _OWN = "all_tied_weights_keys", "_tied_weights_keys"  # of a model of tra
 
 
 def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return layers whose factors another one before them holds too, and which that is."""
+    """Return the layers that share their factors with an earlier one: name to its name."""
     holders: dict[tuple[int, ...], str] = {}
     found = {}
     for name, layer in layers.items():
@@ -25,7 +25,7 @@ def tied_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
 def same_storage(
     state: Mapping[str, Any], factors: Mapping[str, Iterable[str]], prefix: str
 ) -> dict[str, str]:
-    """Return layers whose stored factors lie where those of one before them do, and which that is.
+    """Return the stored layers whose factors share memory with an earlier one: name to its name.
 
     Equal values are no tie: what was saved untied stays so.
     """
@@ -44,14 +44,14 @@ def same_storage(
 
 
 def tie_factors_(layer: nn.Module, source: nn.Module) -> None:
-    """Let a layer hold the very factors of another one of the same sizes."""
+    """Make a layer share the factors of another one of the same sizes."""
     for part in _factors(source):
         holder, _, key = part.rpartition(".")
         setattr(layer.get_submodule(holder), key, source.get_parameter(part))
 
 
 def plain_layers(layers: Iterable[Replacement]) -> dict[Replacement, nn.Module]:
-    """Return a plain layer for each; those that shared their factors share a weight."""
+    """Return a dense layer for each; those that shared their factors share a weight."""
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     made = {}
     for layer in layers:
@@ -65,11 +65,11 @@ def plain_layers(layers: Iterable[Replacement]) -> dict[Replacement, nn.Module]:
 
 
 def update_tied_weights_keys_(model: nn.Module) -> None:
-    """Let models of ``transformers`` in ``model`` know which parameters are tied now.
+    """Update the lists of tied weights of the ``transformers`` models in ``model``.
 
-    They hold a mapping of names, by which weights are tied again, and left out of files. Names
-    of a table that factors stand for become those of the factors, if these are shared, and go
-    else.
+    They hold a mapping of names, by which weights are tied again and left out of files. The names
+    of a table that was factored become those of its factors if these are shared; else they are
+    removed.
     """
     every = [x for x in model.modules() if isinstance(getattr(x, _TIED, None), dict)]
     again = [vars(part).pop(_OWN, None) is not None for part in every]

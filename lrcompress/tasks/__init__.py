@@ -1,4 +1,4 @@
-"""Ready modules and data for recipes: fine-tune models on text, with the loops written."""
+"""Ready LightningModules and data modules for recipes that fine-tune ``transformers`` on text."""
 
 from lrcompress.tasks.docstrings import DocstringData
 from lrcompress.tasks.language_data import LanguageData

@@ -23,23 +23,23 @@ Rows = NDArray[np.int64]
 def grouped_batches(
     lengths: ArrayLike, batch_size: int, ranks: int = 1, shuffle: tuple[int, int] | None = None
 ) -> list[list[Rows]]:
-    """Return which rows go together: rounds of one batch for every rank.
+    """Return which rows are batched together: rounds of one batch for every process.
 
-    Every row is in exactly one batch, every rank has equally many batches, and their sizes
+    Every row is in exactly one batch, every process has equally many batches, and their sizes
     differ by at most one row: nothing is dropped or repeated, so sums over an epoch are exact
-    on any number of ranks. Rows are shuffled, sorted by length within stretches of 50 rounds
-    and cut into batches; then the rounds are shuffled. So there is little padding, and ranks
+    on any number of processes. Rows are shuffled, sorted by length within stretches of 50 rounds
+    and cut into batches; then the rounds are shuffled. So there is little padding, and processes
     that wait for each other have batches of similar length.
 
     Args:
         lengths: ``(rows,)``, the number of tokens of each row.
         batch_size: the most rows of a batch.
-        ranks: how many ranks share a round.
+        ranks: how many processes share a round.
         shuffle: ``(seed, epoch)``, which fix the order whatever the global random state;
             without it the rows are sorted from long to short.
 
     Raises:
-        SettingError: if there are fewer rows than ranks.
+        SettingError: if there are fewer rows than processes.
 
     Example:
         >>> [rows.tolist() for (rows,) in grouped_batches([5, 9, 7, 3, 6], batch_size=2)]
@@ -93,18 +93,18 @@ def collate(rows: list[dict[str, Any]], pad_id: int) -> Batch:
 
 
 class BatchLoader:
-    """Yields the batches of one epoch after another, and knows where it stands.
+    """Resumable data loader: yields the batches of one epoch after another, and its position.
 
-    Not a ``DataLoader``, so Lightning leaves its order alone: the sharding by rank is already
+    Not a ``DataLoader``, so Lightning leaves its order alone: the sharding by process is already
     in ``batches``. Its state is the epoch and how many batches of it were handed out, whatever
     the workers have prefetched; a loader given that state goes on with the next batch. It
-    reads that state when the first batch is asked for, not at ``iter``: Lightning creates the
-    iterator before it restores the loader or sets the epoch. The number of ranks and the batch
+    reads that state when the first batch is requested, not at ``iter``: Lightning creates the
+    iterator before it restores the loader or sets the epoch. The number of processes and the batch
     size must be those the state was saved with.
 
     Args:
         dataset: gives the list of rows for a list of row numbers.
-        batches: epoch -> the rows of each batch of this rank; equally many every epoch.
+        batches: epoch -> the rows of each batch of this process; equally many every epoch.
         collate: epoch, rows -> batch.
         num_workers: processes that load and collate; 0 is none.
         shuffled: whether the order depends on the epoch.

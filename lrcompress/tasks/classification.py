@@ -1,4 +1,4 @@
-"""What the modules share that choose among classes, for a text or for every token of it."""
+"""Base LightningModule of text and token classification."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from lrcompress.tasks.pretrained import load_for_fine_tuning
 
 
 class Classification(FineTuning):
-    """Fine-tunes a model of one kind, with metrics by name.
+    """Base class: fine-tunes a ``transformers`` classification model, with metrics by name.
 
     Args:
         kind: an automatic class of ``transformers``.
@@ -32,6 +32,8 @@ class Classification(FineTuning):
 
     Raises:
         SettingError: if an argument is outside what it may be.
+        NoMatchError: if there is no folder or package at ``path``.
+        OSError: if ``transformers`` finds no model at ``path``.
     """
 
     def __init__(
@@ -73,5 +75,5 @@ class Classification(FineTuning):
             self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=size)
 
     def answers(self, logits: Tensor) -> Tensor:
-        """Return the classes ``(…)`` that logits ``(…, labels)`` mean, or the scores."""
+        """Return the classes ``(…)`` predicted by logits ``(…, num_labels)``, or the scores."""
         return logits.squeeze(-1) if self.num_labels == 1 else logits.argmax(-1)

@@ -1,4 +1,4 @@
-"""What all data for text classification share: tokens, labels and batches."""
+"""Base data module of text classification: tokens, labels and batches."""
 
 from abc import abstractmethod
 from typing import Any
@@ -12,14 +12,14 @@ from lrcompress.tasks.split_data import SplitData
 
 
 class ClassificationData(SplitData):
-    """Tokenises labelled texts.
+    """Base class: tokenises labelled texts and serves them in batches.
 
-    A subclass says what the splits hold. Batches are dicts of ``input_ids``,
+    A subclass reads the splits (:meth:`read`). Batches are dicts of ``input_ids``,
     ``attention_mask``, ``token_type_ids`` where the tokenizer has them, and ``labels``.
 
     Args:
         tokenizer: hub name, local folder or ``package:name/folder``.
-        batch_size: the most texts of a training batch, per rank.
+        batch_size: the most texts of a training batch, per process.
         eval_batch_size: the same for validation and test.
         max_length: tokens beyond it are cut off.
         num_workers: processes that load batches; 0 is none.
@@ -29,6 +29,11 @@ class ClassificationData(SplitData):
 
     Attributes:
         num_labels: the number of classes, 1 for regression; known after ``setup``.
+
+    Raises:
+        SettingError: if an argument is outside what it may be; from ``setup``, if a label
+            cannot be used.
+        NoMatchError: if there is no folder or package of the tokenizer.
     """
 
     num_labels: int

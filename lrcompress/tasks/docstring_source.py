@@ -33,7 +33,7 @@ FOREIGN = re.compile(r"(^|/)(tests?|testing|_?vendor|_?vendored|externals?)/")
 def docstring_splits(
     libraries: Sequence[str], sizes: Mapping[str, int]
 ) -> dict[str, list[tuple[str, str]]]:
-    """Return ``(text, library)`` for every split, equally many of each library.
+    """Return pairs ``(text, library)`` for every split, equally many of each library.
 
     The files are parsed, never imported. A folder's files all go to one split, and no text
     occurs twice, so that a text says little about those of other splits. The outcome depends
@@ -73,7 +73,7 @@ def docstring_splits(
 
 
 def mask_pattern(libraries: Iterable[str]) -> re.Pattern[str]:
-    """Return what matches the names and usual aliases of libraries, in any case.
+    """Return the pattern of the names and usual aliases of libraries, in any case.
 
     Long names are found inside words too (``from_numpy``), short ones only on their own.
 

@@ -1,4 +1,4 @@
-"""Data that is on every machine: which library does this docstring document?"""
+"""Text classification data that needs no download: docstrings of installed libraries."""
 
 from datasets import Dataset
 
@@ -10,7 +10,7 @@ LIBRARIES = ("huggingface_hub", "networkx", "numpy", "pandas", "sympy", "torch")
 
 
 class DocstringData(ClassificationData):
-    """Docstrings of installed libraries, to be told apart with the libraries' names masked.
+    """Text classification data: docstrings of installed libraries, whose names are masked.
 
     Real text without a download, for demonstrations and first tries: which of the libraries
     does a docstring come from? The default libraries are installed with this one, so the model
@@ -24,14 +24,25 @@ class DocstringData(ClassificationData):
         train_size: texts to train on, over all libraries.
         val_size: texts to validate on.
         test_size: texts to test on.
-        batch_size: the most texts of a training batch, per rank.
-        eval_batch_size: the most texts of a validation or test batch, per rank.
+        batch_size: the most texts of a training batch, per process.
+        eval_batch_size: the most texts of a validation or test batch, per process.
         max_length: tokens beyond it are cut off.
         num_workers: processes that load batches; 0 is none.
         seed: of the order of training batches.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if a library has
+            too few docstrings.
+        OSError: if ``transformers`` finds no such tokenizer.
+        NoMatchError: if there is no folder or package of the tokenizer; from ``setup``, if a
+            library is not installed.
+
+    Shapes:
+        ``input_ids`` and ``attention_mask`` of a batch ``(texts, length)``, ``labels``
+        ``(texts,)``, all int64.
+
+    Cost:
+        ``setup`` parses source files for a few seconds.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the modules of recipes share: the optimizer, its schedule, and reloading."""
+"""Base LightningModule of all tasks: optimizer, learning-rate schedule and reloading."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Schedule = Literal["linear", "constant", "cosine"]
 
 
 class FineTuning(L.LightningModule):
-    """Trains ``self.model``, which a subclass makes, by its own loss, with AdamW.
+    """Base class: trains the ``transformers`` model in ``self.model`` by its own loss, with AdamW.
 
     Args:
         lr: peak learning rate of AdamW.
@@ -33,7 +33,9 @@ class FineTuning(L.LightningModule):
             ``constant``.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if the data is of
+            another kind or does not fit the model; from ``configure_optimizers``, if the trainer
+            has no end.
     """
 
     model: nn.Module
@@ -85,7 +87,7 @@ class FineTuning(L.LightningModule):
 
     @abstractmethod
     def _check(self, data: Any) -> None:
-        """Refuse data of the right kind that the model cannot read.
+        """Check that the model can read data of its kind.
 
         Raises:
             SettingError: if it cannot.
@@ -93,10 +95,10 @@ class FineTuning(L.LightningModule):
 
     @abstractmethod
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        """Log the figures of a batch; ``stage`` is ``val`` or ``test``."""
+        """Log the loss and the metrics of a batch; ``stage`` is ``val`` or ``test``."""
 
     def _check_positions(self, data: object, *names: str) -> None:
-        """Refuse data whose texts are longer than the model has positions.
+        """Check that no text of the data is longer than the model has positions.
 
         Raises:
             SettingError: if the entry of one of these names is.
@@ -116,7 +118,7 @@ class FineTuning(L.LightningModule):
         self._log_figures("test")
 
     def _log_figures(self, stage: str) -> None:
-        """Log what a metric of several figures found over the epoch, and begin anew."""
+        """Log a metric of several values over the epoch, and reset it."""
         if not self.figures:
             return
         metric: Metric = self.scores[stage]  # type: ignore[index, assignment]

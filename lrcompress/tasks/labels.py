@@ -31,7 +31,7 @@ def class_labels(labels: Iterable[Any], ids: Mapping[str, int], where: str) -> l
     """Return the class id of each label.
 
     Raises:
-        SettingError: if a label is not in ``ids``.
+        SettingError: if a label is not in ``ids``; the message begins with ``where``.
     """
     names = [str(label) for label in labels]
     unknown = sorted(set(names) - set(ids))

@@ -1,4 +1,4 @@
-"""Running text in blocks of equal length, from local files or from the hub."""
+"""Language modelling data: text in blocks of equal length, from local files or from the hub."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from lrcompress.tasks.tables import TEXT
 
 
 class LanguageData(SplitData):
-    """Running text in blocks: rows are tokenised, joined, and cut every ``length`` tokens.
+    """Language modelling data: rows are tokenised, joined, and cut every ``length`` tokens.
 
     Give ``name``, or ``train``, a file ending in .txt (a row is a line), .csv, .tsv, .json, .jsonl
     or .parquet. Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``. Nothing is
@@ -42,14 +42,21 @@ class LanguageData(SplitData):
         length: tokens of a block, special ones included.
         masked: share of tokens to predict from the others, above 0; 0 is for causal models.
         end: put the tokenizer's end-of-text token after each row, where rows are documents.
-        batch_size: the most blocks of a training batch, per rank.
-        eval_batch_size: the most blocks of a validation or test batch, per rank.
+        batch_size: the most blocks of a training batch, per process.
+        eval_batch_size: the most blocks of a validation or test batch, per process.
         num_workers: processes that load batches; 0 is none.
         seed: of the order of training batches, and of masked positions.
         limit: use only the first so many blocks of each split.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if a file cannot
+            be read, the column holds no text, or a split has less than a block.
+        OSError: if ``transformers`` finds no such tokenizer.
+        NoMatchError: if there is no folder or package of the tokenizer; from ``setup``, if there
+            is no such file or column.
+
+    Shapes:
+        every tensor of a batch ``(blocks, length)``, int64.
     """
 
     def __init__(
@@ -136,7 +143,7 @@ class LanguageData(SplitData):
         return self.encoded(table, _encode, text=self.text)["input_ids"]
 
     def collate(self, epoch: int, rows: list[dict[str, Any]]) -> Batch:
-        """Return blocks as a batch, masked where they are to be."""
+        """Return blocks as a batch, with tokens masked if ``masked`` is above 0."""
         if self.masked:
             pairs = [self._mask(epoch, row["row"], row["input_ids"]) for row in rows]
             ids, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))

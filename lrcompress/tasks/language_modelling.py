@@ -1,4 +1,4 @@
-"""Training of any ``transformers`` language model, causal or masked."""
+"""Fine-tuning of any ``transformers`` language model, causal or masked."""
 
 from typing import Literal, cast, get_args
 
@@ -20,11 +20,11 @@ Objective = Literal["causal", "masked"]
 
 
 class LanguageModelling(FineTuning):
-    """Trains a ``transformers`` model to predict tokens.
+    """Fine-tunes a ``transformers`` model for causal or masked language modelling.
 
     The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs ``train_loss``,
     and of validation and test ``val_loss`` and ``val_perplexity``, exact over the epoch and over
-    all ranks: ``exp`` of the mean over all predicted tokens of ``−log p(token)``.
+    all processes: ``exp`` of the mean over all predicted tokens of ``−log p(token)``.
 
     Args:
         path: hub name, local folder, or ``package:name/folder``. A folder of
@@ -42,7 +42,14 @@ class LanguageModelling(FineTuning):
             the weights are random.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be, or if a model for ``causal`` reads
+            tokens ahead; from ``setup``, if the data does not fit model and objective.
+        NoMatchError: if there is no folder or package at ``path``.
+        OSError: if ``transformers`` finds no model at ``path``.
+
+    Shapes:
+        batches as of :class:`LanguageData`, ``(blocks, length)``; ``logits`` of the output
+        ``(blocks, length, vocabulary)``.
     """
 
     reads = LanguageData
@@ -102,7 +109,7 @@ class LanguageModelling(FineTuning):
 
 @torch.no_grad()
 def _sees_ahead(model: nn.Module) -> bool:
-    """Return whether what a model says of a token depends on the next one."""
+    """Return whether a model's logits at a token depend on the next one."""
     pair = torch.tensor([[5, 5], [5, 6]], device=next(model.parameters()).device)
     training = model.training
     first = model.eval()(input_ids=pair).logits[:, 0]

@@ -1,4 +1,4 @@
-"""The metrics a classification or regression run may log, by name."""
+"""Metrics of classification and regression, by name."""
 
 import warnings
 from collections.abc import Callable, Sequence

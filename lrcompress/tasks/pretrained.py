@@ -1,4 +1,4 @@
-"""The models of ``transformers`` that the tasks train, in float32 and in training mode."""
+"""Loading of ``transformers`` models to train, in float32 and in training mode."""
 
 import logging
 from typing import Any

@@ -1,4 +1,4 @@
-"""Training of any ``transformers`` model that finds the answer to a question in a text."""
+"""Fine-tuning of any ``transformers`` model for extractive question answering, as on SQuAD."""
 
 from types import MappingProxyType
 from typing import Any, cast
@@ -19,13 +19,13 @@ READ = ("input_ids", "attention_mask", "token_type_ids", "start_positions", "end
 
 
 class QuestionAnswering(FineTuning):
-    """Fine-tunes a ``transformers`` model to find answers where they stand.
+    """Fine-tunes a ``transformers`` model for extractive question answering (SQuAD).
 
     The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs ``train_loss``,
     and of validation and test ``val_loss``, the mean over windows (in which ``transformers`` counts
     padding among the positions to choose from), and ``val_exact_match`` and
-    ``val_f1`` as SQuAD's own script counts them, 0 to 100, over all questions and all ranks. Of a
-    question's windows ``w`` and their tokens ``s ≤ e < s + longest`` of the text the answer is
+    ``val_f1`` as SQuAD's own script counts them, 0 to 100, over all questions and all processes.
+    Of a question's windows ``w`` and their tokens ``s ≤ e < s + longest`` of the text the answer is
 
         argmax  start_w[s] + end_w[e].
 
@@ -40,13 +40,20 @@ class QuestionAnswering(FineTuning):
         schedule: what follows the warm-up: ``linear`` or ``cosine`` decay to zero, or
             ``constant``.
         longest: the most tokens of an answer.
-        may_be_silent: whether questions may have no answer, as in SQuAD 2: it gives none where
-            the lowest of ``start_w[0] + end_w[0]`` is above the best answer's score.
+        may_be_silent: whether questions may have no answer, as in SQuAD 2: the model gives none
+            where the lowest of ``start_w[0] + end_w[0]`` is above the best answer's score.
         pretrained: whether to load the weights; otherwise only ``config.json`` is read and
             the weights are random.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if texts are longer
+            than the model takes, or questions without an answer are not expected.
+        NoMatchError: if there is no folder or package at ``path``.
+        OSError: if ``transformers`` finds no model at ``path``.
+
+    Shapes:
+        batches as of :class:`QuestionData`; ``start_logits`` and ``end_logits`` of the output
+        ``(windows, length)``.
     """
 
     reads = QuestionData
@@ -98,12 +105,18 @@ class QuestionAnswering(FineTuning):
         )
 
     def answers(self, start: Tensor, end: Tensor, batch: dict[str, Any]) -> list[str]:
-        """Return what stands in its text as the answer to each question of a batch.
+        """Return the predicted answer to each question of a batch.
 
         Args:
-            start: ``(windows, length)``, how likely the answer starts at a token.
-            end: ``(windows, length)``, how likely it ends there.
+            start: ``(windows, length)``, logits of the answer's first token.
+            end: ``(windows, length)``, logits of its last token.
             batch: of :class:`~lrcompress.tasks.QuestionData`, to validate on.
+
+        Returns:
+            One text a question, a piece of its ``context``; empty where the model gives none.
+
+        Cost:
+            ``O(windows·length²)`` memory, for the scores of all spans.
         """
         begins, ends, question = batch["begins"], batch["ends"], batch["question"]
         start, end = start.float(), end.float()

@@ -1,4 +1,4 @@
-"""Questions about texts, whose answers stand in them, from local files or from the hub."""
+"""Extractive question answering data, as SQuAD, from local files or from the hub."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ KEYS = ("text", "answer_start")  # of answers, each a list
 
 
 class QuestionData(SplitData):
-    """Questions, the text that answers each, and where in it the answer stands.
+    """Extractive question answering data: questions, texts, and the answers' places in them.
 
     Give ``name``, or ``train``, a file ending in .json, .jsonl or .parquet: rows whose answers are
     ``{"text": [...], "answer_start": [...]}``, characters counted from 0, or a file of SQuAD as its
@@ -45,8 +45,8 @@ class QuestionData(SplitData):
         val: local file to validate on; by default the file beside ``train`` that is called as
             it is but for ``val``, ``valid``, ``validation`` or ``dev`` in place of ``train``.
         test: local file to test on; by default the one with ``test`` in place of ``train``.
-        batch_size: the most windows of a training batch, per rank.
-        eval_batch_size: the most questions of a validation or test batch, per rank.
+        batch_size: the most windows of a training batch, per process.
+        eval_batch_size: the most questions of a validation or test batch, per process.
         max_length: tokens of a window, question included.
         stride: tokens of the text that a window shares with the one before.
         num_workers: processes that load batches; 0 is none.
@@ -54,10 +54,19 @@ class QuestionData(SplitData):
         limit: use only the first so many questions of each split.
 
     Attributes:
-        unanswered: the number of questions without an answer; known after ``setup``.
+        unanswered: the number of questions without an answer, of all splits that ``setup`` read.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if a file cannot
+            be read, an answer is not where it is said to be, or a question leaves no room for
+            its text.
+        OSError: if ``transformers`` finds no such tokenizer.
+        NoMatchError: if there is no folder or package of the tokenizer; from ``setup``, if there
+            is no such file or column.
+
+    Shapes:
+        ``input_ids`` and ``attention_mask`` of a batch ``(windows, length)``,
+        ``start_positions`` and ``end_positions`` ``(windows,)``, all int64.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Pairs of texts, one to read and one to write, from local files or from the hub."""
+"""Sequence-to-sequence data: pairs of texts, from local files or from the hub."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from lrcompress.tasks.tables import TEXT, pick_columns
 
 
 class SequenceData(SplitData):
-    """Texts and what is to be written for them: summaries, translations, answers.
+    """Sequence-to-sequence data: texts with their summaries, translations or answers.
 
     Give ``name``, or ``train``, a file ending in .csv, .tsv, .json, .jsonl or .parquet. Batches are
     dicts of ``input_ids``, ``attention_mask`` and ``labels``, padded with -100.
@@ -34,8 +34,8 @@ class SequenceData(SplitData):
         header: whether the first line of a CSV or TSV file names its columns.
         quoting: whether a CSV or TSV file puts fields in double quotes; by default a CSV does
             and a TSV does not.
-        batch_size: the most pairs of a training batch, per rank.
-        eval_batch_size: the most pairs of a validation or test batch, per rank.
+        batch_size: the most pairs of a training batch, per process.
+        eval_batch_size: the most pairs of a validation or test batch, per process.
         max_length: tokens of a text to read; those beyond it are cut off.
         max_target: the same for texts to write.
         num_workers: processes that load batches; 0 is none.
@@ -43,7 +43,15 @@ class SequenceData(SplitData):
         limit: use only the first so many pairs of each split.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if a file cannot
+            be read, or a column holds anything but text.
+        OSError: if ``transformers`` finds no such tokenizer.
+        NoMatchError: if there is no folder or package of the tokenizer; from ``setup``, if there
+            is no such file or column.
+
+    Shapes:
+        ``input_ids`` and ``attention_mask`` of a batch ``(pairs, length)``, ``labels``
+        ``(pairs, target length)``, all int64.
     """
 
     def __init__(

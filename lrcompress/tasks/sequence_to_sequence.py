@@ -1,4 +1,4 @@
-"""Training of any ``transformers`` model that reads one text and writes another."""
+"""Fine-tuning of any ``transformers`` encoder-decoder for sequence-to-sequence tasks."""
 
 from typing import cast
 
@@ -20,12 +20,12 @@ ROUGE = {key: f"{key}_fmeasure" for key in ("rouge1", "rouge2", "rougeL")}
 
 
 class SequenceToSequence(FineTuning):
-    """Trains a ``transformers`` encoder and decoder to write a text for another.
+    """Fine-tunes a ``transformers`` encoder-decoder to generate a text from another.
 
     The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs ``train_loss``,
     and of validation and test ``val_loss``, the mean over all predicted tokens, and ``val_rouge1``,
     ``val_rouge2`` and ``val_rougeL``, F-measures of what it writes, without stemming, over all
-    texts and all ranks.
+    texts and all processes.
 
     Args:
         path: hub name, local folder, or ``package:name/folder``. A folder of
@@ -43,7 +43,14 @@ class SequenceToSequence(FineTuning):
             the weights are random.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if texts are longer
+            than the model takes.
+        NoMatchError: if there is no folder or package at ``path``.
+        OSError: if ``transformers`` finds no model at ``path``.
+
+    Shapes:
+        batches as of :class:`SequenceData`; ``logits`` of the output
+        ``(pairs, target length, vocabulary)``.
     """
 
     reads = SequenceData
@@ -86,7 +93,15 @@ class SequenceToSequence(FineTuning):
         self._rouge(stage).update(self._texts(self.write(batch)), self._texts(wanted))
 
     def write(self, batch: Batch) -> Tensor:
-        """Return the tokens ``(texts, length)`` that the model writes for a batch."""
+        """Return the tokens that the model generates for a batch, without sampling.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask``, each ``(texts, length)``.
+
+        Returns:
+            ``(texts, written)``, int64, padded on the right: the decoder's first token and at
+            most ``max_written`` others.
+        """
         read = {name: batch[name] for name in ("input_ids", "attention_mask")}
         found: Tensor = self.model.generate(  # type: ignore[operator]
             **read, max_new_tokens=self.max_written, num_beams=self.beams, do_sample=False

@@ -67,6 +67,10 @@ class Sources:
             split: "train", "val" or "test".
             header: whether the first line of a CSV or TSV file names its columns.
             quoting: whether a CSV or TSV file puts fields in double quotes.
+
+        Raises:
+            NoMatchError: if there is no such local file.
+            SettingError: if a local file cannot be read as a table.
         """
         source = self.splits[split]
         if source is None:

@@ -1,4 +1,4 @@
-"""Tokenised splits in batches, in an order that can be resumed at any step."""
+"""Base data module: tokenised splits in batches, in an order that can be resumed at any step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
 class SplitData(L.LightningDataModule, ABC):
-    """Serves tokenised splits in batches of rows of similar length.
+    """Base class: serves tokenised splits in batches of rows of similar length.
 
     A subclass makes the rows in ``setup``. The order of training batches depends on ``seed``
     and the epoch only. A checkpoint holds the position in it, and a resumed run goes on with
@@ -25,13 +25,14 @@ class SplitData(L.LightningDataModule, ABC):
 
     Args:
         tokenizer: hub name, local folder or ``package:name/folder``.
-        batch_size: the most rows of a training batch, per rank.
+        batch_size: the most rows of a training batch, per process.
         eval_batch_size: the same for validation and test.
         num_workers: processes that load batches; 0 is none.
         seed: of the order of training batches.
 
     Raises:
         SettingError: if a number is outside what it may be.
+        NoMatchError: if there is no folder or package of the tokenizer.
     """
 
     limit: int | None = None
@@ -82,7 +83,7 @@ class SplitData(L.LightningDataModule, ABC):
         """Give :meth:`serve` the rows of every split that :meth:`begin` names."""
 
     def begin(self, stage: str) -> list[str]:
-        """Forget where training stood; return the splits that the stage still lacks."""
+        """Reset the position in training; return the splits that the stage still needs."""
         self._training = self._position = None
         return [split for split in SPLITS.get(stage, ()) if split not in self._splits]
 
@@ -107,7 +108,13 @@ class SplitData(L.LightningDataModule, ABC):
         return table if self.limit is None else table.select(range(min(self.limit, len(table))))
 
     def encoded(self, table: Dataset, encode: Callable[..., Any], **given: Any) -> Dataset:
-        """Return what ``encode`` makes of batches of rows, from the tokenizer and ``given``."""
+        """Return the columns that ``encode`` makes of a table, in batches of rows.
+
+        Args:
+            table: the rows; its own columns are removed.
+            encode: called with a batch of rows, ``tokenizer`` and ``given``.
+            given: further arguments of ``encode``.
+        """
         with quiet():
             return table.map(
                 encode,
@@ -117,7 +124,7 @@ class SplitData(L.LightningDataModule, ABC):
             )
 
     def lengths(self, rows: Dataset) -> list[int]:
-        """Return how long each row is: those that are alike share a batch."""
+        """Return the number of tokens of each row; rows of similar length share a batch."""
         return [len(ids) for ids in rows["input_ids"]]
 
     def train_dataloader(self) -> BatchLoader:

@@ -158,7 +158,7 @@ def _column(table: Dataset, column: int | str, where: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show no progress bars of ``datasets`` meanwhile."""
+    """Hide the progress bars of ``datasets`` while the block runs."""
     if are_progress_bars_disabled():
         yield
         return

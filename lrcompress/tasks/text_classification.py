@@ -9,11 +9,11 @@ from lrcompress.tasks.fine_tuning import Schedule
 
 
 class TextClassification(Classification):
-    """Fine-tunes a ``transformers`` model to classify texts, or to score them.
+    """Fine-tunes a ``transformers`` model for text classification or regression.
 
     The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs
     ``train_loss``, ``val_loss`` and ``val_<metric>``, ``test_loss`` and ``test_<metric>``,
-    exact over the epoch and over all ranks.
+    exact over the epoch and over all processes.
 
     Args:
         path: hub name, local folder, or ``package:name/folder`` for a folder inside an
@@ -32,7 +32,13 @@ class TextClassification(Classification):
             the weights are random.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if the data does
+            not fit ``num_labels``.
+        NoMatchError: if there is no folder or package at ``path``.
+        OSError: if ``transformers`` finds no model at ``path``.
+
+    Shapes:
+        batches as of :class:`TextData`; ``logits`` of the output ``(texts, num_labels)``.
     """
 
     reads = ClassificationData

@@ -1,4 +1,4 @@
-"""Labelled texts from local files or from the hub."""
+"""Text classification data: labelled texts from local files or from the hub."""
 
 from datasets import Dataset
 
@@ -9,12 +9,14 @@ from lrcompress.tasks.tables import pick_columns
 
 
 class TextData(ClassificationData):
-    """Labelled texts, or pairs of texts, from local files or from the hub.
+    """Text classification data: labelled texts or pairs of texts, from local files or from the hub.
 
     Give ``name``, or ``train``, a file ending in .csv, .tsv, .json, .jsonl or .parquet. Where a
     recipe gives ``name`` and ``train`` comes on top, the file is what is read. Labels may be
-    numbers or names; names are numbered in their sorted order. Local files are read without
-    any network access.
+    numbers or names: whole numbers that start at 0 are class ids as they are, all others are
+    numbered in sorted order. Local files are read without any network access. Batches are dicts
+    of ``input_ids``, ``attention_mask``, ``token_type_ids`` where the tokenizer has them, and
+    ``labels``.
 
     Args:
         tokenizer: hub name, local folder or ``package:name/folder``; the ``path`` of the model.
@@ -33,15 +35,26 @@ class TextData(ClassificationData):
         quoting: whether a CSV or TSV file puts fields in double quotes; by default a CSV does
             and a TSV does not.
         regression: whether labels are floats instead of classes.
-        batch_size: the most texts of a training batch, per rank.
-        eval_batch_size: the most texts of a validation or test batch, per rank.
+        batch_size: the most texts of a training batch, per process.
+        eval_batch_size: the most texts of a validation or test batch, per process.
         max_length: tokens beyond it are cut off.
         num_workers: processes that load batches; 0 is none.
         seed: of the order of training batches, and of the texts ``limit`` draws.
         limit: use only so many texts of each split.
 
+    Attributes:
+        num_labels: the number of classes, 1 for regression; known after ``setup``.
+
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if a file cannot
+            be read, or a column or a label is not as expected.
+        OSError: if ``transformers`` finds no such tokenizer.
+        NoMatchError: if there is no folder or package of the tokenizer; from ``setup``, if there
+            is no such file or column.
+
+    Shapes:
+        ``input_ids`` and ``attention_mask`` of a batch ``(texts, length)``, int64; ``labels``
+        ``(texts,)``, int64, for regression float32.
     """
 
     def __init__(

@@ -9,11 +9,11 @@ from lrcompress.tasks.token_data import TokenData
 
 
 class TokenClassification(Classification):
-    """Fine-tunes a ``transformers`` model to say of every word what it is.
+    """Fine-tunes a ``transformers`` model for token classification: one tag for every word.
 
     The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs
     ``train_loss``, ``val_loss`` and ``val_<metric>``, ``test_loss`` and ``test_<metric>``, exact
-    over all words of the epoch and over all ranks. They count words; of named entities that
+    over all words of the epoch and over all processes. They count words; of named entities that
     span several, each word counts by itself.
 
     Args:
@@ -27,12 +27,20 @@ class TokenClassification(Classification):
         warmup: share of all steps over which the learning rate rises to ``lr``, 0 to 1.
         schedule: what follows the warm-up: ``linear`` or ``cosine`` decay to zero, or
             ``constant``.
-        metrics: of accuracy, f1 (the mean over tags) and matthews; by default accuracy and f1.
+        metrics: of accuracy, f1 (the mean over tags; of two tags, that of tag 1) and matthews;
+            by default accuracy and f1.
         pretrained: whether to load the weights; otherwise only ``config.json`` is read and
             the weights are random.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if the data does
+            not fit ``num_labels`` or the length of the model.
+        NoMatchError: if there is no folder or package at ``path``.
+        OSError: if ``transformers`` finds no model at ``path``.
+
+    Shapes:
+        batches as of :class:`TokenData`; ``logits`` of the output
+        ``(texts, length, num_labels)``.
     """
 
     reads = TokenData

@@ -1,4 +1,4 @@
-"""Words with a tag each, from local files or from the hub."""
+"""Token classification data: words with a tag each, from local files or from the hub."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -16,11 +16,14 @@ from lrcompress.tasks.tables import WORDS, pick_columns
 
 
 class TokenData(SplitData):
-    """Texts in words, and what each word is: names, parts of speech.
+    """Token classification data: texts as lists of words, with a tag for each word.
 
     Give ``name``, or ``train``, a file ending in .json, .jsonl or .parquet. Tags may be numbers or
-    names; names are numbered in their sorted order. The first token of a word has its tag as
-    label, all others -100, and so have words beyond ``max_length``, which are cut off.
+    names: whole numbers that start at 0 are class ids as they are, all others are numbered in
+    sorted order. The first token of a word has its tag as label, all others have -100. Words
+    beyond ``max_length`` tokens are cut off, and their tags with them. Batches are dicts of
+    ``input_ids``, ``attention_mask``, ``token_type_ids`` where the tokenizer has them, and
+    ``labels``.
 
     Args:
         tokenizer: hub name, local folder or ``package:name/folder``; the ``path`` of the model.
@@ -35,8 +38,8 @@ class TokenData(SplitData):
         val: local file to validate on; by default the file beside ``train`` that is called as
             it is but for ``val``, ``valid``, ``validation`` or ``dev`` in place of ``train``.
         test: local file to test on; by default the one with ``test`` in place of ``train``.
-        batch_size: the most texts of a training batch, per rank.
-        eval_batch_size: the most texts of a validation or test batch, per rank.
+        batch_size: the most texts of a training batch, per process.
+        eval_batch_size: the most texts of a validation or test batch, per process.
         max_length: tokens beyond it are cut off.
         num_workers: processes that load batches; 0 is none.
         seed: of the order of training batches.
@@ -46,7 +49,15 @@ class TokenData(SplitData):
         num_labels: the number of tags; known after ``setup``.
 
     Raises:
-        SettingError: if an argument is outside what it may be.
+        SettingError: if an argument is outside what it may be; from ``setup``, if a file cannot
+            be read, a text has not one tag for each word, or a tag is not among those of
+            training.
+        OSError: if ``transformers`` finds no such tokenizer.
+        NoMatchError: if there is no folder or package of the tokenizer; from ``setup``, if there
+            is no such file or column.
+
+    Shapes:
+        ``input_ids``, ``attention_mask`` and ``labels`` of a batch ``(texts, length)``, int64.
     """
 
     tokenizer_options: ClassVar = {
