@@ -196,7 +196,7 @@ def test_what_a_layer_loses_alone_is_the_loss_of_the_dense_model_with_that_layer
             for name in dense.layers:  # biases are refitted by the methods that know the inputs
                 pl_module.get_submodule(name).bias.data.add_(0.1)
             end = copy.deepcopy(pl_module)
-            found.update(dense.losses(trainer, pl_module, record.layers))
+            found.update(dense.loss_increases(trainer, pl_module, record.layers))
             for name in dense.layers:
                 alone = copy.deepcopy(start)
                 alone.get_submodule(name).load_state_dict(
