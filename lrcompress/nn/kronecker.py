@@ -146,8 +146,7 @@ class KroneckerLinear(FactoredLinear):
         second = sizes["out"] // max(1, m1), sizes["in"] // max(1, n1)
         return {"first": (terms, m1, n1), "second": (terms, *second)}
 
-    @property
-    def weight(self) -> Tensor:
+    def _product(self) -> Tensor:
         blocks = torch.einsum("tij,tkl->ikjl", self.first, self.second)
         return blocks.reshape(self.out_features, self.in_features)
 

@@ -59,8 +59,7 @@ class KroneckerEmbedding(FactoredEmbedding):
     def factors(self) -> tuple[Tensor, ...]:
         return self.block, self.left.weight
 
-    @property
-    def weight(self) -> Tensor:
+    def _product(self) -> Tensor:
         return torch.kron(self.left.weight, self.block)
 
     @staticmethod

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from lrcompress.nn.deferred_weight import deferred_weight
 from lrcompress.nn.replacement import Replacement, Sizes, plain_linear
 from lrcompress.statistics import views
 
@@ -28,9 +29,20 @@ class FactoredLinear(Replacement):
         self.plain: type[nn.Module] = nn.Linear
 
     @property
-    @abstractmethod
     def weight(self) -> Tensor:
-        """The product ``(out, in)``, for code that reads a linear layer's weight."""
+        """The product ``(out, in)``, for code that reads a linear layer's weight.
+
+        It is multiplied out when its values are used; its dtype, device and shape cost nothing.
+        """
+        return deferred_weight((self.out_features, self.in_features), self._like, self._product)
+
+    @property
+    def _like(self) -> Tensor:
+        return self.factors[-1]
+
+    @abstractmethod
+    def _product(self) -> Tensor:
+        """Return the weight, multiplied out."""
 
     @abstractmethod
     def _set_bias(self, bias: nn.Parameter | None) -> None:
@@ -164,8 +176,7 @@ class LowRankLinear(LeftFactoredLinear):
         rank = sizes["rank"]
         return {"left.weight": (sizes["out"], rank), "right.weight": (rank, sizes["in"])}
 
-    @property
-    def weight(self) -> Tensor:
+    def _product(self) -> Tensor:
         return self.left.weight @ self.right.weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import LayerError
+from lrcompress.nn.deferred_weight import deferred_weight
 from lrcompress.nn.replacement import Replacement, Sizes
 from lrcompress.statistics import views
 
@@ -92,9 +93,17 @@ class FactoredEmbedding(Replacement):
         return views.is_embedding(layer)
 
     @property
-    @abstractmethod
     def weight(self) -> Tensor:
-        """The full table ``(vocabulary, width)``, before ``scale``."""
+        """The full table ``(vocabulary, width)``, before ``scale``.
+
+        It is multiplied out when its values are used; its dtype, device and shape cost nothing.
+        """
+        shape = (self.num_embeddings, self.embedding_dim)
+        return deferred_weight(shape, self.left.weight, self._product)
+
+    @abstractmethod
+    def _product(self) -> Tensor:
+        """Return the table, multiplied out."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -164,8 +173,7 @@ class LowRankEmbedding(FactoredEmbedding):
     def factors(self) -> tuple[Tensor, ...]:
         return self.right.weight, self.left.weight
 
-    @property
-    def weight(self) -> Tensor:
+    def _product(self) -> Tensor:
         return self.left.weight @ self.right.weight
 
     @staticmethod

@@ -173,8 +173,7 @@ class LowRankSparseLinear(LeftFactoredLinear):
         """The sparse part ``(rows, in)``, a view of ``inner.weight``."""
         return self.inner.weight[self.rank :]
 
-    @property
-    def weight(self) -> Tensor:
+    def _product(self) -> Tensor:
         inner = self.inner.weight * self.kept[:, None]
         low_rank = self.left.weight @ inner[: self.rank]
         return low_rank.index_add(0, self.index, inner[self.rank :])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrcompress.errors import ShapeError
+from lrcompress.nn.deferred_weight import deferred_weight
 from lrcompress.nn.replacement import Replacement, Sizes, plain_linear
 from lrcompress.statistics import views
 
@@ -209,7 +210,14 @@ class LowRankUpdateLinear(Replacement):
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight ``(out, in)``: update, mask and coefficients included."""
+        """The merged weight ``(out, in)``: update, mask and coefficients included.
+
+        It is computed when its values are used; its dtype, device and shape cost nothing.
+        """
+        shape = (self.out_features, self.in_features)
+        return deferred_weight(shape, self.frozen, self._product)
+
+    def _product(self) -> Tensor:
         matrix = self._matrix()
         return matrix * self._scales if len(self.coefficients) else matrix
 

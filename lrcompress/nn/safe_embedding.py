@@ -77,9 +77,8 @@ class SafeEmbedding(FactoredEmbedding):
         mine = (p for p in self.parameters() if p is not self.left.weight)
         return (*mine, self.left.weight)
 
-    @property
-    def weight(self) -> Tensor:
-        """The table ``left liftᵀ`` ``(vocabulary, width)``, without the transformer layer."""
+    def _product(self) -> Tensor:
+        """Return the table ``left liftᵀ`` ``(vocabulary, width)``, without the transformer layer."""
         return self.left.weight @ self.lift.weight.mT
 
     @staticmethod
