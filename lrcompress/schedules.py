@@ -8,6 +8,9 @@ from typing import Any
 
 from lrcompress.errors import SettingError
 
+# Optimizer steps of every epoch, or of each where they differ; the last also of those after it.
+StepsPerEpoch = float | tuple[float, ...]
+
 
 @dataclass(frozen=True)
 class Point:
@@ -54,12 +57,12 @@ class Point:
     def __str__(self) -> str:
         return f"{self.value:g}" if self.unit == "fraction" else f"{self.unit}:{self.value:g}"
 
-    def step(self, total_steps: float, steps_per_epoch: float) -> int:
+    def step(self, total_steps: float, steps_per_epoch: StepsPerEpoch) -> int:
         """Return how many optimizer steps come before this moment.
 
         Args:
             total_steps: of the whole run; ``inf`` if unknown.
-            steps_per_epoch: ``inf`` if unknown.
+            steps_per_epoch: ``inf`` if unknown; a tuple where epochs differ.
 
         Raises:
             SettingError: if the moment is at or beyond the end of training, or cannot be
@@ -77,23 +80,34 @@ class Point:
             )
         return step
 
-    def place(self, total_steps: float, steps_per_epoch: float) -> int:
+    def place(self, total_steps: float, steps_per_epoch: StepsPerEpoch) -> int:
         """Return the same as :meth:`step`, also at the end of training or beyond it.
 
         Args:
             total_steps: of the whole run; ``inf`` if unknown.
-            steps_per_epoch: ``inf`` if unknown.
+            steps_per_epoch: ``inf`` if unknown; a tuple where epochs differ.
 
         Raises:
             SettingError: if the run's length is needed and not known in advance.
         """
-        length = {"fraction": total_steps, "epoch": steps_per_epoch, "step": 1}[self.unit]
-        if math.isinf(length):
+        if self.value == 0:  # the start, of a run of any length
+            return 0
+        if self.unit == "epoch":
+            place = _steps_before(self.value, steps_per_epoch)
+        else:
+            place = self.value * (total_steps if self.unit == "fraction" else 1)
+        if math.isinf(place):
             raise SettingError(
                 f"point {self} cannot be placed: the run's length is not known in advance; "
                 "set max_steps on the Trainer or write 'step:N'"
             )
-        return math.floor(self.value * length + 1e-9)
+        return math.floor(place + 1e-9)
+
+
+def _steps_before(epoch: float, steps_per_epoch: StepsPerEpoch) -> float:
+    each = steps_per_epoch if isinstance(steps_per_epoch, tuple) else (steps_per_epoch,)
+    known = each[: int(epoch)]
+    return sum(known) + (epoch - len(known)) * each[min(int(epoch), len(each) - 1)]
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ class Piecewise:
             return cls(tuple((_moment(at), *_sides(one, name)) for at, one in value.items()))
         return cls(((Point("fraction", 0.0), *_sides(value, name)),))
 
-    def counts(self, total_steps: float, steps_per_epoch: float) -> bool:
+    def counts(self, total_steps: float, steps_per_epoch: StepsPerEpoch) -> bool:
         """Return whether the value is above 0 at any step of a run of that length.
 
         Raises:
@@ -150,13 +164,13 @@ class Piecewise:
         values = {value for _, *sides in self.points for value in sides}
         return values.pop() if len(values) == 1 else None
 
-    def at(self, step: int, total_steps: float, steps_per_epoch: float) -> float:
+    def at(self, step: int, total_steps: float, steps_per_epoch: StepsPerEpoch) -> float:
         """Return the value at ``step``.
 
         Args:
             step: counted from 0.
             total_steps: of the whole run; ``inf`` if unknown.
-            steps_per_epoch: ``inf`` if unknown.
+            steps_per_epoch: ``inf`` if unknown; a tuple where epochs differ.
 
         Raises:
             SettingError: if points do not rise, or cannot be placed in this run.

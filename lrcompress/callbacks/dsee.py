@@ -20,7 +20,7 @@ from lrcompress.errors import CheckpointError, LayerError, PlatformError, Settin
 from lrcompress.pruning import dsee, effective_size, heads
 from lrcompress.pruning.magnitude import check_scope
 from lrcompress.report.tables import plan_table
-from lrcompress.schedules import Cubic, Point
+from lrcompress.schedules import Cubic, Point, StepsPerEpoch
 from lrcompress.structure.selection import select
 
 _STRUCTURES = ("entries", "heads")
@@ -269,7 +269,7 @@ class DSEE(CompressionCallback):
             self._place(*self._run_lengths(trainer))
         super().on_train_start(trainer, pl_module)
 
-    def _place(self, total: float, per_epoch: float) -> None:
+    def _place(self, total: float, per_epoch: StepsPerEpoch) -> None:
         """Find the steps at which weights are pruned.
 
         Raises:

@@ -286,8 +286,10 @@ class LoSparse(CompressionCallback):
 
         def step(name: str, after: int, share: float) -> int:
             given = self._given[name]
-            if given is None:  # a fraction of unknown length raises
-                Point("fraction", share).step(total, per_epoch)
+            if given is None:
+                if not share:
+                    return after
+                Point("fraction", share).step(total, per_epoch)  # raises where length is unknown
                 return after + round(share * (total - after))
             return given.step(total, per_epoch)
 

@@ -1,6 +1,7 @@
 """Base class of callbacks that change the structure of a model at scheduled points of a fit."""
 
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from lrcompress.engine.settings import Settings
 from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
 from lrcompress.report import PointRecord, Report
 from lrcompress.report.tables import point_table
-from lrcompress.schedules import Point, Warmup
+from lrcompress.schedules import Point, StepsPerEpoch, Warmup
 from lrcompress.statistics.views import view
 from lrcompress.structure.plan import Plan
 
@@ -255,14 +256,17 @@ class CompressionCallback(pl.Callback, ABC):
         if observes:
             self._prepare_observation(pl_module)
 
-    def _run_lengths(self, trainer: pl.Trainer) -> tuple[float, float]:
+    def _run_lengths(self, trainer: pl.Trainer) -> tuple[float, StepsPerEpoch]:
         """Return optimizer steps in the whole run and per epoch, which all processes share."""
         ddp.check_same_lengths(trainer, self._processes)
         return trainer_state.run_lengths(trainer)
 
     def _prepare_observation(self, module: nn.Module) -> None:
-        total = self._total if self._window.unit == "fraction" else float("inf")
-        self._window_steps = max(1, self._window.step(total, self._per_epoch))
+        if self._window.unit == "epoch" and self._per_epoch == math.inf:  # as long as it may be
+            self._window_steps = sys.maxsize
+        else:
+            total = self._total if self._window.unit == "fraction" else math.inf
+            self._window_steps = max(1, self._window.step(total, self._per_epoch))
         nbytes = self._observation.watch(module, self.settings_at(self._stage))
         if nbytes and self.verbose and not self._stage:
             rank_zero_info(f"lrcompress: statistics will take at most {nbytes / 2**20:.0f} MiB")
@@ -351,8 +355,12 @@ class CompressionCallback(pl.Callback, ABC):
         trainer_state.log_figures(trainer, record.figures())
 
     def _warm_up(self, steps: float, scale: float) -> None:
-        """Start a learning-rate warmup over a number or a fraction of all steps."""
-        steps = steps if steps >= 1 else steps * self._total
+        """Start a learning-rate warmup over a number or a fraction of all steps.
+
+        Where their number is unknown, a fraction is one of those up to the point.
+        """
+        known = self._total if math.isfinite(self._total) else self._point_steps[self._stage]
+        steps = steps if steps >= 1 else steps * known
         if steps >= 1 or scale != 1:
             self._start_warmup(Warmup(int(steps), scale), 0)
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lrcompress.errors import CheckpointError, PlatformError, nearest
 from lrcompress.report.tables import WIDTH
+from lrcompress.schedules import StepsPerEpoch
 
 # By name: the same classes exist twice, in lightning.pytorch and in pytorch_lightning.
 _REFUSED = {
@@ -118,12 +119,33 @@ def check_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
             )
 
 
-def run_lengths(trainer: pl.Trainer) -> tuple[float, float]:
-    """Return optimizer steps in the whole run and per epoch; ``inf`` where unknown."""
-    per_epoch = float(trainer.num_training_batches)
-    if not math.isinf(per_epoch):
-        per_epoch = max(1, math.ceil(per_epoch / trainer.accumulate_grad_batches))
-    return float(trainer.estimated_stepping_batches), per_epoch
+def run_lengths(trainer: pl.Trainer) -> tuple[float, StepsPerEpoch]:
+    """Return optimizer steps in the whole run and per epoch; ``inf`` where unknown.
+
+    Where a GradientAccumulationScheduler makes epochs differ, the steps of each.
+    """
+    total = float(trainer.estimated_stepping_batches)  # which loads the data, if need be
+    batches = float(trainer.num_training_batches)
+    if math.isinf(batches):
+        return (math.inf if total == -1 else total), math.inf
+    factor = _accumulation(trainer)
+    if factor is None:
+        return total, max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    last, epochs = max(factor), trainer.max_epochs or 1
+    each = tuple(
+        float(max(1, math.ceil(batches / factor[max(e for e in factor if e <= epoch)])))
+        for epoch in range(max(epochs, last) + 1)
+    )
+    total = math.inf if epochs == -1 else sum(each[:epochs])
+    return (total if trainer.max_steps == -1 else min(total, trainer.max_steps)), each
+
+
+def _accumulation(trainer: pl.Trainer) -> dict[int, int] | None:
+    """Return how many batches a step takes from which epoch on, if a callback changes that."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if "GradientAccumulationScheduler" in _names(type(callback)):
+            return dict(callback.scheduling)
+    return None
 
 
 def steps_done(trainer: pl.Trainer) -> int:

@@ -78,7 +78,7 @@ class SafeEmbedding(FactoredEmbedding):
         return (*mine, self.left.weight)
 
     def _product(self) -> Tensor:
-        """Return the table ``left liftᵀ`` ``(vocabulary, width)``, without the transformer layer."""
+        """Return the table ``left liftᵀ`` ``(vocabulary, width)``, without the attention."""
         return self.left.weight @ self.lift.weight.mT
 
     @staticmethod

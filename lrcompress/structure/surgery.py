@@ -1,7 +1,9 @@
 """Replace layers in a model and its optimizers, with the optimizer state carried over."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -51,6 +53,9 @@ def check_kinds(model: nn.Module, names: Iterable[str], *, dense: bool = False) 
 def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
     """Replace the layer called ``name`` by ``new``, wherever the same layer is used.
 
+    Hooks of the layer's forward and backward pass go along, and their handles still remove them.
+    What else was hung on a dense layer or its weight does not: a warning names it.
+
     Raises:
         NoMatchError: if there is no such layer.
     """
@@ -59,10 +64,48 @@ def replace_(model: nn.Module, name: str, new: nn.Module) -> None:
     except AttributeError:
         known = [known for known, _ in model.named_modules()]
         raise NoMatchError(f"no layer {name!r}; nearest names: {nearest(name, known)}") from None
+    lost = _left_behind(old) if isinstance(new, Replacement) else []
+    if lost:
+        warnings.warn(f"layer {name!r} is replaced, and {', '.join(lost)} with it", stacklevel=2)
+    _share_hooks(old, new)
     for parent in list(model.modules()):
         # named_children would list a layer held twice by one parent only once
         for child in [child for child, module in parent._modules.items() if module is old]:
             setattr(parent, child, new)
+
+
+# By which a module keeps its hooks; those of state dicts know parameters that are gone.
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks"),
+)
+
+
+def _share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let both modules keep their hooks in the same mappings, to which handles refer."""
+    if old is new or not any(getattr(old, kept) for kept in _HOOKS):
+        return
+    for kept in _HOOKS:
+        getattr(old, kept).update(getattr(new, kept))
+        setattr(new, kept, getattr(old, kept))
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def _left_behind(layer: nn.Module) -> list[str]:
+    """Return what others have hung on a dense layer that no layer in its place can have."""
+    if isinstance(layer, Replacement):
+        return []
+    held, kind = vars(layer), type(layer)
+    own = {"training", *getattr(kind, "__constants__", ()), *signature(kind.__init__).parameters}
+    added = [key for key in held if key not in own and not key.startswith("_")]
+    found = [f"its attribute {key!r}" for key in added]
+    if held["_state_dict_hooks"] or held["_load_state_dict_pre_hooks"]:
+        found.append("hooks of its state dict")
+    weight = view(layer, table=True).parameters[0]
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        found.append("hooks of its weight's gradient")
+    return found
 
 
 @contextmanager

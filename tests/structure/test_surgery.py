@@ -436,3 +436,46 @@ def test_state_keeps_its_dtype(dtype: torch.dtype) -> None:
     swap_parameters_([optimizer], [weight], [right, left], carry)
     assert optimizer.state[left]["exp_avg"].dtype == dtype
     assert optimizer.state[left]["exp_avg"].is_contiguous()
+
+
+def test_hooks_go_along_and_their_handles_still_remove_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    seen: list[str] = []
+    layer = model[0]
+    handles = [
+        layer.register_forward_hook(lambda *_: seen.append("forward")),
+        layer.register_forward_pre_hook(lambda *_, **__: seen.append("before"), with_kwargs=True),
+        layer.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+    new = LowRankLinear.in_place_of(layer, 2)
+    replace_(model, "0", new)
+    model(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert seen == ["before", "forward", "backward"]
+    replace_(model, "0", layer)  # and back again
+    model(torch.randn(2, 4))
+    assert seen[3:] == ["before", "forward"]
+    replace_(model, "0", new)
+    for handle in handles:
+        handle.remove()
+    model(torch.randn(2, 4))
+    assert len(seen) == 5
+    assert not new._forward_hooks
+    assert not new._forward_pre_hooks_with_kwargs
+
+
+def test_what_cannot_go_along_is_warned_of_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].register_state_dict_post_hook(lambda *_: None)
+    model[0].temperature = 3.0
+    model[1].weight.register_hook(lambda gradient: gradient)
+    model[2].weight.register_post_accumulate_grad_hook(lambda _: None)
+    told = (
+        "layer '0' is replaced, and its attribute 'temperature', hooks of its state dict with it",
+        "layer '1' is replaced, and hooks of its weight's gradient with it",
+        "layer '2' is replaced, and hooks of its weight's gradient with it",
+    )
+    for number, message in enumerate(told):
+        old = model[number]
+        with pytest.warns(UserWarning, match=f"^{message}$"):
+            replace_(model, str(number), LowRankLinear.in_place_of(old, 2))
+        replace_(model, str(number), old)  # what it was before says nothing
