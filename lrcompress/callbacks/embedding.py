@@ -18,8 +18,8 @@ from lrcompress.embedding import EmbeddingSettings, EmbeddingTable, factor_table
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Point, parse_points
-from lrcompress.statistics.batches import MASK
 from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.masks import MASK, MaskSource
 from lrcompress.statistics.moments import TABLE_KINDS
 
 
@@ -67,7 +67,9 @@ class FactorizeEmbedding(CompressionCallback):
         max_tokens: Stop observing after so many tokens, padding excluded.
         fisher: Whose gradients: of ``labels``, or of labels drawn from the ``model``.
         logits: For ``fisher: model``, the name of the submodule that returns the logits.
-        mask: Key of the batch's padding mask; None if nothing is padded.
+        mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
+            within), an index or a function of the batch. ``~key``: nonzero at padding, as in
+            torch's ``key_padding_mask``. None if nothing is padded.
         offload: Device for the statistics; by default each layer's own.
         restart_steps: Steps after a point over which the learning rate rises again, as a number
             or as a fraction of all steps.
@@ -124,7 +126,7 @@ class FactorizeEmbedding(CompressionCallback):
         max_tokens: int | None = None,
         fisher: str = "labels",
         logits: str | None = None,
-        mask: str | None = MASK,
+        mask: MaskSource = MASK,
         offload: str | None = None,
         restart_steps: float = 0.05,
         restart_scale: float = 1.0,

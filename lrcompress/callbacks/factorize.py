@@ -23,7 +23,7 @@ from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Point, parse_points
-from lrcompress.statistics.batches import MASK
+from lrcompress.statistics.masks import MASK, MaskSource
 
 
 class Factorize(CompressionCallback):
@@ -73,7 +73,9 @@ class Factorize(CompressionCallback):
             ``model``'s own prediction, for runs that have fitted their training data.
         logits: For ``fisher: model``, the name of the submodule that returns the logits; by
             default the first output with ``.logits``.
-        mask: Key of the batch's padding mask; None if nothing is padded.
+        mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
+            within), an index or a function of the batch. ``~key``: nonzero at padding, as in
+            torch's ``key_padding_mask``. None if nothing is padded.
         offload: Device for the statistics, ``cpu`` for large models; by default each layer's own.
         refit_bias: Let biases take up the mean error, where the method knows the inputs.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
@@ -142,7 +144,7 @@ class Factorize(CompressionCallback):
         also_observe: list[str] | None = None,
         fisher: str = "labels",
         logits: str | None = None,
-        mask: str | None = MASK,
+        mask: MaskSource = MASK,
         offload: str | None = None,
         refit_bias: bool = True,
         shrink: tuple[float, float] = (0.0, 0.1),

@@ -23,7 +23,7 @@ from lrcompress.pruning import LoSparseBudget, Pruner, check_dense, preview, spl
 from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
-from lrcompress.statistics.batches import MASK
+from lrcompress.statistics.masks import MASK, MaskSource
 from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
 
 _FROM, _UNTIL = 0.1, 0.6  # of the way from `at` to the end
@@ -83,7 +83,9 @@ class LoSparse(CompressionCallback):
         also_observe: Statistics to accumulate besides those of ``init``.
         fisher: Whose gradients to observe: of ``labels``, or of labels drawn from the ``model``.
         logits: For ``fisher: model``, the name of the submodule that returns the logits.
-        mask: Key of the batch's padding mask; None if nothing is padded.
+        mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
+            within), an index or a function of the batch. ``~key``: nonzero at padding, as in
+            torch's ``key_padding_mask``. None if nothing is padded.
         offload: Device for the statistics; by default each layer's own.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         validate: Run validation before splitting and after compacting, for the report.
@@ -140,7 +142,7 @@ class LoSparse(CompressionCallback):
         also_observe: list[str] | None = None,
         fisher: str = "labels",
         logits: str | None = None,
-        mask: str | None = MASK,
+        mask: MaskSource = MASK,
         offload: str | None = None,
         shrink: tuple[float, float] = (0.0, 0.1),
         validate: bool = True,

@@ -12,9 +12,10 @@ from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError, nearest
-from lrcompress.statistics.batches import batch_decoder_mask, batch_mask, batch_terms
+from lrcompress.statistics.batches import batch_terms
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsCapture, drawn_loss
+from lrcompress.statistics.masks import MaskSource, batch_decoder_mask, batch_mask, check_mask
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
 from lrcompress.statistics.reduction import all_reduce_, reduce_to_first_
 
@@ -33,7 +34,8 @@ class Sampling:
         max_tokens: observing stops after so many tokens of all processes; None is no limit.
         fisher: gradients of ``"labels"``, or of labels drawn from the ``"model"``.
         logits: the submodule that returns the logits, for ``"model"``.
-        mask: the batch's key of its padding mask.
+        mask: where a batch has its padding mask; see
+            :func:`lrcompress.statistics.masks.batch_mask`.
         offload: the device the sums live on.
         of_tables: statistics of embedding tables that ``kinds`` may also name.
 
@@ -47,11 +49,12 @@ class Sampling:
     max_tokens: int | None = None
     fisher: str = "labels"
     logits: str | None = None
-    mask: str | None = None
+    mask: MaskSource = None
     offload: str | None = None
     of_tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_mask(self.mask)
         for kind in self.kinds:
             if kind not in KINDS + self.of_tables:
                 raise SettingError(
@@ -90,6 +93,7 @@ class Observation:
         self._folded = (0, 0)  # steps and tokens of all processes, which the first holds
         self._step = ExitStack()
         self._terms = 1
+        self._trial = False
 
     @property
     def observing(self) -> bool:
@@ -142,19 +146,25 @@ class Observation:
         since = self.statistics.tokens - (folded if self.processes.index == 0 else 0)
         return folded + since * self.processes.size
 
-    def open_step(self, batch: Any) -> None:
+    def open_step(self, batch: Any, *, trial: bool = False) -> None:
         """Observe the step that begins with this batch, until :meth:`close_step`.
 
+        Args:
+            batch: as the training step gets it.
+            trial: add nothing, and raise what observing such a step would.
+
         Raises:
-            ShapeError: if its padding mask is not ``(examples, length)``.
+            ShapeError: if its padding mask is not ``(examples, length)``, nor has choices.
+            ObservationError: if its padding mask is no tensor.
         """
         assert self._recorder is not None
+        self._trial = trial
         mask, missing = batch_mask(batch, self.sampling.mask, self.sampling.owner)
         self._terms = batch_terms(batch)
         decoder = None if self.sampling.mask is None else batch_decoder_mask(batch)
-        watching = self._recorder.step(mask, decoder_mask=decoder, missing=missing)
+        watching = self._recorder.step(mask, decoder_mask=decoder, missing=missing, trial=trial)
         self._step.enter_context(watching)
-        if self._tap is not None:
+        if self._tap is not None and not trial:
             self._step.enter_context(self._tap.listening())
 
     def before_backward(self, finite: bool, factor: float) -> None:
@@ -168,6 +178,8 @@ class Observation:
             ObservationError: if labels are to be drawn and no logits were found.
         """
         assert self._recorder is not None
+        if self._trial:
+            return
         logits = self._tap.take() if self._tap is not None and finite else None
         # labels are drawn wherever there are logits, also where nothing is to be predicted
         terms = self._terms if logits is None or logits.ndim < 3 else logits[..., 0].numel()

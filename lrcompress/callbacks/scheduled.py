@@ -76,6 +76,7 @@ class CompressionCallback(pl.Callback, ABC):
         self._processes = ONE_PROCESS
         self._observation = Observation(self.sampling)
         self._stage = 0  # points that are done
+        self._tried = False  # whether a batch of this fit was looked at
         self._point_steps: list[int] = []
         self._warmup: LearningRateWarmup | None = None
         self._loaded: Mapping[str, Any] | None = None
@@ -281,6 +282,7 @@ class CompressionCallback(pl.Callback, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._loaded is not None:
+            self._tried = True
             if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
                 self._restore_rng(self._loaded)
             for one in self._compression_callbacks(
@@ -299,6 +301,9 @@ class CompressionCallback(pl.Callback, ABC):
             window = min(self._window_steps, self._next_step - previous)
             if self._observation.due(self._next_step - now, window):
                 self._observation.open_step(batch)
+            elif not self._tried:  # what would fail at an observed step fails at the first one
+                self._observation.open_step(batch, trial=True)
+            self._tried = True
         self._started = None if self._observation.observing else time.perf_counter()
 
     @override

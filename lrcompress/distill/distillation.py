@@ -16,7 +16,7 @@ from lrcompress.distill.losses import LOGITS, DistillationLoss, Features
 from lrcompress.distill.teacher import Teacher, copy_model, load_copy, read_weights
 from lrcompress.errors import ObservationError, SettingError, ShapeError, nearest
 from lrcompress.schedules import Piecewise
-from lrcompress.statistics.batches import batch_mask
+from lrcompress.statistics.masks import MaskSource, batch_mask, check_mask
 
 START = "start"
 Terms = list[tuple[DistillationLoss, float]]
@@ -32,13 +32,14 @@ class Distillation:
         task: object,
         call: str | None,
         logits: str | None,
-        mask: str | None,
+        mask: MaskSource,
         teacher_dir: str | None,
         cache: str | None,
     ) -> None:
         self.source = teacher
         self.losses = losses
         self.task = Piecewise.parse(task, "task")
+        check_mask(mask)
         self.logits, self.mask = logits, mask
         self.folder = teacher_dir
         self.cache = Cache(cache) if cache is not None else None

@@ -19,7 +19,7 @@ from lrcompress.distill.distillation import START, Distillation
 from lrcompress.distill.losses import DistillationLoss, Logits, Weight
 from lrcompress.distill.teacher import reload
 from lrcompress.errors import CheckpointError, PlatformError, SettingError
-from lrcompress.statistics.batches import MASK
+from lrcompress.statistics.masks import MASK, MaskSource
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy")
 
@@ -72,7 +72,9 @@ class Distilled(_InPlace, pl.LightningModule):
             the module itself; by default the outermost one whose output is a tensor or has
             ``.logits``, or ``.start_logits`` and ``.end_logits``, each a choice of positions.
         logits: the submodule that returns the logits, if it is another one.
-        mask: key of the batch's padding mask; None if nothing is padded.
+        mask: where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
+            within), an index or a function of the batch. ``~key``: nonzero at padding, as in
+            torch's ``key_padding_mask``. None if nothing is padded.
         teacher_dir: folder for the file of a teacher that is frozen on the way; by default
             ``teachers`` in the trainer's ``default_root_dir``.
         cache: folder to keep the teacher's features in, per example, so that later epochs need
@@ -121,7 +123,7 @@ class Distilled(_InPlace, pl.LightningModule):
         task: Weight = 0.5,
         call: str | None = None,
         logits: str | None = None,
-        mask: str | None = MASK,
+        mask: MaskSource = MASK,
         teacher_dir: str | None = None,
         cache: str | None = None,
     ) -> None:

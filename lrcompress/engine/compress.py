@@ -29,8 +29,9 @@ from lrcompress.objective import METHODS, Metric, method_named
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import KroneckerFactors, Sizes
 from lrcompress.solvers.truncation import Factors
-from lrcompress.statistics.batches import MASK, batch_decoder_mask, batch_mask, batch_terms
+from lrcompress.statistics.batches import batch_terms
 from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.masks import MASK, MaskSource, batch_decoder_mask, batch_mask
 from lrcompress.statistics.moments import KINDS, Statistics
 from lrcompress.statistics.views import view
 from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
@@ -343,7 +344,7 @@ def compress(
     batches: Iterable[Any],
     loss: Loss,
     *,
-    mask: str | Callable[[Any], Tensor] | None = MASK,
+    mask: MaskSource = MASK,
     examples: Callable[[Any], int] | None = None,
     **settings: Any,
 ) -> PointRecord:
@@ -361,8 +362,8 @@ def compress(
             of them, none where the method needs no statistics (``svd``).
         loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
             predicted tokens, a scalar.
-        mask: where a batch says which positions are real: a key, a function of the batch, or
-            None if nothing is padded. The mask is ``(examples, length)``, zero at padding.
+        mask: where a batch has its padding mask: a key, an index or a function of the batch, as
+            :func:`~lrcompress.statistics.masks.batch_mask` says; None if nothing is padded.
         examples: of how many terms a batch's loss is the mean; by default as
             :func:`~lrcompress.statistics.batches.batch_terms` counts them.
         **settings: of :class:`~lrcompress.engine.settings.Settings`: ``method``, ``keep``, …
@@ -417,7 +418,7 @@ def _observe_batch(
     model: nn.Module,
     batch: Any,
     loss: Loss,
-    mask: str | Callable[[Any], Tensor] | None,
+    mask: MaskSource,
     count: int,
 ) -> None:
     found, missing = batch_mask(batch, mask, "compress")

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import ObservationError
-from lrcompress.statistics.batches import Mask
+from lrcompress.statistics.masks import (
+    Mask,
+    PaddingCheck,
+    Tokens,
+    by_example,
+    joined,
+    sequence_first,
+)
 from lrcompress.statistics.moments import (
     INPUT_KINDS,
     TABLE_KINDS,
@@ -29,8 +36,8 @@ _FISHER = frozenset({"input_fisher", "output_fisher"})
 _WITH_INPUTS = _FISHER | {"weighted_moment", "token_fisher"}
 _OF_INPUTS = frozenset((*INPUT_KINDS, "input_sum", "token_count"))
 _Identity = tuple[object, ...]
-_Read = tuple[_Identity, Tensor, Mask | None]
-_Part = tuple[Tensor | None, Tensor, Mask | None]  # input, gradient and whose padding both have
+_Read = tuple[_Identity, Tensor, Tokens]
+_Part = tuple[Tensor | None, Tensor, Tokens]  # input, gradient, and where tokens lie in both
 _ENCODED = "encoder_hidden_states"  # what transformers calls that argument of every decoder
 
 
@@ -41,6 +48,7 @@ class _Pass:
     mask: Mask | None
     decoder_mask: Mask | None
     missing: str | None  # why there is no mask, where one was expected
+    trial: bool  # nothing is added
     encoded: Tensor | None = None  # what a decoder was given of its encoder, once it runs
     decoding: set[str] = field(default_factory=set)  # layers that read what a decoder made
     # The tensors that a layer reads in turn -> the first layer that does. They are held, or their
@@ -136,6 +144,8 @@ class Recorder:
             own = [kind for kind in self.kinds if (kind in TABLE_KINDS) == table]
             self._shapes[layer] = shapes(own, in_features, out_features)
         self._decoders = list(_decoders(model))
+        self._sequence_first = sequence_first(model)
+        self._padding = PaddingCheck()
         self._pass: _Pass | None = None
 
     @property
@@ -160,6 +170,7 @@ class Recorder:
         *,
         decoder_mask: Tensor | None = None,
         missing: str | None = None,
+        trial: bool = False,
     ) -> Iterator[None]:
         """Observe what runs inside the block, and only that.
 
@@ -167,18 +178,22 @@ class Recorder:
         that a step whose loss is not finite leaves no trace.
 
         Args:
-            mask: ``(examples, length)``, nonzero where there is a token; inputs of that leading
-                shape lose their padding, others are taken whole. None if nothing is padded.
+            mask: ``(examples, length)`` or ``(examples, choices, length)``, nonzero where there is
+                a token; see :class:`~lrcompress.statistics.masks.Mask` for the inputs it fits.
+                None if nothing is padded.
             decoder_mask: the same for a decoder's own input, to which ``mask`` does not apply.
                 A decoder is called with ``encoder_hidden_states=``, which have that of ``mask``.
             missing: without a mask, the error to raise when a layer reads sequences.
+            trial: add nothing, and raise what observing such a step would.
 
         Raises:
-            ShapeError: if a mask is not two-dimensional.
+            ShapeError: if a mask has another number of axes.
             ObservationError: if a layer is called twice without ``shared``, shares its input with
-                other layers than in earlier steps, or lacks the mask that ``missing`` is for.
+                other layers than in earlier steps, or lacks the mask that ``missing`` is for; if
+                a mask does not fit what a layer reads, or has padding and tokens the wrong way.
         """
-        self._pass = _Pass(Mask.of(mask), Mask.of(decoder_mask), missing)
+        own, decoders = (None if one is None else Mask(one) for one in (mask, decoder_mask))
+        self._pass = _Pass(own, decoders, missing, trial)
         with ExitStack() as stack:
             stack.callback(self._forget)
             stack.enter_context(_EAGER.held())
@@ -193,6 +208,7 @@ class Recorder:
             if self._pass.pending and not self._pass.committed:
                 self.commit()
             self._add_gradients(*self._pass.parts)
+            self._padding.check(self.owner)
 
     def commit(
         self,
@@ -220,7 +236,7 @@ class Recorder:
             self.statistics.steps += 1
             self._count_tokens()
             for name in firsts:
-                self._add_inputs(name, [(x, mask) for _, x, mask in current.pending[name]])
+                self._add_inputs(name, [read[1:] for read in current.pending[name]])
         current.pending, current.read, current.encoded = {}, {}, None
         current.committed, current.scale, current.armed = True, scale, armed and finite
         current.terms = terms
@@ -256,11 +272,12 @@ class Recorder:
     ) -> None:
         current = self._pass
         x = args[0] if args else next(iter(kwargs.values()))
-        mask = self._mask(name, x)
+        self._follow_decoder(name, x)
         if current is None or not (torch.is_grad_enabled() or self.forward_only):
             return  # a teacher's or a metric's own pass
         if not x.is_floating_point():  # rows of a table, by number
             x = x.unsqueeze(-1)
+        tokens = self._tokens(name, x)
         if not _in_backward():
             if current.committed:  # a second forward pass in the same step: manual optimization
                 self._add_gradients(*current.parts)
@@ -269,27 +286,31 @@ class Recorder:
             current.forward.add(name)
         if not (_in_backward() and name in current.forward):  # not a checkpoint's second run
             self._count_call(name)
-            self._take_inputs(name, x.detach(), mask)
-        if self._shapes[name].keys() - _OF_INPUTS and output.requires_grad:
-            if not _in_backward():
+            self._take_inputs(name, x.detach(), tokens)
+        wanted = bool(self._shapes[name].keys() - _OF_INPUTS) and not current.trial
+        if output.requires_grad and (wanted or self._padding.wants(tokens)):
+            if wanted and not _in_backward():
                 current.outputs.append(output)
             kept = x.detach() if _WITH_INPUTS & self._shapes[name].keys() else None
-            hook = partial(self._took_gradient, current, name, kept, mask)
+            hook = partial(self._took_gradient, current, name, kept, tokens)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _mask(self, name: str, x: Tensor) -> Mask | None:
-        """Return the padding mask of a layer's input and output; None takes them whole."""
-        current = self._pass
-        if current is None:
-            return None
-        encoded = current.encoded
-        if encoded is not None and not _in_backward():
-            own = (x.data_ptr(), x.shape) != (encoded.data_ptr(), encoded.shape)
-            (current.decoding.add if own else current.decoding.discard)(name)
+    def _follow_decoder(self, name: str, x: Tensor) -> None:
+        """Note whether a layer reads what a decoder has made, or what it was given."""
         # in a backward pass reentrant checkpointing asks, and no decoder is entered
+        if self._pass is not None and self._pass.encoded is not None and not _in_backward():
+            encoded, decoding = self._pass.encoded, self._pass.decoding
+            own = (x.data_ptr(), x.shape) != (encoded.data_ptr(), encoded.shape)
+            (decoding.add if own else decoding.discard)(name)
+
+    def _tokens(self, name: str, x: Tensor) -> Tokens:
+        """Return where the tokens of a layer's input and output lie."""
+        current, turned = self._pass, name.startswith(self._sequence_first)
+        assert current is not None
         mask = current.decoder_mask if name in current.decoding else current.mask
-        leading = x.shape[:-1] if x.is_floating_point() else x.shape
-        return mask if mask is not None and leading == mask.grid else None
+        if mask is None:
+            return Tokens(sequence_first=turned and x.ndim > 2)
+        return mask.fit(x, sequence_first=turned, layer=name, owner=self.owner)
 
     def _count_call(self, name: str) -> None:
         assert self._pass is not None
@@ -306,24 +327,25 @@ class Recorder:
             f"layer {name!r} was called twice in one step: {self.owner} expects one call; {way_out}"
         )
 
-    def _take_inputs(self, name: str, x: Tensor, mask: Mask | None) -> None:
+    def _take_inputs(self, name: str, x: Tensor, tokens: Tokens) -> None:
         current = self._pass
         assert current is not None
         if x.ndim > 2 and current.mask is None and current.missing:
             raise ObservationError(current.missing)
-        current.tokens = max(current.tokens, (x[..., 0] if mask is None else mask.real).numel())
+        real = x[..., 0] if tokens.real is None else tokens.real
+        current.tokens = max(current.tokens, real.numel())
         if current.committed and current.armed:
             self._count_tokens()
-        if not self._shapes[name].keys() & _OF_INPUTS:
+        if current.trial or not self._shapes[name].keys() & _OF_INPUTS:
             return
         # tables of other sizes may read the same rows
         table = name if "token_count" in self._shapes[name] else None
-        read = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, table), x, mask
+        read = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, table), x, tokens
         if not _in_backward():
             current.pending.setdefault(name, []).append(read)
         elif self._is_first(name, [read]) and current.armed:
             # reentrant checkpointing: the step is committed already
-            self._add_inputs(name, [(x, mask)])
+            self._add_inputs(name, [(x, tokens)])
 
     def _is_first(self, name: str, reads: list[_Read]) -> bool:
         """Return whether no layer before it has read just these tensors: it adds for all.
@@ -347,8 +369,8 @@ class Recorder:
         self.statistics.tokens += self._pass.tokens - self._pass.counted
         self._pass.counted = self._pass.tokens
 
-    def _add_inputs(self, name: str, reads: list[tuple[Tensor, Mask | None]]) -> None:
-        tokens = _joined(reads)
+    def _add_inputs(self, name: str, reads: list[tuple[Tensor, Tokens]]) -> None:
+        tokens = joined(reads)
         sums = self.statistics.inputs.get(name)
         if sums is None:
             kept = {k: v for k, v in self._shapes[name].items() if k in _OF_INPUTS}
@@ -365,16 +387,19 @@ class Recorder:
 
     @torch.no_grad()
     def _took_gradient(
-        self, current: _Pass, name: str, x: Tensor | None, mask: Mask | None, g: Tensor
+        self, current: _Pass, name: str, x: Tensor | None, tokens: Tokens, g: Tensor
     ) -> None:
         if current is not self._pass:
             return
-        if not current.committed:
+        if not (current.committed or current.trial):
             self.commit()
         if not current.armed:
             return
+        self._padding.add(tokens, g)
+        if current.trial or not self._shapes[name].keys() - _OF_INPUTS:
+            return
         parts = current.parts.setdefault(name, [])
-        parts.append((x, g, mask))
+        parts.append((x, g, tokens))
         if len(parts) == current.calls[name]:
             self._add_gradients(name)
 
@@ -391,17 +416,17 @@ class Recorder:
                 self.statistics.outputs[name] = sums
             scale, terms = self._pass.scale, self._pass.terms
             terms = len(g) if terms is None else terms
-            gave = [(g, mask) for _, g, mask in parts]
-            read = [(x, mask) for x, _, mask in parts if x is not None]
+            gave = [(g, tokens) for _, g, tokens in parts]
+            read = [(x, tokens) for x, _, tokens in parts if x is not None]
             if "output_moment" in sums.values:
-                tokens = _joined(gave)
-                sums.add_gradients_(tokens, terms, scale)
+                gradients = joined(gave)
+                sums.add_gradients_(gradients, terms, scale)
                 if "weighted_moment" in sums.values:
-                    sums.add_weighted_(_joined(read), tokens, scale)
+                    sums.add_weighted_(joined(read), gradients, scale)
             if "token_fisher" in sums.values:
-                sums.add_row_gradients_(_joined(read), _joined(gave), terms, scale)
+                sums.add_row_gradients_(joined(read), joined(gave), terms, scale)
             if _FISHER & sums.values.keys():
-                for x, of_examples in _by_example(parts):
+                for x, of_examples in by_example(parts):
                     sums.add_fisher_(x, of_examples, scale, examples=terms)
                     terms = 0
 
@@ -420,31 +445,3 @@ def _decoders(module: nn.Module) -> Iterator[nn.Module]:
         return
     for child in module.children():
         yield from _decoders(child)
-
-
-def _joined(parts: Iterable[tuple[Tensor, Mask | None]]) -> Tensor:
-    """Give the tokens of one tensor after another; of a single one without a further copy."""
-    flat = [(x.reshape(-1, x.shape[-1]), mask) for x, mask in parts]
-    tokens = [x if mask is None else x[mask.real] for x, mask in flat]
-    return torch.cat(tokens) if len(tokens) > 1 else tokens[0]
-
-
-def _by_example(parts: Iterable[_Part]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and gradients as ``(examples, length, features)``, padding zero.
-
-    Uses that are not by example, of position embeddings for instance, come apart, as if they
-    were examples of their own.
-    """
-    together: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for x, g, mask in parts:
-        assert x is not None
-        if mask is not None:
-            keep = torch.zeros(mask.grid.numel(), dtype=torch.bool, device=g.device)
-            keep[mask.real] = True
-            keep = keep.view(*g.shape[:-1], 1)
-            x, g = torch.where(keep, x, 0), torch.where(keep, g, 0)
-        x, g = (y.reshape(y.shape[0], -1, y.shape[-1]) for y in (x, g))
-        together.setdefault(g.shape[0], []).append((x, g))
-    for pairs in together.values():
-        xs, gs = zip(*pairs, strict=True)
-        yield torch.cat(xs, 1), torch.cat(gs, 1)

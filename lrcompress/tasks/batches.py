@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from lrcompress.errors import SettingError
-from lrcompress.statistics.batches import IGNORED
+from lrcompress.statistics.masks import IGNORED
 
 ROUNDS_SORTED_TOGETHER = 50
 Batch = dict[str, Tensor]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
 from lrcompress.errors import SettingError, nearest
-from lrcompress.statistics.batches import IGNORED
+from lrcompress.statistics.masks import IGNORED
 from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.fine_tuning import FineTuning, Schedule
 from lrcompress.tasks.language_data import LanguageData

@@ -7,7 +7,7 @@ import torchmetrics
 from torchmetrics.classification import BinaryF1Score
 
 from lrcompress.errors import SettingError, nearest
-from lrcompress.statistics.batches import IGNORED
+from lrcompress.statistics.masks import IGNORED
 
 
 def _f1(classes: int) -> torchmetrics.Metric:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lrcompress.errors import SettingError
-from lrcompress.statistics.batches import IGNORED
+from lrcompress.statistics.masks import IGNORED
 from lrcompress.tasks.labels import class_labels, label_ids
 from lrcompress.tasks.sources import Sources
 from lrcompress.tasks.split_data import SplitData

@@ -22,8 +22,8 @@ from lrcompress.engine.compress import factor_
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LRCompressError
 from lrcompress.objective import METHODS as METRICS
-from lrcompress.statistics.batches import batch_decoder_mask
 from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.masks import batch_decoder_mask
 from lrcompress.statistics.moments import Statistics
 from lrcompress.structure.plan import Plan
 from lrcompress.structure.selection import select

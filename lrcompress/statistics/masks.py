@@ -1,0 +1,322 @@
+"""Padding masks: where a batch has its own, and which tokens of a layer's input are real."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.errors import ObservationError, SettingError, ShapeError
+
+MASK = "attention_mask"
+IGNORED = -100  # the label of what is not predicted
+# A key (also of a mapping within: "text.attention_mask"), an index, or a function of the batch.
+MaskSource = str | int | Callable[[Any], Tensor] | None
+_INVERTED = "~"  # before a key: nonzero marks padding, as in torch's key_padding_mask
+
+
+def check_mask(mask: object) -> None:
+    """Check that a mask can be looked up in batches.
+
+    Raises:
+        SettingError: if it is no key, index, function or None.
+    """
+    if isinstance(mask, bool) or not (
+        mask is None or isinstance(mask, str | int) or callable(mask)
+    ):
+        raise SettingError(
+            "mask is a key of the batch ('attention_mask', '~padding_mask' where nonzero marks "
+            f"padding), an index, a function of the batch, or None; got {mask!r}"
+        )
+
+
+def batch_mask(batch: Any, mask: MaskSource, owner: str) -> tuple[Tensor | None, str | None]:
+    """Return a batch's padding mask, or the reason why an expected one is missing.
+
+    Args:
+        batch: as the training step gets it.
+        mask: its key, a dotted key for a mapping within, its index in a sequence, or a function
+            of the batch. ``"~key"`` is a mask whose nonzeros mark padding, as in torch's
+            ``key_padding_mask``.
+        owner: for the reason.
+
+    Returns:
+        The mask, nonzero where there is a token, and None; or None and the reason.
+
+    Raises:
+        ObservationError: if what is found is no tensor.
+        SettingError: if ``mask`` is none of these.
+    """
+    check_mask(mask)
+    if mask is None:
+        return None, None
+    inverted = isinstance(mask, str) and mask.startswith(_INVERTED)
+    key = mask[len(_INVERTED) :] if isinstance(mask, str) and inverted else mask
+    try:
+        found = key(batch) if callable(key) else _looked_up(batch, key)
+    except LookupError:
+        return None, (
+            f"{owner} leaves padding out by the batch's {key!r}, which this batch does not have "
+            f"({_contents(batch)}); name another with mask=, or pass mask=None if nothing is padded"
+        )
+    if not isinstance(found, Tensor):
+        raise ObservationError(
+            f"{owner} expected a tensor as the padding mask (mask={mask!r}), got "
+            f"{type(found).__name__}; the batch has {_contents(batch)}"
+        )
+    return (found == 0 if inverted else found), None
+
+
+def _looked_up(batch: Any, key: str | int) -> Any:
+    if isinstance(batch, Mapping) and key in batch:
+        return batch[key]
+    if isinstance(key, int):
+        if isinstance(batch, Sequence) and not isinstance(batch, str):
+            return batch[key]
+        raise LookupError(key)
+    first, _, rest = key.partition(".")
+    if isinstance(batch, Sequence) and first.isdigit():
+        batch = {first: batch[int(first)]}
+    if not rest or not isinstance(batch, Mapping) or first not in batch:
+        raise LookupError(key)
+    return _looked_up(batch[first], rest)
+
+
+def _contents(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"keys are {', '.join(map(str, batch))}"
+    return type(batch).__name__
+
+
+def batch_decoder_mask(batch: Any) -> Tensor | None:
+    """Return the padding mask of a decoder's own input, or None if the batch has none.
+
+    That is its ``decoder_attention_mask``, or where its ``labels`` are not -100: a decoder reads
+    at each position the label of the one before.
+
+    Example:
+        >>> batch_decoder_mask({"labels": torch.tensor([[7, 8], [9, -100]])}).tolist()
+        [[True, True], [True, False]]
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if isinstance(mask, Tensor):
+        return mask
+    return labels != IGNORED if isinstance(labels, Tensor) and labels.ndim == 2 else None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of a layer's input, and so those of its output, lie.
+
+    Attributes:
+        real: flat indices of those that are no padding; None if none is.
+        sequence_first: whether the axes are ``(length, examples, features)``.
+        rows: ``(rows, length)`` of the mask where both are one axis; else None.
+        groups: rows of the mask that make an example, as the choices of a question do.
+    """
+
+    real: Tensor | None = None
+    sequence_first: bool = False
+    rows: tuple[int, int] | None = None
+    groups: int = 1
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the real tokens ``(tokens, features)`` of ``x`` ``(..., features)``."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self.real is None else flat[self.real]
+
+    def by_example(self, x: Tensor) -> Tensor:
+        """Return ``x`` ``(..., features)`` as ``(examples, length, features)``, padding zero."""
+        if self.real is not None:
+            keep = torch.zeros(x[..., 0].numel(), dtype=torch.bool, device=x.device)
+            keep[self.real] = True
+            x = torch.where(keep.view(*x.shape[:-1], 1), x, 0)
+        if self.rows is not None:
+            x = x.reshape(*self.rows, x.shape[-1])
+        elif self.sequence_first:
+            x = x.transpose(0, 1)
+        return x.reshape(len(x) // self.groups, -1, x.shape[-1])
+
+
+class Mask:
+    """A padding mask, and what it says of tensors of other layouts and lengths.
+
+    Args:
+        mask: ``(examples, length)``, nonzero where there is a token; or ``(examples, choices,
+            length)``, of a model that takes every choice for a row.
+
+    Raises:
+        ShapeError: if it has another number of axes.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        if mask.ndim not in (2, 3):
+            raise ShapeError(
+                "mask must be (examples, length) or (examples, choices, length), got shape "
+                f"{tuple(mask.shape)}"
+            )
+        self.groups = mask.shape[1] if mask.ndim == 3 else 1
+        self.grid = mask.reshape(-1, mask.shape[-1]) != 0
+        self._fitted: dict[object, Tokens | None] = {}
+
+    def fit(
+        self,
+        x: Tensor,
+        *,
+        sequence_first: bool = False,
+        layer: str = "layer",
+        owner: str = "observe",
+    ) -> Tokens:
+        """Return which tokens of ``x`` are real.
+
+        It can where the leading axes are those of the mask; in either order; both in one; with
+        others between, as heads; or cut to the columns that hold all tokens. What is one for all
+        examples, and what has no tokens but a row an example, is taken whole.
+
+        Args:
+            x: ``(..., features)``.
+            sequence_first: whether the layer is known to read ``(length, examples, features)``.
+            layer: whose input it is, for the message.
+            owner: who asks, for the message.
+
+        Raises:
+            ObservationError: if the mask cannot be laid over ``x``. Tables that are read by other
+                numbers than tokens, such as positions, are taken whole.
+        """
+        key = x.shape[:-1], x.device, sequence_first
+        if key not in self._fitted:
+            self._fitted[key] = self._fit(*key)
+        found = self._fitted[key]
+        if found is None and x.is_floating_point():
+            raise ObservationError(
+                f"layer {layer!r} reads {tuple(x.shape)}, and the padding mask is for "
+                f"{tuple(self.grid.shape)} tokens: {owner} cannot tell which are padding. Give "
+                "mask= a function of the batch that returns a mask of the shape that layers read, "
+                "leave the layer out with exclude=, or pass mask=None if nothing is padded"
+            )
+        return found or Tokens()
+
+    def _fit(
+        self, leading: torch.Size, device: torch.device, sequence_first: bool
+    ) -> Tokens | None:
+        rows, length = self.grid.shape
+        if leading.numel() == rows * length and len(leading) != 2:  # both in one, or choices apart
+            return Tokens(_indices(self.grid, device), rows=(rows, length), groups=self.groups)
+        if len(leading) < 2 or (leading[0] == 1 and rows > 1):
+            return Tokens()
+        if len(leading) > 2:
+            return self._spread(leading, device)
+        for turned in (True,) if sequence_first else (False, True):
+            cut = _cut(self.grid, leading[0] if turned else leading[1])
+            if cut is not None and leading[1 if turned else 0] == rows:
+                real = _indices(cut.mT if turned else cut, device)
+                return Tokens(real, sequence_first=turned, groups=self.groups)
+        return None
+
+    def _spread(self, leading: torch.Size, device: torch.device) -> Tokens | None:
+        """Return the tokens where axes lie between or behind those of the mask, as heads do."""
+        rows, length = self.grid.shape
+        places = [axis for axis in range(1, len(leading)) if leading[axis] == length]
+        if leading[0] != rows or len(places) != 1:
+            return None
+        shape = [rows, *(length if axis in places else 1 for axis in range(1, len(leading)))]
+        spread = self.grid.reshape(shape).expand(leading)
+        return Tokens(_indices(spread, device), groups=self.groups)
+
+
+def _indices(grid: Tensor, device: torch.device) -> Tensor:
+    return grid.reshape(-1).nonzero().squeeze(1).to(device)
+
+
+def _cut(grid: Tensor, length: int) -> Tensor | None:
+    """Return the columns of a mask that a shorter tensor has, which must hold all its tokens."""
+    whole = grid.shape[1]
+    if length == whole:
+        return grid
+    if length > whole:
+        return None
+    ends = grid[:, :length], grid[:, whole - length :]
+    total = grid.sum()
+    fitting = [part for part in ends if bool(part.sum() == total)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def sequence_first(model: nn.Module) -> tuple[str, ...]:
+    """Return prefixes of the names of layers that read ``(length, examples, features)``.
+
+    They stand beside or below an ``nn.MultiheadAttention`` with ``batch_first=False``, as those of
+    ``nn.TransformerEncoderLayer`` do by default.
+    """
+    return tuple(
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if any(
+            isinstance(x, nn.MultiheadAttention) and not x.batch_first for x in module.children()
+        )
+    )
+
+
+class PaddingCheck:
+    """Checks once that gradients do not all lie where a mask says that there is padding."""
+
+    def __init__(self) -> None:
+        self._done = False
+        self._sums: list[Tensor] = []  # of gradients' sizes, at tokens and everywhere
+
+    def wants(self, tokens: Tokens) -> bool:
+        """Return whether it has to see gradients of these tokens."""
+        return tokens.real is not None and not self._done
+
+    def add(self, tokens: Tokens, gradient: Tensor) -> None:
+        """Add the gradient at a layer's output, ``(..., out)``, if it has to be seen."""
+        if self.wants(tokens):
+            both = tokens.of(gradient).float().abs().sum(), gradient.float().abs().sum()
+            self._sums.append(torch.stack(both))
+
+    def check(self, owner: str) -> None:
+        """Check what was added in a step.
+
+        Raises:
+            ObservationError: if there are gradients, and none of them at a token.
+        """
+        if not self._sums:
+            return
+        at_tokens, everywhere = torch.stack([x.cpu() for x in self._sums]).sum(0).tolist()
+        self._sums.clear()
+        self._done = self._done or everywhere > 0
+        if everywhere > 0 and at_tokens == 0:
+            raise ObservationError(
+                f"{owner}: all gradients lie where the mask says that there is padding, and none "
+                "at its tokens. A mask is nonzero at tokens; torch's key_padding_mask is nonzero "
+                "at padding: name such a one as mask='~key'"
+            )
+
+
+def joined(parts: Iterable[tuple[Tensor, Tokens]]) -> Tensor:
+    """Return the tokens of one tensor after another; of a single one without a further copy."""
+    found = [tokens.of(x) for x, tokens in parts]
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def by_example(
+    parts: Iterable[tuple[Tensor | None, Tensor, Tokens]],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and gradients as ``(examples, length, features)``, padding zero.
+
+    Uses that are not by example, of position embeddings for instance, come apart, as if they
+    were examples of their own.
+
+    Args:
+        parts: a layer's input, its gradient at the output, and where their tokens lie, each use.
+    """
+    together: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for x, g, tokens in parts:
+        assert x is not None
+        pair = tokens.by_example(x), tokens.by_example(g)
+        together.setdefault(len(pair[0]), []).append(pair)
+    for pairs in together.values():
+        xs, gs = zip(*pairs, strict=True)
+        yield torch.cat(xs, 1), torch.cat(gs, 1)
