@@ -1,0 +1,154 @@
+"""Observation in real fits: what counts as a token, and what is said at the first batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrcompress
+from lrcompress.errors import ObservationError, SettingError
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
+Make = Callable[..., Any]
+QUIET: dict[str, Any] = {"align": 1, "verbose": False, "validate": False, "report_path": None}
+
+
+class Encoder(L.LightningModule):
+    """torch's own encoder, which reads the length first unless it is told otherwise."""
+
+    def __init__(self, batch_first: bool = False, cut: bool = False) -> None:
+        super().__init__()
+        self.batch_first, self.cut = batch_first, cut
+        self.embed = nn.Embedding(20, 16)
+        block = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        if self.cut:
+            longest = int(mask.sum(1).max())
+            ids, mask = ids[:, :longest], mask[:, :longest]
+        x = self.embed(ids)
+        x = x if self.batch_first else x.transpose(0, 1)
+        x = self.encoder(x, src_key_padding_mask=mask == 0)
+        x = x if self.batch_first else x.transpose(0, 1)
+        return self.head((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(batch, dict):
+            batch = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        ids, mask, labels = batch
+        return nn.functional.cross_entropy(self(ids, mask), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def padded(batches: list[dict[str, Tensor]], width: int) -> list[dict[str, Tensor]]:
+    def wider(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        more = (0, width - batch["input_ids"].shape[1])
+        both = {k: nn.functional.pad(batch[k], more) for k in ("input_ids", "attention_mask")}
+        return batch | both
+
+    return [wider(batch) for batch in batches]
+
+
+def real_tokens(batches: list[dict[str, Tensor]]) -> int:
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("size", [4, 7])  # of 7 tokens: a square too
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("method", ["kfac", "drone", "row_fisher"])
+def test_tokens_are_those_of_the_mask_whatever_layers_read(
+    batch_first: bool,
+    size: int,
+    cut: bool,
+    method: str,
+    batches: Make,
+    loader: Make,
+    trainer: Make,
+) -> None:
+    given = batches(6, size)
+    data = padded(given, 12) if cut else given
+    factorize = lrcompress.Factorize(0.5, "step:6", method, every_n_steps=1, **QUIET)
+    torch.manual_seed(0)
+    trainer(factorize, max_epochs=2).fit(Encoder(batch_first, cut), loader(data))
+    (point,) = factorize.report.points
+    assert point.observed["steps"] == 6
+    assert point.observed["tokens"] == real_tokens(given)
+
+
+def test_tuples_have_their_mask_by_its_index(batches: Make, loader: Make, trainer: Make) -> None:
+    given = batches()
+    data = [(b["input_ids"], b["attention_mask"], b["labels"]) for b in given]
+    factorize = lrcompress.Factorize(0.5, "step:6", every_n_steps=1, mask=1, **QUIET)
+    trainer(factorize, max_epochs=2).fit(Encoder(), loader(data))
+    assert factorize.report.points[0].observed["tokens"] == real_tokens(given)
+
+
+class Steps(L.Callback):
+    """Counts the optimizer steps of a fit."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self.taken += 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        ("attention_maks", r"the batch's 'attention_maks', which this batch does not have"),
+        (lambda batch: batch["attention_mask"][:, :3], r"and the padding mask is for \(8, 3\)"),
+        ("~attention_mask", r"all gradients lie where the mask says .*mask='~key'"),
+        (lambda batch: batch["attention_mask"].tolist(), r"expected a tensor as the padding mask"),
+    ],
+    ids=["mistyped", "of another length", "inverted", "a list"],
+)
+@pytest.mark.parametrize("method", ["kfac", "drone"])
+def test_a_mask_that_cannot_be_used_is_said_at_the_first_batch(
+    mask: Any, told: str, method: str, loader: Make, trainer: Make
+) -> None:
+    factorize = lrcompress.Factorize(0.5, "epoch:2", method, mask=mask, **QUIET)
+    steps, module = Steps(), Encoder()
+    with pytest.raises(ObservationError, match=told):
+        trainer(factorize, steps).fit(module, loader())
+    assert steps.taken <= 1  # gradients are there when the first step is taken
+    assert not any(m._forward_hooks for m in module.modules())
+
+
+class Twice(Encoder):
+    """Calls everything twice in a step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
+
+
+def test_a_layer_that_is_called_twice_is_said_at_the_first_batch(
+    loader: Make, trainer: Make
+) -> None:
+    steps, factorize = Steps(), lrcompress.Factorize(0.5, "epoch:2", **QUIET)
+    with pytest.raises(ObservationError, match=r"was called twice in one step: Factorize expects"):
+        trainer(factorize, steps).fit(Twice(), loader())
+    assert steps.taken == 0
+
+
+def test_the_first_look_adds_nothing(loader: Make, trainer: Make, tagger: Make) -> None:
+    factorize = lrcompress.Factorize(0.5, "epoch:2", every_n_steps=1, window="step:2", **QUIET)
+    trainer(factorize).fit(tagger(), loader())
+    (point,) = factorize.report.points
+    assert point.observed["steps"] == 2
+    assert point.observed["skipped"] == 0
+
+
+@pytest.mark.parametrize("mask", [True, 2.0, ["attention_mask"]])
+def test_a_mask_of_no_kind_is_refused_at_once(mask: Any) -> None:
+    for kind in (lrcompress.Factorize, lrcompress.FactorizeEmbedding, lrcompress.LoSparse):
+        with pytest.raises(SettingError, match=r"mask is a key of the batch"):
+            kind(0.5, mask=mask)
