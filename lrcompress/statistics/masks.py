@@ -71,16 +71,15 @@ def batch_mask(batch: Any, mask: MaskSource, owner: str) -> tuple[Tensor | None,
 def _looked_up(batch: Any, key: str | int) -> Any:
     if isinstance(batch, Mapping) and key in batch:
         return batch[key]
-    if isinstance(key, int):
-        if isinstance(batch, Sequence) and not isinstance(batch, str):
-            return batch[key]
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        first, _, rest = str(key).partition(".")
+        found = batch[int(first)] if first.lstrip("-").isdigit() else None
+    else:
+        first, _, rest = str(key).partition(".")
+        found = batch.get(first) if isinstance(batch, Mapping) and rest else None
+    if found is None:
         raise LookupError(key)
-    first, _, rest = key.partition(".")
-    if isinstance(batch, Sequence) and first.isdigit():
-        batch = {first: batch[int(first)]}
-    if not rest or not isinstance(batch, Mapping) or first not in batch:
-        raise LookupError(key)
-    return _looked_up(batch[first], rest)
+    return _looked_up(found, rest) if rest else found
 
 
 def _contents(batch: Any) -> str:

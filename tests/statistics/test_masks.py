@@ -67,6 +67,7 @@ def test_what_a_decoder_reads_is_told_by_its_mask_or_its_labels() -> None:
     ("batch", "source"),
     [
         ((FOUR, MASK), 1),
+        ((FOUR, MASK), "1"),  # as a command line gives it
         ([FOUR, MASK], -1),
         ({"text": {"mask": MASK, "ids": FOUR}, "labels": FOUR}, "text.mask"),
         ({"a.b": MASK}, "a.b"),
