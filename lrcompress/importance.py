@@ -87,7 +87,8 @@ class Importance:
 
     Over each window of ``every_n_steps`` steps the scores are averaged to ``I``; then
     ``Ī ← β₁ Ī + (1 − β₁) I`` and, for PLATON, ``Ū ← β₂ Ū + (1 − β₂) |I − Ī|``, both from zero.
-    The score is ``Ī``, or ``Ī·Ū`` where ``β₂ < 1``. Scores that are not finite count as zero.
+    The score is ``Ī``, or ``Ī·Ū`` where ``β₂ < 1``. A step in which a layer has a score that is not
+    finite, as where half-precision gradients overflow, is left out for all units of that layer.
 
     Args:
         beta1: of the average, from 0 to below 1.
@@ -106,6 +107,7 @@ class Importance:
         self.beta1, self.beta2, self.every_n_steps = beta1, beta2, every_n_steps
         self.steps = 0  # in the window that is open
         self._open: dict[str, Tensor] = {}
+        self._skipped: dict[str, Tensor] = {}  # steps of the window that were left out, ()
         self._mean: dict[str, Tensor] = {}
         self._spread: dict[str, Tensor] = {}
 
@@ -113,11 +115,14 @@ class Importance:
     def add(self, scores: Mapping[str, Tensor]) -> None:
         """Add one step's scores, ``(units,)`` of each layer, and close the window if it is full."""
         for name, score in scores.items():
-            score = torch.nan_to_num(score.float(), 0.0, 0.0, 0.0)
+            score = score.float()
+            finite = score.isfinite().all()  # kept on the device, so that nothing waits for it
+            score = torch.where(finite, score, 0.0)
             if name in self._open:
                 self._open[name] += score
+                self._skipped[name] += ~finite
             else:
-                self._open[name] = score
+                self._open[name], self._skipped[name] = score, (~finite).float()
         self.steps += 1
         if self.steps >= self.every_n_steps:
             self.close()
@@ -125,13 +130,15 @@ class Importance:
     def close(self) -> None:
         """Close the window that is open, full or not."""
         for name, total in self._open.items():
-            score = total / max(1, self.steps)
+            added = self.steps - self._skipped[name]
+            score = total / added.clamp(min=1)
             mean = self._mean.setdefault(name, torch.zeros_like(score))
+            score = torch.where(added > 0, score, mean)
             mean.lerp_(score, 1 - self.beta1)
             if self.beta2 < 1:
                 spread = self._spread.setdefault(name, torch.zeros_like(score))
                 spread.lerp_((score - mean).abs_(), 1 - self.beta2)
-        self._open, self.steps = {}, 0
+        self._open, self._skipped, self.steps = {}, {}, 0
 
     @property
     def known(self) -> bool:
@@ -147,13 +154,16 @@ class Importance:
     def state_dict(self) -> dict[str, object]:
         """Return everything in plain types and tensors."""
         parts = {"open": self._open, "mean": self._mean, "spread": self._spread}
+        parts["skipped"] = self._skipped
         copied = {key: {n: t.clone() for n, t in part.items()} for key, part in parts.items()}
         return {"steps": self.steps, **copied}
 
     def load_state_dict(self, state: Mapping[str, object], device: torch.device | str) -> None:
         """Load what :meth:`state_dict` returned, on ``device``."""
-        self._open, self._mean, self._spread = (
-            {name: value.to(device, copy=True) for name, value in state[key].items()}  # type: ignore[attr-defined]
-            for key in ("open", "mean", "spread")
+        self._open, self._mean, self._spread, skipped = (
+            {name: value.to(device, copy=True) for name, value in state.get(key, {}).items()}  # type: ignore[attr-defined]
+            for key in ("open", "mean", "spread", "skipped")
         )
+        none = torch.zeros((), device=device)  # what earlier versions wrote has no such steps
+        self._skipped = {name: skipped.get(name, none.clone()) for name in self._open}
         self.steps = int(state["steps"])  # type: ignore[call-overload]

@@ -1,6 +1,7 @@
 """Matrix functions: Gram matrices, square roots, shrinkage, whitening, balanced factors."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,40 @@ def shrunk(metric: Tensor, share: float) -> Tensor:
     return result
 
 
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rising eigenvalues ``(n,)`` and eigenvectors ``(n, n)`` of a symmetric matrix.
+
+    Solvers of GPUs give up on matrices that LAPACK solves, those of low rank among them: it is
+    tried once more on the CPU, and then with ``10⁻¹²`` of the mean diagonal added to it.
+
+    Args:
+        matrix: ``(n, n)``, finite; its lower triangle counts.
+
+    Raises:
+        LinAlgError: if all of them fail.
+    """
+    energies, basis = _tried_again(torch.linalg.eigh, matrix)
+    return energies.to(matrix.device), basis.to(matrix.device)
+
+
+def eigvalsh(matrix: Tensor) -> Tensor:
+    """Return the eigenvalues alone, in the same way as :func:`eigh`."""
+    found: Tensor = _tried_again(torch.linalg.eigvalsh, matrix)
+    return found.to(matrix.device)
+
+
+def _tried_again(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
+    try:
+        return solve(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        near = matrix.cpu()
+    try:
+        return solve(near)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        shift = 1e-12 * near.diagonal().mean().abs()
+        return solve(near + shift * torch.eye(len(near)).to(near))
+
+
 def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:
     """Return a square root ``R`` with ``R Rᵀ = moment``, and whether it is lower triangular.
 
@@ -83,7 +118,7 @@ def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:
     pivots = lower.diagonal()
     if not failed.item() and pivots.min() >= floor**0.5 * pivots.max():
         return lower, True
-    energy, basis = torch.linalg.eigh(moment)
+    energy, basis = eigh(moment)
     return basis * energy.clamp(min=floor * float(energy[-1].clamp(min=0))).sqrt(), False
 
 

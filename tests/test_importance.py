@@ -174,15 +174,25 @@ def test_what_is_added_is_not_changed_and_may_be_changed_later() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @each_spread
-def test_scores_that_are_not_finite_add_nothing(value: float, beta2: float) -> None:
+def test_a_step_with_a_score_that_is_not_finite_is_left_out(value: float, beta2: float) -> None:
     importance, steps = Importance(0.85, beta2, 3), a_run(9)
     for i, step in enumerate(steps):
-        step["a"][i % 3] = value
+        if i % 3 == i // 3:  # the first, second and third of the windows
+            step["a"][i % 3] = value
         importance.add(step)
     assert all(score.isfinite().all() for score in importance.scores().values())
     for i, step in enumerate(steps):
-        step["a"][i % 3] = 0.0
+        if i % 3 == i // 3:  # a window's average stays what it is without it
+            others = [steps[j]["a"] for j in range(3 * (i // 3), 3 * (i // 3) + 3) if j != i]
+            step["a"] = torch.stack(others).mean(0)
     assert_scores(importance, steps)
+
+
+def test_a_window_without_a_finite_step_changes_nothing() -> None:
+    importance = Importance(0.5, 1.0, 2)
+    for score in (1.0, 1.0, math.nan, math.inf):
+        importance.add({"a": torch.full((2,), score)})
+    assert importance.scores()["a"].tolist() == [0.5, 0.5]
 
 
 def test_scores_of_low_precision_are_added_in_float32() -> None:
@@ -247,3 +257,16 @@ def test_a_beta2_out_of_range_is_refused(beta2: float) -> None:
     message = rf"^beta2 must be from 0 to 1 \(no uncertainty\), got {beta2!r}$"
     with pytest.raises(SettingError, match=message):
         Importance(beta2=beta2)
+
+
+@pytest.mark.parametrize("overflows", [0, 1, 3])
+def test_a_step_that_overflows_somewhere_is_left_out_for_the_whole_layer(overflows: int) -> None:
+    found, expected = Importance(every_n_steps=4), Importance(every_n_steps=3)
+    for number in range(4):
+        score = torch.tensor([1.0, 2.0, 3.0]) * (number + 1)
+        if number != overflows:
+            expected.add({"layer": score.clone()})
+        else:
+            score[2] = torch.inf  # the row with the largest gradients
+        found.add({"layer": score, "other": torch.ones(1)})
+    torch.testing.assert_close(found.scores()["layer"], expected.scores()["layer"])

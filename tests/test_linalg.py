@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrcompress import linalg
 from lrcompress.linalg import add_gram_, balanced, root, shrunk, symmetric
 
 
@@ -107,3 +108,37 @@ def test_balancing_zero_stays_zero_and_finite() -> None:
     left, right = balanced(torch.randn(4, 2), torch.zeros(2, 3))
     assert left.isfinite().all()
     assert right.equal(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("name", ["eigh", "eigvalsh"])
+def test_a_solver_that_gives_up_is_not_the_last(
+    name: str, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = getattr(torch.linalg, name), []
+
+    def gives_up(matrix: Tensor) -> object:
+        calls.append(matrix)
+        if len(calls) <= failures:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return plain(matrix)
+
+    x = torch.randn(3, 8, dtype=torch.float64)
+    matrix = x.mT @ x  # of low rank, as moments of few tokens are
+    expected = plain(matrix)
+    monkeypatch.setattr(torch.linalg, name, gives_up)
+    found = getattr(linalg, name)(matrix)
+    values = (expected, found) if name == "eigvalsh" else (expected[0], found[0])
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-9)
+    if name == "eigh":
+        torch.testing.assert_close(found[1] * found[0] @ found[1].mT, matrix)
+    assert len(calls) == failures + 1
+
+
+def test_what_no_solver_can_do_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gives_up(matrix: Tensor) -> object:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    with pytest.raises(torch.linalg.LinAlgError, match="failed to converge"):
+        linalg.eigh(torch.eye(2))

@@ -289,7 +289,7 @@ class Pruner:
         replace_(model, name, new)
         old, fresh = view(layer).parameters, view(new).parameters
         named = _NAMES if isinstance(new, LowRankSparseLinear) else None
-        swap_parameters_(optimizers, old, fresh, carry_kept(layer), names=named)
+        swap_parameters_(optimizers, old, fresh, carry_kept(layer), names=named, exact=True)
         return record, new
 
     def _record(self, name: str, layer: LowRankSparseLinear, new: nn.Module) -> LayerRecord:

@@ -200,6 +200,7 @@ def _put(
         carry,
         names=("inner.weight", "left.weight"),
         staying=tied,
+        exact_from=rank,
     )
 
 

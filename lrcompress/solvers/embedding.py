@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.linalg import add_gram_, balanced, symmetric
+from lrcompress.linalg import add_gram_, balanced, eigh, symmetric
 from lrcompress.solvers.truncation import Factors, relative_error
 
 _ROWS = 8192  # that are in float64 at a time
@@ -93,7 +93,7 @@ def truncate_embedding(
         add_gram_(moment, part if weights is None else weights[place, None].to(part).sqrt() * part)
     moment = symmetric(moment)
     root, back = _root(columns, moment)
-    energies, basis = torch.linalg.eigh(root.mT @ moment @ root)
+    energies, basis = eigh(root.mT @ moment @ root)
     basis = basis.flip(1)
     energies = energies.flip(0).clamp(min=0)[: min(table.shape)]
     return EmbeddingTruncation(energies, table.detach(), root @ basis, basis.mT @ back)
@@ -110,7 +110,7 @@ def _root(columns: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     if columns is None or not columns.any():
         one = torch.eye(len(like), dtype=like.dtype, device=like.device)
         return one, one
-    energies, basis = torch.linalg.eigh(columns.to(like))
+    energies, basis = eigh(columns.to(like))
     roots = energies.clamp(min=_FLOOR * float(energies[-1])).sqrt()
     return basis * roots, (basis / roots).mT
 

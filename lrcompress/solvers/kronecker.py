@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import SettingError, ShapeError
-from lrcompress.linalg import balanced, whitening
+from lrcompress.linalg import balanced, eigvalsh, whitening
 from lrcompress.solvers.alternating import Map, alternating_least_squares, alternating_minimization
 from lrcompress.solvers.truncation import FLOOR, check, descending, relative_error
 
@@ -384,7 +384,7 @@ def multiply_adds(first: Sizes, second: Sizes) -> tuple[int, int]:
 
 
 def _tail(matrix: Tensor, terms: int) -> float:
-    energies = torch.linalg.eigvalsh(_gram(matrix)).clamp(min=0).flip(0)
+    energies = eigvalsh(_gram(matrix)).clamp(min=0).flip(0)
     return relative_error(energies, terms)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.linalg import balanced, root, whitening
+from lrcompress.linalg import balanced, eigh, root, whitening
 
 # Keeps the inverse of an output metric bounded: the least of its eigenvalues, of the largest.
 FLOOR = 1e-10
@@ -189,7 +189,7 @@ def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
 
 def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of a positive semidefinite matrix, falling, and their vectors."""
-    energies, basis = torch.linalg.eigh(matrix)
+    energies, basis = eigh(matrix)
     return energies.clamp(min=0).flip(0), basis.flip(1)  # rounding can push a zero below zero
 
 

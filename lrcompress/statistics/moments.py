@@ -1,7 +1,9 @@
 """Moments of layer inputs and output gradients, as mergeable sums and counts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +56,20 @@ def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[st
     return {name: shape for name, shape in every.items() if name in wanted}
 
 
+Added = TypeVar("Added", bound=Callable[..., None])
+
+
+def _in_full_precision(method: Added) -> Added:
+    """Add without the autocast that a backward pass may run in."""
+
+    @wraps(method)
+    def added(self: "Sums", x: Tensor, *args: Any, **kwargs: Any) -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            method(self, x, *args, **kwargs)
+
+    return added  # type: ignore[return-value]
+
+
 @dataclass
 class Sums:
     """Named sums and the counts that go with them: in float32, but for whole numbers, in int64.
@@ -87,6 +103,7 @@ class Sums:
         }
         return cls(values, *count.clone().unbind())
 
+    @_in_full_precision
     def add_inputs_(self, x: Tensor) -> None:
         """Add the tokens ``(tokens, in)`` that a layer read.
 
@@ -105,6 +122,7 @@ class Sums:
         self.values["input_sum"] += x.sum(0).to(self.tokens.device)
         self._count(finite, x.shape[0], 0)
 
+    @_in_full_precision
     def add_gradients_(self, g: Tensor, examples: int, scale: float = 1.0) -> None:
         """Add one step's gradients at the output to ``output_moment``.
 
@@ -123,6 +141,7 @@ class Sums:
             _add_gram(total, g, scale)
         self._count(finite, g.shape[0], examples)
 
+    @_in_full_precision
     def add_weighted_(self, x: Tensor, g: Tensor, scale: float = 1.0) -> None:
         """Add one step's inputs, each token weighted by its squared gradient ``‖g‖²``.
 
@@ -141,6 +160,7 @@ class Sums:
         self.values["weighted_sum"] += (norm.mT @ scaled).squeeze(0).to(device)
         self.values["weight"] += norm.square().sum().to(device)
 
+    @_in_full_precision
     def add_fisher_(
         self, x: Tensor, g: Tensor, scale: float = 1.0, *, examples: int | None = None
     ) -> None:
@@ -179,6 +199,7 @@ class Sums:
         count += torch.bincount(rows.reshape(-1), minlength=len(count)).to(count.device)
         self._count(torch.ones((), dtype=torch.bool, device=rows.device), rows.shape[0], 0)
 
+    @_in_full_precision
     def add_row_gradients_(
         self, rows: Tensor, g: Tensor, examples: int, scale: float = 1.0
     ) -> None:

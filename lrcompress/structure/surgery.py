@@ -17,6 +17,7 @@ from lrcompress.statistics.views import view
 # Optimizer state that is linear in past gradients, and state that is quadratic in them.
 _LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 _SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+_PAIRS = (("exp_avg", "exp_avg_sq"), ("grad_avg", "square_avg"))  # averages of g and of g²
 # Kinds of layers that are not factored further, in words.
 _MADE_BY = {
     "low_rank": "is low rank already",
@@ -274,6 +275,8 @@ def swap_parameters_(
     *,
     names: Sequence[str] | None = None,
     staying: bool = False,
+    exact: bool = False,
+    exact_from: int | None = None,
 ) -> None:
     """Replace parameters in every optimizer's groups, with their state carried over.
 
@@ -290,6 +293,11 @@ def swap_parameters_(
             ``weight`` for one, and ``right.weight`` and ``left.weight`` for two; ``first`` and
             ``second`` for Kronecker factors.
         staying: leave ``old`` in its groups too, for a tied weight that others still use.
+        exact: whether ``carry`` is exact for second moments too. Where it is not, they are raised
+            to the squares of the first ones at least, for an average of squares is no less than
+            the square of the average: centered RMSprop would take the root of a negative number
+            otherwise, and Adam a step of several times its rate.
+        exact_from: the row of the first of ``new`` from which on it is, as that of sparse rows.
     """
     if names is None:
         names = ("right.weight", "left.weight") if len(new) > 1 else ("weight",)
@@ -305,6 +313,30 @@ def swap_parameters_(
         for parameter, state in zip(new, _carried(held, old, new, carry), strict=True):
             if state:
                 optimizer.state[parameter] = state
+                if not exact:
+                    end = exact_from if parameter is new[0] else None
+                    _raise_second_moments_(state, _options(optimizer, parameter), slice(end))
+
+
+def _options(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
+    """Return the options of the group that holds a parameter, empty if none does."""
+    groups = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return next(groups, {})
+
+
+def _raise_second_moments_(state: dict[str, Any], options: Mapping[str, Any], rows: slice) -> None:
+    """Make second moments at least the squares of first ones, both without their bias."""
+    for first, second in _PAIRS:
+        if first not in state or second not in state:
+            continue
+        least, step = state[first][rows].square(), float(state.get("step", 0))
+        if "betas" in options and step > 0:
+            one, two = (1 - float(beta) ** step for beta in options["betas"])
+            least *= two / one**2
+        for raised in (second, f"max_{second}"):
+            if raised in state:
+                part = state[raised][rows]
+                part.copy_(torch.maximum(part, least.to(part)))
 
 
 def _swap_in_groups(

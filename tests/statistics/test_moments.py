@@ -310,3 +310,21 @@ def test_a_state_that_lacks_a_part_is_refused_and_changes_nothing(
 def test_a_state_of_other_types_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match=r"no statistics can be read from this state"):
         Statistics().load_state_dict(state, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_added_in_float32_whatever_autocast_says(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    kinds = (*KINDS, "input_sum")
+    x, g = torch.randn(4, 5, 6), torch.randn(4, 5, 3) * 1e-4
+    found = []
+    for enabled in (True, False):
+        sums = Sums.zeros(shapes(kinds, 6, 3), "cpu")
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            sums.add_inputs_(x.reshape(-1, 6))
+            sums.add_gradients_(g.reshape(-1, 3), 4)
+            sums.add_weighted_(x.reshape(-1, 6), g.reshape(-1, 3))
+            sums.add_fisher_(x, g)
+        found.append(sums.values)
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name

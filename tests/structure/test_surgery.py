@@ -479,3 +479,45 @@ def test_what_cannot_go_along_is_warned_of_by_name() -> None:
         with pytest.warns(UserWarning, match=f"^{message}$"):
             replace_(model, str(number), LowRankLinear.in_place_of(old, 2))
         replace_(model, str(number), old)  # what it was before says nothing
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, 1e-3),
+        lambda p: torch.optim.Adam(p, 1e-3, amsgrad=True),
+        lambda p: torch.optim.RMSprop(p, 1e-3, centered=True),
+        lambda p: torch.optim.RMSprop(p, 1e-3, centered=True, momentum=0.9),
+    ],
+    ids=["AdamW", "amsgrad", "centered RMSprop", "with momentum"],
+)
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_carried_second_moments_fit_the_first_ones(
+    make: Callable[[Any], torch.optim.Optimizer], steps: int
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 16, bias=False)
+    optimizer = make(layer.parameters())
+    x, direction = torch.randn(8, 24), torch.randn(16)
+    for _ in range(steps):  # gradients that agree, so that first moments are large
+        optimizer.zero_grad()
+        (layer(x + 0.01 * torch.randn(8, 24)) @ direction).sum().backward()
+        optimizer.step()
+    u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    new = LowRankLinear.in_place_of(layer, 4)
+    with torch.no_grad():
+        new.left.weight.copy_(u[:, :4] * s[:4].sqrt())
+        new.right.weight.copy_(s[:4, None].sqrt() * vh[:4])
+    carry = carry_dense(new.left.weight.detach(), new.right.weight.detach(), False)
+    swap_parameters_([optimizer], [layer.weight], new.factors, carry)
+    before = [p.detach().clone() for p in new.factors]
+    for parameter in new.factors:  # one step with the gradient of the average itself
+        state = optimizer.state[parameter]
+        mean = state["exp_avg"] / 0.1 if "exp_avg" in state else state["grad_avg"] / 0.01
+        parameter.grad = mean / max(1, steps)
+    optimizer.step()
+    for parameter, old in zip(new.factors, before, strict=True):
+        assert parameter.isfinite().all()
+        if "betas" in optimizer.param_groups[0]:
+            moved = (parameter - old * (1 - 1e-5)).abs().max()
+            assert moved <= 1.5e-3, "no entry moves by much more than the rate"
