@@ -119,7 +119,7 @@ class DSEE(CompressionCallback):
         self.updates, self.pruned, self.exclude, self.trained = updates, pruned, exclude, trained
         self.structure, self.scope, self.l1 = structure, scope, l1
         self.prune_at, self.prune_from = prune_at, prune_from
-        self.merge, self.seed = merge, seed
+        self.merge, self.seed, self._makes_matrices = merge, seed, False  # entries are a vector
         self._check()
         self._prune_at, self._prune_from = (
             None if given is None else Point.parse(given) for given in (prune_at, prune_from)
@@ -176,7 +176,7 @@ class DSEE(CompressionCallback):
         return "pruning" if 0 < self._stage < len(self.points) else super()._phase()
 
     @override
-    def _check_trained(self, module: nn.Module, names: Sequence[str]) -> None:
+    def _check_trained(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
         """Accept frozen layers: their updates are trained."""
 
     # Structure and state

@@ -135,6 +135,7 @@ class FactorizeEmbedding(CompressionCallback):
         verbose: bool = True,
     ) -> None:
         self.keep, self.rank, self.at, self.window = keep, rank, at, window
+        self._makes_matrices = method != "safe"  # which brings vectors too
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
         check_warmup(restart_steps, restart_scale)
         points, keeps = parse_points(at, keep)

@@ -161,6 +161,7 @@ class Factorize(CompressionCallback):
         self.keep, self.at, self.method, self.window = keep, at, method, window
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
         self.measure_layers = measure_layers
+        self._makes_matrices = method != "kronecker"  # whose terms are stacked
         check_warmup(restart_steps, restart_scale)
         if keep is None and not (ranks or keeps):
             raise SettingError("keep is missing: the share of parameters that remains, e.g. 0.3")

@@ -24,11 +24,10 @@ from lrcompress.callbacks.warmup import LearningRateWarmup
 from lrcompress.distributed import ONE_PROCESS
 from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
+from lrcompress.errors import CheckpointError, ObservationError, SettingError
 from lrcompress.report import PointRecord, Report
 from lrcompress.report.tables import point_table
 from lrcompress.schedules import Point, StepsPerEpoch, Warmup
-from lrcompress.statistics.views import view
 from lrcompress.structure.plan import Plan
 
 VERSION = 1
@@ -88,6 +87,7 @@ class CompressionCallback(pl.Callback, ABC):
     # What a subclass defines
 
     at: float | str | list[float | str]  # its argument; part of the state's key
+    _makes_matrices = True  # and no parameters of other shapes
 
     @abstractmethod
     def settings_at(self, stage: int) -> Settings | EmbeddingSettings:
@@ -144,27 +144,26 @@ class CompressionCallback(pl.Callback, ABC):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._live = (pl_module, trainer.optimizers)
-        trainer_state.check_optimizers(trainer.optimizers, type(self).__name__)
+        owner = type(self).__name__
+        trainer_state.check_optimizers(trainer.optimizers, owner, matrices=self._makes_matrices)
         names = self.settings_at(0).select(pl_module).names
         ddp.check_layers(pl_module, names, self._processes, type(self).__name__)
-        self._check_trained(pl_module, names)
         if self._loaded is not None:
             self._resume(pl_module, trainer.optimizers, self._loaded)
             ddp.rebuild_ddp_(trainer)
-
-    def _check_trained(self, module: nn.Module, names: Sequence[str]) -> None:
-        """Check that no layer is frozen, since its factors would not be trained.
-
-        Raises:
-            LayerError: if one is frozen.
-        """
-        for name in names:
-            layer = view(module.get_submodule(name), table=True)
-            if not layer.parameters[0].requires_grad:
-                raise LayerError(
-                    f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
-                    "leave it out with exclude=, or call lrcompress.compress() on the model"
+        self._check_trained(trainer, names)
+        every = self._compression_callbacks(trainer)
+        for other in every[: every.index(self)]:
+            both = set(names) & set(other.settings_at(0).watched(pl_module))
+            if both:
+                raise SettingError(
+                    f"{type(other).__name__} and {owner} both replace layer {min(both)!r}: leave "
+                    "it out of one of them with exclude=, or give one several points"
                 )
+
+    def _check_trained(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
+        """Check that the factors of layers will be trained."""
+        trainer_state.check_trained(trainer, names, type(self).__name__)
 
     def _resume(
         self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]

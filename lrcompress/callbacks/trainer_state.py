@@ -14,9 +14,10 @@ from rich.console import Console, RenderableType
 from torch import nn
 from torch.optim import Optimizer
 
-from lrcompress.errors import CheckpointError, PlatformError, nearest
+from lrcompress.errors import CheckpointError, LayerError, PlatformError, nearest
 from lrcompress.report.tables import WIDTH
 from lrcompress.schedules import StepsPerEpoch
+from lrcompress.statistics.views import view
 
 # By name: the same classes exist twice, in lightning.pytorch and in pytorch_lightning.
 _REFUSED = {
@@ -104,18 +105,66 @@ def check_no_tensor_parallel(strategy: Any, owner: str) -> None:
         )
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], owner: str) -> None:
-    """Check that no optimizer shards its state over processes.
+# Optimizers that cannot take new parameters while they train, and why.
+_OPTIMIZERS = {
+    "ZeroRedundancyOptimizer": "holds only a part of its state in each process; use the optimizer "
+    "it wraps",
+    "LBFGS": "keeps all gradients in one flat vector of the length they had at its first step; "
+    "use another optimizer, or call lrcompress.compress() after the fit",
+}
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], owner: str, *, matrices: bool = True) -> None:
+    """Check that optimizers can go on with new parameters in the place of old ones.
+
+    Args:
+        optimizers: of the trainer.
+        owner: for the message.
+        matrices: whether all new parameters are matrices, which is all that Muon takes.
 
     Raises:
-        PlatformError: for a ZeroRedundancyOptimizer; the message says what to do.
+        PlatformError: if one cannot; the message says why and what to do.
     """
     for optimizer in optimizers:
-        if "ZeroRedundancyOptimizer" in _names(type(optimizer)):
+        names = _names(type(optimizer))
+        for name in names & _OPTIMIZERS.keys():
             raise PlatformError(
-                f"{owner} carries the optimizer's state over to new parameters, and "
-                "ZeroRedundancyOptimizer holds only a part of it in each process; use the "
-                "optimizer it wraps"
+                f"{owner} puts new parameters in an optimizer while it trains, and {name} "
+                f"{_OPTIMIZERS[name]}"
+            )
+        if "Muon" in names and not matrices:
+            raise PlatformError(
+                f"{owner} makes parameters here that are no matrices, and Muon takes matrices "
+                "only; use another optimizer"
+            )
+
+
+def check_trained(trainer: pl.Trainer, names: Sequence[str], owner: str) -> None:
+    """Check that layers are trained, as their factors are to be.
+
+    Args:
+        trainer: with its module and optimizers.
+        names: of the layers.
+        owner: for the message.
+
+    Raises:
+        LayerError: if the weight of one is frozen.
+        PlatformError: if no optimizer holds it.
+    """
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    for name in names:
+        weight = view(trainer.lightning_module.get_submodule(name), table=True).parameters[0]
+        if not weight.requires_grad:
+            raise LayerError(
+                f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
+                "leave it out with exclude=, or call lrcompress.compress() on the model"
+            )
+        if id(weight) not in held:
+            raise PlatformError(
+                f"no optimizer holds the weight of layer {name!r}, so its factors would not be "
+                f"trained after {owner} has replaced it; give it to one in configure_optimizers, "
+                "or leave the layer out with exclude="
             )
 
 

@@ -5,11 +5,14 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lrcompress
 from lrcompress.callbacks.trainer_state import run_lengths
+from lrcompress.errors import PlatformError, SettingError
 from lrcompress.nn import LowRankLinear
 
 pytestmark = [
@@ -117,3 +120,87 @@ def test_losparse_needs_no_length_where_its_phases_are_steps(
     data = DataLoader(Endless(batches(), 8), batch_size=None)
     trainer(losparse, max_epochs=3).fit(tagger(), data)
     assert [point.step for point in losparse.report.points] == [8]
+
+
+class Optimized(L.LightningModule):
+    """A tagger with optimizers of its own choice."""
+
+    def __init__(self, inner: L.LightningModule, make: Make) -> None:
+        super().__init__()
+        self.inner, self.make = inner, make
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.inner(batch), batch["labels"])
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.inner)
+
+
+QUIET_ONLY: dict[str, Any] = {"verbose": False, "validate": False, "report_path": None}
+EVERY: list[tuple[str, Make]] = [
+    ("Factorize", lambda: lrcompress.Factorize(0.4, "epoch:2", **QUIET_ONLY)),
+    ("LoSparse", lambda: lrcompress.LoSparse(0.5, **QUIET_ONLY)),
+    ("DSEE", lambda: lrcompress.DSEE(0.5, 2, 4, updates=["*.up"], **QUIET_ONLY)),
+    (
+        "FactorizeEmbedding",
+        lambda: lrcompress.FactorizeEmbedding(0.5, targets=["inner.embed"], **QUIET_ONLY),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), EVERY, ids=[name for name, _ in EVERY])
+def test_an_optimizer_with_one_flat_vector_is_refused_at_the_start(
+    name: str, make: Make, tagger: Make, loader: Make, trainer: Make
+) -> None:
+    module = Optimized(tagger(), lambda inner: torch.optim.LBFGS(inner.parameters()))
+    told = rf"^{name} puts new parameters .* and LBFGS keeps all gradients in one flat vector"
+    with pytest.raises(PlatformError, match=told):
+        trainer(make()).fit(module, loader())
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (lambda: lrcompress.Factorize(0.4, "epoch:2", "kronecker", **QUIET_ONLY), True),
+        (lambda: lrcompress.DSEE(0.5, 2, 4, updates=["*.up"], **QUIET_ONLY), True),
+        (lambda: lrcompress.Factorize(0.4, "step:6", "svd", align=1, **QUIET_ONLY), False),
+        (lambda: lrcompress.LoSparse(0.5, **QUIET_ONLY), False),
+    ],
+    ids=["kronecker", "dsee", "low rank", "losparse"],
+)
+def test_muon_takes_matrices_only(
+    make: Make, refused: bool, tagger: Make, loader: Make, trainer: Make
+) -> None:
+    def both(inner: nn.Module) -> list[torch.optim.Optimizer]:
+        return torch.optim.Muon([p for p in inner.blocks.parameters() if p.ndim == 2], lr=1e-3)
+
+    module = Optimized(tagger(), both)
+    if refused:
+        with pytest.raises(PlatformError, match="no matrices, and Muon takes matrices only"):
+            trainer(make()).fit(module, loader())
+    else:
+        trainer(make()).fit(module, loader())
+
+
+@pytest.mark.parametrize("make", [EVERY[0][1], EVERY[1][1], EVERY[3][1]])
+def test_layers_that_no_optimizer_holds_are_refused_at_the_start(
+    make: Make, tagger: Make, loader: Make, trainer: Make
+) -> None:
+    module = Optimized(tagger(), lambda inner: torch.optim.AdamW(inner.head.parameters()))
+    told = r"no optimizer holds the weight of layer 'inner\.[a-z0-9.]+', so its factors would not"
+    with pytest.raises(PlatformError, match=told):
+        trainer(make()).fit(module, loader())
+
+
+def test_two_callbacks_for_one_layer_are_refused_at_the_start(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    one = lrcompress.Factorize(0.6, "epoch:1", targets=["*.up", "*.down"], **QUIET)
+    other = lrcompress.Factorize(0.4, "epoch:2", targets=["*.down"], **QUIET)
+    told = r"Factorize and Factorize both replace layer 'blocks.0.down': leave it out of one"
+    with pytest.raises(SettingError, match=told):
+        trainer(one, other).fit(tagger(), loader())
+    apart = lrcompress.Factorize(0.6, "epoch:1", targets=["*.up"], **QUIET)
+    trainer(apart, other).fit(tagger(), loader())
+    assert [len(x.report.points) for x in (apart, other)] == [1, 1]
