@@ -26,7 +26,9 @@ class Looks(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.lengths = run_lengths(trainer)
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, *_: object
+    ) -> None:
         factored = any(isinstance(m, LowRankLinear) for m in module.modules())
         if factored and not hasattr(self, "first"):
             self.first = trainer.global_step

@@ -76,6 +76,11 @@ def test_a_curve_is_the_loss_at_every_keep_and_a_picture(
     assert "tokens of 2 batches" in shown
     assert "<svg" in Path("curve.svg").read_text(encoding="utf-8")
 
+    # what stays because it is not faster is measured at a point alone
+    assert main(["plan", *arguments, "--curve=2", "--trainer.callbacks.keep_measured=true"]) == 0
+    measured = capsys.readouterr().out
+    assert re.findall(r"^ (0\.\d+) +(.*?) *$", measured, flags=re.MULTILINE) == [*rows.items()]
+
 
 def test_a_curve_is_of_the_weights_of_a_checkpoint_and_leaves_them_alone(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
