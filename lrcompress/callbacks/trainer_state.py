@@ -201,13 +201,20 @@ def run_validation(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def validation_figures(trainer: pl.Trainer) -> dict[str, float]:
-    """Return the metrics of the fit's validation that has just ended; of any other, nothing.
+    """Return the metrics of the fit's validation that has just ended, of all its loaders.
 
-    Others are the sanity check and :func:`run_validation`.
+    Of any other nothing: of the sanity check and of :func:`run_validation`.
     """
-    if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.barebones:
+    results = trainer._results
+    if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or results is None:
         return {}
-    figures = trainer._logger_connector.metrics["callback"]
+    figures: dict[str, Any] = {}
+    try:  # it shows one loader's at a time, by now those of none
+        for loader in {metric.meta.dataloader_idx: None for metric in results.values()}:
+            results.dataloader_idx = loader
+            figures |= results.metrics(on_step=False)["callback"]
+    finally:
+        results.dataloader_idx = None
     return {name: float(value) for name, value in figures.items()}
 
 

@@ -126,8 +126,7 @@ def _metrics(found: _Rows, report: Report, last: dict[str, float]) -> None:
     predicted = [point.predicted_loss for point in points]
     if any(value is not None for value in predicted):
         found.add("predicted change of loss", [None, *predicted], say=change)
-    loss = loss_name(before)
-    if loss is not None:
+    for loss in _losses(before):
         end = last.get(loss)
         found.add(
             f"measured change of {loss}",
@@ -138,8 +137,18 @@ def _metrics(found: _Rows, report: Report, last: dict[str, float]) -> None:
 
 
 def loss_name(figures: dict[str, float]) -> str | None:
-    """Return the figure that is a loss, or None."""
+    """Return the figure that is a loss, of several loaders that of the first; or None."""
     return next((name for name in figures if "loss" in name), None)
+
+
+def _losses(figures: dict[str, float]) -> list[str]:
+    """Return the figure that is a loss, of every loader."""
+    first = loss_name(figures)
+    return [name for name in figures if first and _without_loader(name) == _without_loader(first)]
+
+
+def _without_loader(name: str) -> str:
+    return name.partition("/dataloader_idx_")[0]  # which Lightning appends
 
 
 def measured_change(point: PointRecord, name: str) -> float | None:

@@ -159,6 +159,48 @@ def test_training_that_stops_early_leaves_no_stale_figures(
     assert "not validated after the last point" in capsys.readouterr().out
 
 
+def test_every_one_of_several_validation_loaders_is_in_the_report(
+    tagger: Make, loader: Make, batches: Make, trainer: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tagger()
+    loss, validated = nn.functional.cross_entropy, []
+
+    def validation_step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        model.log("val_loss", loss(model(batch), batch["labels"]))
+        model.log(f"own{dataloader_idx}", float(batch_idx), add_dataloader_idx=False)
+
+    def on_validation_epoch_end() -> None:
+        model.log("rounds", float(len(validated)))
+        validated.append(model.training)
+
+    model.validation_step = validation_step
+    model.on_validation_epoch_end = on_validation_epoch_end
+    both = [loader(), loader(batches(3, seed=1))]
+    callback = factorize(report_path=None, measure_layers=True)
+    run = trainer(callback)
+    run.fit(model, loader(), both)
+
+    losses = ["val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"]
+    names = {*losses, "own0", "own1", "rounds"}
+    report = callback.report
+    (point,) = report.points
+    assert {*point.metrics["before"]} == {*point.metrics["after"]} == {*report.final} == names
+    assert {*report.history} == names
+    assert all([step for step, _ in curve] == [6, 12, 18] for curve in report.history.values())
+    for name in losses:
+        assert (
+            report.final[name] == report.history[name][-1][1] == float(run.callback_metrics[name])
+        )
+    assert report.final[losses[0]] != report.final[losses[1]]
+    assert (report.final["own0"], report.final["own1"]) == (2.5, 1.0)
+    alone = [L.Trainer.validate(trainer(), model, one, verbose=False)[0] for one in both]
+    assert [report.final[name] for name in losses] == pytest.approx([x["val_loss"] for x in alone])
+    shown = capsys.readouterr().out
+    assert "not validated" not in shown
+    for name in losses:
+        assert f"measured change of {name}" in shown
+
+
 def test_measured_layers_are_each_alone_and_the_model_ends_the_same(
     tagger: Make, loader: Make, trainer: Make
 ) -> None:
