@@ -70,14 +70,14 @@ def plan_table(
     whole: int,
     nbytes: int,
     notes: Iterable[str],
-    kept: int = 0,
+    beside: int = 0,
 ) -> RenderableType:
     """Return a table of planned ranks and sizes, for a model of ``whole`` parameters.
 
-    Of what is replaced, ``kept`` parameters stay in the model for others.
+    It has ``beside`` more parameters than by these layers' own sizes: below 0, where others go.
     """
     before, after = sum(x.before for x in layers), sum(x.after for x in layers)
-    smaller = whole - before + after + kept
+    smaller = whole - before + after + beside
     lines = [
         f"targeted layers: {before:,} → {after:,} parameters ({after / before:.3f})",
         f"whole model: {whole:,} → {smaller:,} ({smaller / whole:.3f})",
