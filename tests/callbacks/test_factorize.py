@@ -368,6 +368,30 @@ def test_best_checkpoint_and_early_stopping_start_anew(
     run.validate(model, loader(), ckpt_path="best", verbose=False)
 
 
+@pytest.mark.parametrize("monitor", ["val_loss", None])
+def test_a_checkpoint_that_stays_dense_beside_the_factored_one_is_named(
+    monitor: str | None, tagger: Make, loader: Make, trainer: Make, tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    best = ModelCheckpoint(tmp_path, "best", monitor=monitor, save_weights_only=True)
+    run = trainer(factorize(at="epoch:2"), best, enable_checkpointing=True)
+    run.fit(tagger(), loader(), loader())
+
+    def dense(path: Path) -> bool:
+        held = torch.load(path, weights_only=True)["state_dict"]
+        return not any(key.endswith("left.weight") for key in held)
+
+    files = {path.name: dense(path) for path in tmp_path.glob("*.ckpt")}
+    told = [line for line in caplog.messages if "stays as it was before this point" in line]
+    assert not dense(Path(best.best_model_path))
+    if monitor is None:  # without a best, the latest is replaced as ever
+        assert (files, told) == ({"best.ckpt": False}, [])
+    else:
+        assert files == {"best.ckpt": True, "best-v1.ckpt": False}
+        (line,) = told
+        assert str(tmp_path / "best.ckpt") in line
+
+
 def test_weights_only_files_and_either_structure_load_again(
     tagger: Make, loader: Make, trainer: Make, tmp_path: Path
 ) -> None:
