@@ -10,7 +10,7 @@ from lrcompress.nn import LowRankUpdateLinear, Replacement
 from lrcompress.pruning.heads import Attention, remaining
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.statistics.views import view
-from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
+from lrcompress.structure.parameter_counts import sizes_before, stored_bytes
 
 Sides = Mapping[str, tuple[int, int]]
 
@@ -95,7 +95,7 @@ def pruning_record(
     weights = [view(model.get_submodule(name)).weight for name in names]
     biases = _lost_biases(model, found) if merge else []
     seen = sum(int(x.count_nonzero()) for x in (*weights, *biases))
-    before, bytes_before = dense_size(model), dense_bytes(model)
+    before, bytes_before = sizes_before(model, LowRankUpdateLinear)
     after, bytes_after = sum(p.numel() for p in model.parameters()), stored_bytes(model)
     if merge:
         gone = [x.before - x.stored for x in layers]

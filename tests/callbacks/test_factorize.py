@@ -219,7 +219,10 @@ def test_two_points_factor_again_from_fresh_statistics(
     assert (first.step, second.step) == (6, 12)
     assert first.keep == pytest.approx(0.6, abs=0.05)
     assert second.keep == pytest.approx(0.3, abs=0.05)
-    assert second.model_before == first.model_before  # always against the dense model
+    assert second.model_before == first.model_after < first.model_before
+    assert second.bytes_before == first.bytes_after < (first.bytes_before or 0)
+    assert [x.stood for x in first.layers] == [None] * 4
+    assert [x.stood for x in second.layers] == [x.after if x.rank else None for x in first.layers]
     assert [x.name for x in second.layers] == [x.name for x in first.layers]
     assert first.observed["steps"] == second.observed["steps"] == 3
 

@@ -1,14 +1,17 @@
 """Every run leaves a report, and tells it once: files, one table, loggers."""
 
 import copy
+import csv
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import rich
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
@@ -109,6 +112,57 @@ def test_two_callbacks_have_one_table_and_one_report(
     assert report.points[1].model_after == sum(p.numel() for p in model.parameters())
     assert set(report.seconds_per_step) == {"dense", "pruning", "factored"}
     assert capsys.readouterr().out.count("what was lost and gained") == 1
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_sizes_before_are_those_of_the_model_before_that_change(
+    order: int, tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    sparse = {"keep": 0.5, "mask_every": 2, "at": "step:3", "window": "step:2", "init": "kfac"}
+    held = {"keep": 0.5, "at": "step:3", "window": "step:2", "verbose": False}
+    callbacks = [
+        lrcompress.LoSparse(targets=["blocks.0.*"], **sparse),
+        lrcompress.FactorizeEmbedding(targets=["embed"], rank=4, **(held | {"keep": None})),
+        factorize(targets=["blocks.1.*"], at="step:17", verbose=False),
+    ][::order]
+    model = tagger()
+    sizes = [sum(p.numel() for p in model.parameters())]
+    logger = CSVLogger(tmp_path / "logs")
+    trainer(*callbacks, logger=logger, log_every_n_steps=1).fit(model, loader(), loader())
+
+    embedding, losparse, last = report = Report.load(logger.log_dir).points
+    assert [point.step for point in report][::2] == [3, 17]
+    assert embedding.model_before == sizes[0]  # not that of the layers being pruned
+    sizes.append(sizes[0] - 20 * 16 + sum(x.after for x in embedding.layers))
+    assert losparse.model_before == sizes[1]
+    assert last.model_before == losparse.model_after
+    assert last.model_after == sum(p.numel() for p in model.parameters())
+    assert all(x.bytes_before == 4 * x.model_before for x in report)
+    logged = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
+    shares = [float(x) for row in logged if (x := row.get("lrcompress/keep_model"))]
+    assert shares[-1] == pytest.approx(last.model_after / sizes[0])
+
+
+def test_a_second_fit_counts_from_the_model_it_begins_with(
+    tagger: Make, loader: Make, trainer: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, first = tagger(), factorize(verbose=False, report_path=None)
+    trainer(first).fit(model, loader(), loader())
+    before = sum(p.numel() for p in model.parameters())
+    callback = factorize(keep=0.3, report_path=None)
+    rich.print(callback.preview(model))
+    planned = capsys.readouterr().out
+    trainer(callback).fit(model, loader(), loader())
+    (point,), after = callback.report.points, sum(p.numel() for p in model.parameters())
+    assert (point.model_before, point.model_after) == (before, after)
+    assert (point.bytes_before, point.bytes_after) == (4 * before, 4 * after)
+    stood = [x.after for x in first.report.points[0].layers]
+    assert [x.start for x in point.layers] == stood
+    assert sum(stood) - sum(x.after for x in point.layers) == before - after
+    assert f"whole model: {before:,} → " in planned
+    shown = capsys.readouterr().out
+    assert re.search(rf"targeted parameters +{sum(stood):,} ", shown)
+    assert f"the whole model {after / before:.3f} of its parameters" in shown
 
 
 def test_losparse_tells_its_budget_and_the_scores_it_chose_by(
