@@ -86,12 +86,13 @@ def test_a_curve_is_of_the_weights_of_a_checkpoint_and_leaves_them_alone(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     saving = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {dirpath: saved"
-    both = f"[{saving}, filename: last}}}}, {{class_path: lrcompress.Factorize, init_args: "
-    both += "{keep: 0.5, at: epoch:2, report_path: null, verbose: false}}]"
+    both = f"[{saving}, filename: '{{epoch}}', save_top_k: -1}}}}, "
+    both += "{class_path: lrcompress.Factorize, init_args: {keep: 0.5, at: epoch:2, "
+    both += "report_path: null, verbose: false}}]"
     fit = ["--trainer.enable_checkpointing=true", "--model.lr=0.01", f"--trainer.callbacks={both}"]
     assert main(["fit", *arguments, *fit]) == 0
     capsys.readouterr()
-    checkpoint = tmp_path / "saved" / "last.ckpt"
+    checkpoint = tmp_path / "saved" / "epoch=1.ckpt"
     before = checkpoint.read_bytes()
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 6  # dense, trained
     shown = []
