@@ -107,7 +107,8 @@ class Point:
 def _steps_before(epoch: float, steps_per_epoch: StepsPerEpoch) -> float:
     each = steps_per_epoch if isinstance(steps_per_epoch, tuple) else (steps_per_epoch,)
     known = each[: int(epoch)]
-    return sum(known) + (epoch - len(known)) * each[min(int(epoch), len(each) - 1)]
+    more = epoch - len(known)  # 0 of unknown length are none
+    return sum(known) + (more * each[min(int(epoch), len(each) - 1)] if more else 0)
 
 
 @dataclass(frozen=True)
@@ -279,13 +280,15 @@ def parse_points(
         keep: the share of each, not checked; a list, falling, if ``at`` is one.
 
     Raises:
-        SettingError: if one is no point, or there is not a falling keep for each.
+        SettingError: if one is no point, there is none, or not a falling keep for each.
 
     Example:
         >>> parse_points(["epoch:1", "epoch:2"], [0.5, 0.2])[1]
         [0.5, 0.2]
     """
     points = [Point.parse(one) for one in (at if isinstance(at, list) else [at])]
+    if not points:
+        raise SettingError("at is a list without a point; give one or more, such as at=[0.3, 0.6]")
     keeps: list[float | None] = [*keep] if isinstance(keep, list) else [keep]
     if len(keeps) != len(points):
         raise SettingError(

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lrcompress.errors import SettingError
-from lrcompress.schedules import Cubic, Piecewise, Point, Warmup
+from lrcompress.schedules import Cubic, Piecewise, Point, Warmup, parse_points
 
 
 @pytest.mark.parametrize(
@@ -196,3 +196,9 @@ def test_whether_a_value_ever_counts(given: object, counts: bool) -> None:
 def test_without_a_length_only_steps_say_whether_a_value_counts() -> None:
     assert Piecewise.parse({"step:9": [0.0, 1.0]}).counts(math.inf, math.inf)
     assert not Piecewise.parse({"step:0": [1.0, 0.0], "step:9": 0}).counts(math.inf, math.inf)
+
+
+@pytest.mark.parametrize("keep", [[], [0.5], 0.5])
+def test_a_list_without_a_point_is_refused(keep: float | list[float]) -> None:
+    with pytest.raises(SettingError, match="at is a list without a point; give one or more"):
+        parse_points([], keep)

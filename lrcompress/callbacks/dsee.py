@@ -437,7 +437,8 @@ class DSEE(CompressionCallback):
             steps = ", pruned at ".join(f"{step:,}" for step in self._point_steps)
             notes.append(f"updates attached at step {steps}, of {self._total:,.0f} steps")
         title = f"DSEE: {self.structure}, keep {self.keep}, at {self.at}"
-        return plan_table(layers, title, whole, 0, notes)
+        lost = effective_size.bias_size(model, self.keep, self._attentions)
+        return plan_table(layers, title, whole, 0, notes, -lost)
 
 
 def _replaced(

@@ -21,6 +21,7 @@ from lrcompress.schedules import Point, parse_points
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.masks import MASK, MaskSource
 from lrcompress.statistics.moments import TABLE_KINDS
+from lrcompress.structure.parameter_counts import replaced_sizes
 
 
 class FactorizeEmbedding(CompressionCallback):
@@ -235,7 +236,8 @@ class FactorizeEmbedding(CompressionCallback):
         """
         settings = self.settings[0]
         tables = settings.tables(model)
-        records = [record_of(table, settings) for table in tables]
+        stood = replaced_sizes(model, [table.name for table in tables])
+        records = [record_of(table, settings, stood=stood.get(table.name)) for table in tables]
         recorder = Recorder(model, settings.watched(model), settings.kinds)
         by = f"by {settings.weighting}"
         title = f"FactorizeEmbedding: {settings.method} {by}, at {self.points[0]}"

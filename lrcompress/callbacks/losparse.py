@@ -24,7 +24,7 @@ from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
 from lrcompress.statistics.masks import MASK, MaskSource
-from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
+from lrcompress.structure.parameter_counts import sizes_before, stored_bytes
 
 _FROM, _UNTIL = 0.1, 0.6  # of the way from `at` to the end
 _BUDGETS = 100  # values of keep during pruning, for the report
@@ -389,7 +389,7 @@ class LoSparse(CompressionCallback):
         ddp.check_same_parameters(
             module, self._processes
         )  # the same units, before they are structure
-        before, bytes_before = dense_size(module), dense_bytes(module)
+        before, bytes_before = sizes_before(module)
         layers = self._pruner.compact_(module, trainer.optimizers)
         self._sync_structure(trainer, module)
         after = sum(p.numel() for p in module.parameters())

@@ -354,9 +354,10 @@ class CompressionCallback(pl.Callback, ABC):
     def _record_point(self, trainer: pl.Trainer, record: PointRecord) -> None:
         """Add what a point did to the report, the terminal and the loggers."""
         self.report.points.append(record)
+        whole = self._run_report(trainer).points[0].model_before
         if self.verbose:
-            trainer_state.print_above_progress(trainer, point_table(record))
-        trainer_state.log_figures(trainer, record.figures())
+            trainer_state.print_above_progress(trainer, point_table(record, whole))
+        trainer_state.log_figures(trainer, record.figures(whole))
 
     def _warm_up(self, steps: float, scale: float) -> None:
         """Start a learning-rate warmup over a number or a fraction of all steps.

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console, RenderableType
 from torch import nn
@@ -250,13 +250,20 @@ def run_validation(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def validation_figures(trainer: pl.Trainer) -> dict[str, float]:
-    """Return the metrics of the fit's validation that has just ended; of any other, nothing.
+    """Return the metrics of the fit's validation that has just ended, of all its loaders.
 
-    Others are the sanity check and :func:`run_validation`.
+    Of any other nothing: of the sanity check and of :func:`run_validation`.
     """
-    if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.barebones:
+    results = trainer._results
+    if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or results is None:
         return {}
-    figures = trainer._logger_connector.metrics["callback"]
+    figures: dict[str, Any] = {}
+    try:  # it shows one loader's at a time, by now those of none
+        for loader in {metric.meta.dataloader_idx: None for metric in results.values()}:
+            results.dataloader_idx = loader
+            figures |= results.metrics(on_step=False)["callback"]
+    finally:
+        results.dataloader_idx = None
     return {name: float(value) for name, value in figures.items()}
 
 
@@ -301,12 +308,19 @@ def warn_of_lost_teacher(module: pl.LightningModule, checkpoint: Mapping[str, An
 def reset_best_scores(trainer: pl.Trainer) -> None:
     """Reset the best scores of ModelCheckpoint and EarlyStopping after a change of structure.
 
-    A dense checkpoint kept as best could not be loaded into the factored model, and the drop
-    at a point would count as the end of progress. Saved files stay on disk.
+    A denser model would be kept as best, and the drop at a point would count as the end of
+    progress. The best file so far stays on disk and is named; the next best goes to another,
+    which gets a number where ``filename`` has no part that changes. A ModelCheckpoint that
+    monitors nothing has no best: it goes on replacing its latest file.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         kinds = _names(type(callback))
-        if "ModelCheckpoint" in kinds:
+        if "ModelCheckpoint" in kinds and callback.monitor is not None:
+            if callback.best_model_path:
+                rank_zero_info(
+                    f"lrcompress: {callback.best_model_path} stays as it was before this point; "
+                    "the best after it goes to another file, ModelCheckpoint.best_model_path"
+                )
             worst = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
             callback.best_k_models, callback.kth_best_model_path = {}, ""
             callback.best_model_score, callback.current_score = None, None

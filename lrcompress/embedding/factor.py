@@ -25,7 +25,7 @@ from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
+from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
 from lrcompress.structure.surgery import (
     Carry,
     all_or_nothing,
@@ -74,7 +74,8 @@ def factor_tables_(
     started = time.perf_counter()
     held = tuple(optimizers)
     tables = settings.tables(model)
-    before, bytes_before = dense_size(model), dense_bytes(model)
+    before, bytes_before = sizes_before(model)
+    stood = replaced_sizes(model, [table.name for table in tables])
     found: dict[str, Factors] = {}
     records: list[LayerRecord] = []
 
@@ -84,7 +85,8 @@ def factor_tables_(
             metric, rank = metric_of(table, statistics, settings), settings.rank_of(table)
             weight = view(model.get_submodule(table.name), table=True).weight
             found[table.name] = solve(weight, settings.method, rank, metric)
-            records.append(record_of(table, settings, found[table.name].error, metric.note))
+            told = (found[table.name].error, metric.note, stood.get(table.name))
+            records.append(record_of(table, settings, *told))
 
     processes.run_on_all(work)
     touched = [name for table in tables for name in (*table.embeddings, *table.heads)]
@@ -107,7 +109,11 @@ def factor_tables_(
 
 
 def record_of(
-    table: EmbeddingTable, settings: EmbeddingSettings, error: float | None = None, note: str = ""
+    table: EmbeddingTable,
+    settings: EmbeddingSettings,
+    error: float | None = None,
+    note: str = "",
+    stood: int | None = None,
 ) -> LayerRecord:
     """Return the record of a table for the report."""
     rank = settings.rank_of(table)
@@ -121,9 +127,8 @@ def record_of(
         )
     parameters = parameters_of(METHODS[settings.method], table.shape, rank)
     told = None if settings.method == "low_rank" else parameters
-    return LayerRecord(
-        table.name, *table.shape, rank, error, None, "; ".join(notes), parameters=told
-    )
+    given = (table.name, *table.shape, rank, error, None, "; ".join(notes))
+    return LayerRecord(*given, parameters=told, stood=stood)
 
 
 def _check_form(model: nn.Module, name: str) -> None:

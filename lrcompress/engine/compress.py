@@ -34,7 +34,7 @@ from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.masks import MASK, MaskSource, batch_decoder_mask, batch_mask
 from lrcompress.statistics.moments import KINDS, Statistics
 from lrcompress.statistics.views import view
-from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
+from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
 from lrcompress.structure.selection import Selection, select
 from lrcompress.structure.surgery import (
     Carry,
@@ -113,15 +113,13 @@ def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Se
         for c in candidates(model, selection.names, settings, {})
     ]
     ranks = allocate(asked, settings.keep, "uniform", settings.align)
+    stood = replaced_sizes(model, selection.names)
+    _keep_lower_ranks(model, ranks)
     records = [
         LayerRecord(
-            c.name,
-            c.out_features,
-            c.in_features,
-            rank := ranks[c.name],
-            None,
-            None,
+            *(c.name, c.out_features, c.in_features, rank := ranks[c.name], None, None),
             first=firsts.get(c.name) if rank else None,
+            stood=stood.get(c.name),
         )
         for c in asked
     ]
@@ -190,7 +188,7 @@ def factor_(
     ranks = choice.ranks
     _keep_lower_ranks(model, ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
-    before, bytes_before = dense_size(model), dense_bytes(model)
+    (before, bytes_before), stood = sizes_before(model), replaced_sizes(model, names)
     held = tuple(optimizers)
 
     def put(name: str, found: Found | None) -> None:
@@ -204,6 +202,7 @@ def factor_(
             ranks[c.name],
             choice.notes.get(c.name, ""),
             reached.get(c.name),
+            stood.get(c.name),
         )
         for c in asked
     ]

@@ -73,6 +73,7 @@ class LayerSummary:
         rank: int | None,
         note: str = "",
         reached: tuple[float, float] | None = None,
+        stood: int | None = None,
     ) -> LayerRecord:
         """Return what became of the layer at ``rank``, with some of its error curve.
 
@@ -83,6 +84,7 @@ class LayerSummary:
             note: added to that of the metric.
             reached: the relative error and the squared one, where they are known better than
                 from the energies.
+            stood: parameters that stood there before, where it was not dense.
         """
         most = len(self.energies)
         shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)} if most else ()
@@ -94,7 +96,8 @@ class LayerSummary:
             loss = None if self.loss_scale is None else 0.5 * self.loss_scale * reached[1]
         notes = "; ".join(filter(None, (self.note, note)))
         first = None if rank is None else self.first
-        return LayerRecord(name, *shape, rank, error, loss, notes, curve=curve, first=first)
+        given = (name, *shape, rank, error, loss, notes)
+        return LayerRecord(*given, curve=curve, first=first, stood=stood)
 
 
 @dataclass(frozen=True)

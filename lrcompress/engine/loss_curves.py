@@ -33,7 +33,8 @@ def loss_curves(
     Args:
         model: whose layers ``settings`` choose.
         statistics: of these layers, of the kinds that the methods need.
-        settings: all but the method and ``keep``.
+        settings: all but the method, ``keep`` and ``keep_measured``: no layer stays as it is
+            because its factors are not faster.
         methods: keys of :data:`lrcompress.objective.METHODS`, of low-rank ones.
         keeps: shares of the targeted layers' parameters.
 
@@ -59,7 +60,9 @@ def loss_curves(
         solutions = solve_layers(model, names, statistics, method, refit_bias=refit, shrink=shrink)
         measured = solutions.measured
         spread = settings.allocation if method == settings.method else None
-        own = replace(settings, method=method, allocation=spread, shapes={})
+        own = replace(
+            settings, method=method, allocation=spread, shapes={}, keep_measured=False
+        )  # what layers gain on this machine is measured at a point, of the method's own ranks
         asked = candidates(model, names, own, measured)
         for keep in keeps:
             try:

@@ -4,13 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrcompress.nn import LowRankUpdateLinear, Replacement
 from lrcompress.pruning.heads import Attention, remaining
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.statistics.views import view
-from lrcompress.structure.parameter_counts import dense_bytes, dense_size, stored_bytes
+from lrcompress.structure.parameter_counts import sizes_before, stored_bytes
 
 Sides = Mapping[str, tuple[int, int]]
 
@@ -92,19 +92,37 @@ def pruning_record(
         merge: count what will be stored after merging; else what is stored now.
     """
     layers = records(model, names, pruned_features(model, found) if merge else None)
-    whole, gone = dense_size(model), sum(x.before - x.stored for x in layers)
-    seen = sum(int(view(model.get_submodule(name)).weight.count_nonzero()) for name in names)
+    weights = [view(model.get_submodule(name)).weight for name in names]
+    biases = _lost_biases(model, found) if merge else []
+    seen = sum(int(x.count_nonzero()) for x in (*weights, *biases))
+    before, bytes_before = sizes_before(model, LowRankUpdateLinear)
+    after, bytes_after = sum(p.numel() for p in model.parameters()), stored_bytes(model)
+    if merge:
+        gone = [x.before - x.stored for x in layers]
+        after = before - sum(gone) - sum(x.numel() for x in biases)
+        bytes_after = bytes_before - sum(x.nbytes for x in biases)
+        bytes_after -= sum(n * x.element_size() for n, x in zip(gone, weights, strict=True))
     return PointRecord(
         method,
         step,
         layers,
-        whole,
-        whole - gone if merge else sum(p.numel() for p in model.parameters()),
-        bytes_before=dense_bytes(model),
-        bytes_after=stored_bytes(model),
+        before,
+        after,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
         trained=trained_size(model),
         effective=effective_size(model) - seen + sum(x.after for x in layers),
     )
+
+
+def _lost_biases(model: nn.Module, found: Collection[Attention]) -> list[Tensor]:
+    """Return the parts of biases that go with silenced heads when these are removed."""
+    return [
+        bias[~one.features(remaining(model, one))]
+        for one in found
+        for name in one.inputs
+        if (bias := view(model.get_submodule(name)).bias) is not None
+    ]
 
 
 def recount_(record: PointRecord, model: nn.Module) -> None:
@@ -112,6 +130,21 @@ def recount_(record: PointRecord, model: nn.Module) -> None:
     record.layers = records(model, [layer.name for layer in record.layers])
     record.model_after = sum(p.numel() for p in model.parameters())
     record.bytes_after, record.effective = stored_bytes(model), effective_size(model)
+
+
+def bias_size(model: nn.Module, keep: float, found: Collection[Attention]) -> int:
+    """Return how many entries of biases go if every attention keeps the same share of heads."""
+    gone = [(one, one.head_size * (one.heads - _heads_left(one, keep))) for one in found]
+    return sum(
+        features
+        for one, features in gone
+        for name in one.inputs
+        if view(model.get_submodule(name)).bias is not None
+    )
+
+
+def _heads_left(one: Attention, keep: float) -> int:
+    return max(1, round(keep * one.heads))
 
 
 def preview(
@@ -125,7 +158,7 @@ def preview(
         keep: of their entries, or of their heads.
         found: the attention modules whose heads are pruned; none where entries are.
     """
-    left = {one: one.head_size * max(1, round(keep * one.heads)) for one in found}
+    left = {one: one.head_size * _heads_left(one, keep) for one in found}
     sides = _sides(model, left)
     result = []
     for name in names:

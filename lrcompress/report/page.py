@@ -43,6 +43,8 @@ _PAGES = Environment(
 _MEANING = {
     "first": "first: rows×columns of the first factor of a Kronecker product; rank is then the "
     "number of terms",
+    "before": "before: parameters that stood there, where the layer was replaced already; kept is "
+    "of the dense weight all the same",
     "error": "error: of the layer's weight, relative, in what the method measures errors in",
     "predicted change": "predicted change: of the training loss an example, if this layer alone "
     "were replaced; right for small cuts near a minimum, too small for large cuts",
@@ -162,6 +164,7 @@ def _layers(point: PointRecord) -> Table:
         "rank": lambda x: "dense" if x.rank is None else number(x.rank),
         "rows": lambda x: number(x.rows),
         "entries": lambda x: number(x.entries),
+        "before": lambda x: number(x.stood),
         "kept": lambda x: share(x.after / x.before),
         "error": lambda x: number(x.error),
         "predicted change": lambda x: change(x.predicted_loss),

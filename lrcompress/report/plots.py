@@ -194,7 +194,8 @@ def _budget(report: Report) -> Plot:
     )  # points of one callback target the same layers
     for number, (_, group) in enumerate(groups):
         points = sorted(group, key=lambda point: point.step or 0)
-        xs, ys = [0.0], [1.0]
+        layers = points[0].layers
+        xs, ys = [0.0], [sum(x.start for x in layers) / sum(x.before for x in layers)]
         for point in points:
             gradual = list(point.budget)
             xs += [step for step, _ in gradual]

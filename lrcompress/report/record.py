@@ -36,6 +36,8 @@ class LayerRecord:
         parameters: of what stands there now, where it is no pair of factors; None where it is.
         first: sizes of the first factor of a sum of Kronecker products, of which ``rank`` counts
             the terms; None for other factors.
+        stood: parameters that stood there just before the point, where it was replaced already;
+            None where it was dense.
         importance: how many units were at least as important, and the score of the last of them,
             when pruning began: some of the units that pruning chooses from, in falling order.
 
@@ -59,11 +61,17 @@ class LayerRecord:
     importance: Curve = ()
     parameters: int | None = None
     first: tuple[int, int] | None = None
+    stood: int | None = None
 
     @property
     def before(self) -> int:
         """Parameters of the dense weight."""
         return self.out_features * self.in_features
+
+    @property
+    def start(self) -> int:
+        """Parameters that stood there just before the point."""
+        return self.before if self.stood is None else self.stood
 
     @property
     def unit(self) -> int:
@@ -89,6 +97,13 @@ class LayerRecord:
             return self.parameters
         return self.rank * self.unit + (self.rows or 0) * self.in_features
 
+    def _untouched(self) -> "LayerRecord":
+        """Return the layer as it was before the point."""
+        own = (self.name, self.out_features, self.in_features)
+        if self.stood is None:
+            return LayerRecord(*own, None, 0.0, 0.0)
+        return LayerRecord(*own, 0, None, None, parameters=self.stood)
+
 
 @dataclass
 class PointRecord:
@@ -98,12 +113,13 @@ class PointRecord:
         method: that factored, a key of :data:`lrcompress.objective.METHODS` or a callback's own.
         step: optimizer steps before it; None outside of a training run.
         layers: the targeted layers.
-        model_before: parameters of the whole model, dense.
+        model_before: parameters of the whole model just before: layers that were replaced earlier
+            count as they were, layers that are being pruned or updated as dense.
         model_after: parameters of the whole model now.
         observed: steps, tokens and skipped steps behind the statistics, and their bytes.
         seconds: that solving and replacing layers took.
         metrics: ``"before"`` and ``"after"`` to validation figures just then, without retraining.
-        bytes_before: of the whole model's parameters, dense; None in records of version 1.
+        bytes_before: of the whole model's parameters just before; None in records of version 1.
         bytes_after: of the whole model's parameters now.
         budget: steps of gradual pruning and what was kept of the layers after them.
         note: why ``keep`` was not met, or "".
@@ -142,11 +158,16 @@ class PointRecord:
         """Predicted increase of the loss, summed over layers; None if that of one is unknown."""
         return sum_or_none(layer.predicted_loss for layer in self.layers)
 
-    def figures(self) -> dict[str, float]:
-        """Return name to number, for a logger."""
+    def figures(self, whole: int | None = None) -> dict[str, float]:
+        """Return name to number, for a logger.
+
+        Args:
+            whole: parameters of the model before the first change of the run; None where that is
+                this one.
+        """
         values = {
             "keep": self.keep,
-            "keep_model": self.model_after / self.model_before,
+            "keep_model": self.model_after / (whole or self.model_before),
             "seconds": self.seconds,
         }
         if self.predicted_loss is not None:
@@ -186,30 +207,33 @@ class Report:
         Reports without points are left out. Final figures and history are those of the callback
         with the first point. Steps are timed as dense until the first point of all, as factored
         after the last.
+
+        Args:
+            reports: in the order of the callbacks, which is that of their points at one step: the
+                model before the first change is that before the first point of all.
         """
         held = [report for report in reports if report.points]
         if len(held) < 2:
             return held[0] if held else cls()
-        held.sort(key=lambda report: report.points[0].step or 0)
+        first = min(held, key=lambda report: report.points[0].step or 0)
         last = max(held, key=lambda report: report.points[-1].step or 0)
-        seconds = {k: v for k, v in held[0].seconds_per_step.items() if k != "factored"}
+        seconds = {k: v for k, v in first.seconds_per_step.items() if k != "factored"}
         seconds |= {k: v for k, v in last.seconds_per_step.items() if k != "dense"}
         points = sorted((p for one in held for p in one.points), key=lambda p: p.step or 0)
-        return cls(points, dict(held[0].final), seconds, dict(held[0].history))
+        return cls(points, dict(first.final), seconds, dict(first.history))
 
     def layers_after(self, point: int) -> list[LayerRecord]:
         """Return all layers that any point targets, as they stand after point number ``point``.
 
-        Those that no point has reached yet are dense.
+        Those that no point has reached yet are dense, or of rank 0 and as many parameters as
+        stood there where they were replaced before the run.
 
         Args:
             point: from 0; −1 is before the first, and any above the last is after it.
         """
-        names = {layer.name: layer for record in self.points for layer in record.layers}
-        now = {
-            name: LayerRecord(name, one.out_features, one.in_features, None, 0.0, 0.0)
-            for name, one in names.items()
-        }
+        now: dict[str, LayerRecord] = {}
+        for layer in (one for record in self.points for one in record.layers):
+            now.setdefault(layer.name, layer._untouched())
         for record in self.points[: point + 1]:
             now |= {layer.name: layer for layer in record.layers}
         return list(now.values())

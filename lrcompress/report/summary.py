@@ -91,7 +91,8 @@ def _sizes(found: _Rows, report: Report) -> None:
     single = any(layer.entries is not None for layer in stages[-1])
     targeted = _both_ends([sum(x.after for x in layers) for layers in stages])
     found.add("targeted parameters" + (", not zero" if single else ""), targeted)
-    found.add("  kept", _shares(targeted), say=share)
+    dense = sum(layer.before for layer in stages[0])
+    found.add("  kept", [size / dense for size in targeted], say=share)
     if single:
         found.add("… stored", _both_ends([sum(x.stored for x in layers) for layers in stages]))
     first, last = report.points[0], report.points[-1]
@@ -102,7 +103,7 @@ def _sizes(found: _Rows, report: Report) -> None:
         found.add("parameters that are trained", [None, *(one.trained for one in report.points)])
     whole = _both_ends([first.model_before, *(point.model_after for point in report.points)])
     found.add("all parameters" + (", stored" if single else ""), whole)
-    found.add("  kept", _shares(whole), say=share)
+    found.add("  kept", [size / whole[0] for size in whole], say=share)
     if first.bytes_before is not None:
         sizes = [first.bytes_before, *(point.bytes_after for point in report.points)]
         found.add("size, MiB", [*sizes, sizes[-1]], say=mebibytes)
@@ -110,10 +111,6 @@ def _sizes(found: _Rows, report: Report) -> None:
 
 def _both_ends(sizes: list[int]) -> list[int]:
     return [*sizes, sizes[-1]]
-
-
-def _shares(sizes: list[int]) -> list[float]:
-    return [size / sizes[0] for size in sizes]
 
 
 def _metrics(found: _Rows, report: Report, last: dict[str, float]) -> None:
@@ -126,8 +123,7 @@ def _metrics(found: _Rows, report: Report, last: dict[str, float]) -> None:
     predicted = [point.predicted_loss for point in points]
     if any(value is not None for value in predicted):
         found.add("predicted change of loss", [None, *predicted], say=change)
-    loss = loss_name(before)
-    if loss is not None:
+    for loss in _losses(before):
         end = last.get(loss)
         found.add(
             f"measured change of {loss}",
@@ -138,8 +134,18 @@ def _metrics(found: _Rows, report: Report, last: dict[str, float]) -> None:
 
 
 def loss_name(figures: dict[str, float]) -> str | None:
-    """Return the figure that is a loss, or None."""
+    """Return the figure that is a loss, of several loaders that of the first; or None."""
     return next((name for name in figures if "loss" in name), None)
+
+
+def _losses(figures: dict[str, float]) -> list[str]:
+    """Return the figure that is a loss, of every loader."""
+    first = loss_name(figures)
+    return [name for name in figures if first and _without_loader(name) == _without_loader(first)]
+
+
+def _without_loader(name: str) -> str:
+    return name.partition("/dataloader_idx_")[0]  # which Lightning appends
 
 
 def measured_change(point: PointRecord, name: str) -> float | None:

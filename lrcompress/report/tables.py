@@ -70,16 +70,18 @@ def plan_table(
     whole: int,
     nbytes: int,
     notes: Iterable[str],
-    kept: int = 0,
+    beside: int = 0,
 ) -> RenderableType:
     """Return a table of planned ranks and sizes, for a model of ``whole`` parameters.
 
-    Of what is replaced, ``kept`` parameters stay in the model for others.
+    It has ``beside`` more parameters than by these layers' own sizes: below 0, where others go.
     """
-    before, after = sum(x.before for x in layers), sum(x.after for x in layers)
-    smaller = whole - before + after + kept
+    dense, after = sum(x.before for x in layers), sum(x.after for x in layers)
+    before = sum(x.start for x in layers)
+    smaller = whole - before + after + beside
+    of = "" if before == dense else f" of {dense:,} in dense ones"
     lines = [
-        f"targeted layers: {before:,} → {after:,} parameters ({after / before:.3f})",
+        f"targeted layers: {before:,} → {after:,} parameters ({after / dense:.3f}{of})",
         f"whole model: {whole:,} → {smaller:,} ({smaller / whole:.3f})",
         f"statistics: at most {nbytes / 2**20:.1f} MiB",
         *notes,
@@ -111,13 +113,16 @@ def loss_curves_table(found: Sequence[PredictedLoss], title: str) -> RenderableT
     return Group(table, Text(note))
 
 
-def point_table(point: PointRecord) -> RenderableType:
-    """Return a table of what one point did, by kind of layer, with totals."""
+def point_table(point: PointRecord, whole: int | None = None) -> RenderableType:
+    """Return a table of what one point did, by kind of layer, with totals.
+
+    The model had ``whole`` parameters before the first change of the run; None where that is this.
+    """
     where = "" if point.step is None else f" at step {point.step}"
     table = ranks_table(point.layers, f"lrcompress: {point.method}{where}, {point.seconds:.1f} s")
     lines = [
         f"targeted layers keep {share(point.keep)}, the whole model "
-        f"{share(point.model_after / point.model_before)} of its parameters"
+        f"{share(point.model_after / (whole or point.model_before))} of its parameters"
     ]
     if any(layer.entries is not None for layer in point.layers):
         stored = sum(x.stored for x in point.layers) / sum(x.before for x in point.layers)

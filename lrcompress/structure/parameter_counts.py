@@ -1,24 +1,42 @@
 """Parameter counts and bytes of a model, as it is and as if dense."""
 
 import math
+from collections.abc import Iterable
 
 from torch import nn
 
-from lrcompress.nn import Replacement
+from lrcompress.nn import LowRankSparseLinear, Replacement
 
 
 def dense_size(model: nn.Module) -> int:
     """Return the number of parameters of ``model`` if its factored layers were dense."""
     now = sum(p.numel() for p in model.parameters())
-    return now + sum(_weight(x) - sum(p.numel() for p in x.factors) for x in _replaced(model))
+    return now + sum(_weight(x) - factor_size(x) for x in _replaced(model))
 
 
-def dense_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters if factored layers were dense, in the factors' dtypes."""
-    now = stored_bytes(model)
-    layers = _replaced(model)
-    dense = sum(_weight(x) * x.factors[0].element_size() for x in layers)
-    return now + dense - sum(p.nbytes for x in layers for p in x.factors)
+def sizes_before(
+    model: nn.Module, begun: type[Replacement] = LowRankSparseLinear
+) -> tuple[int, int]:
+    """Return the parameters of ``model`` and their bytes, as before a change that has only begun.
+
+    Layers of the type ``begun`` that hold more than a dense weight count as dense: they are being
+    pruned or updated. All others count as they are, factored ones too.
+    """
+    held = [x for x in _replaced(model) if isinstance(x, begun) and factor_size(x) > _weight(x)]
+    more = [(factor_size(x) - _weight(x), x.factors[0].element_size()) for x in held]
+    parameters = sum(p.numel() for p in model.parameters()) - sum(count for count, _ in more)
+    return parameters, stored_bytes(model) - sum(count * size for count, size in more)
+
+
+def replaced_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Return the parameters in place of the dense weight, of the named layers that have others."""
+    layers = {name: model.get_submodule(name) for name in names}
+    return {name: factor_size(x) for name, x in layers.items() if isinstance(x, Replacement)}
+
+
+def factor_size(layer: Replacement) -> int:
+    """Return the number of parameters that stand in place of the dense weight."""
+    return sum(p.numel() for p in layer.factors)
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -24,6 +24,8 @@ from lrcompress.errors import (
     ShapeError,
 )
 from lrcompress.nn import LowRankUpdateLinear, PrunedLinear
+from lrcompress.report import Report
+from lrcompress.structure.parameter_counts import stored_bytes
 from lrcompress.tasks import TextClassification, TextData
 
 pytestmark = [
@@ -275,6 +277,31 @@ def tokens(steps: int = 6) -> Iterator[dict[str, Tensor]]:
 
 
 HEADS: dict[str, Any] = {"structure": "heads", "updates": None, "keep": 0.5, "prune_at": "step:7"}
+
+
+def test_sizes_with_fewer_heads_are_the_same_everywhere(
+    bert: Make, loader: Make, trainer: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+    at_the_point: list[Report] = []
+
+    def look(run: L.Trainer, module: nn.Module) -> None:
+        if path.exists() and not at_the_point:
+            at_the_point.append(Report.load(path))
+
+    model = bert()
+    before = sum(p.numel() for p in model.parameters())
+    callback = dsee(**(HEADS | {"verbose": True, "report_path": str(path)}))
+    rich.print(callback.preview(model))
+    trainer(callback, Watch(look)).fit(model, loader(list(tokens())))
+
+    stored, nbytes = sum(p.numel() for p in model.parameters()), stored_bytes(model)
+    shown = capsys.readouterr().out
+    assert f"whole model: {before:,} → {stored:,} " in shown  # the plan
+    assert f" trained, {stored:,} stored, " in shown  # the point
+    for report in (*at_the_point, Report.load(path), callback.report):
+        (point,) = report.points
+        assert (point.model_after, point.bytes_after) == (stored, nbytes)
 
 
 def test_heads_are_removed(bert: Make, loader: Make, trainer: Make) -> None:

@@ -203,6 +203,7 @@ def test_every_method_in_a_fit_with_linear_layers_distilled_and_exported(
     given = [x | {"labels": x["input_ids"][:, 0] % 2} for x in texts()]
     module = Distilled(student, losses=[Logits(), HiddenStates()], teacher_dir=tmp_path)
     small = {"rank": 8} if method == "kronecker" else {"rank": 4 if method == "low_rank" else 2}
+    size = sum(p.numel() for p in student.parameters())
     callback, other = embedding(method=method, weighting="fisher", **small), linears()
     trainer(callback, other).fit(module, loader(given), loader(given))
 
@@ -216,7 +217,9 @@ def test_every_method_in_a_fit_with_linear_layers_distilled_and_exported(
     assert len(joined.points) == 2
     now = sum(p.numel() for p in student.parameters())
     assert joined.points[-1].model_after == now
-    assert joined.points[0].model_before == joined.points[1].model_before
+    assert joined.points[0].model_before == size
+    assert joined.points[1].model_before == joined.points[0].model_after
+    assert joined.points[1].bytes_before == joined.points[0].bytes_after
 
     lrcompress.save_pretrained(student.model, tmp_path / "out")
     loaded = lrcompress.load_pretrained(tmp_path / "out")

@@ -219,7 +219,10 @@ def test_two_points_factor_again_from_fresh_statistics(
     assert (first.step, second.step) == (6, 12)
     assert first.keep == pytest.approx(0.6, abs=0.05)
     assert second.keep == pytest.approx(0.3, abs=0.05)
-    assert second.model_before == first.model_before  # always against the dense model
+    assert second.model_before == first.model_after < first.model_before
+    assert second.bytes_before == first.bytes_after < (first.bytes_before or 0)
+    assert [x.stood for x in first.layers] == [None] * 4
+    assert [x.stood for x in second.layers] == [x.after if x.rank else None for x in first.layers]
     assert [x.name for x in second.layers] == [x.name for x in first.layers]
     assert first.observed["steps"] == second.observed["steps"] == 3
 
@@ -366,6 +369,30 @@ def test_best_checkpoint_and_early_stopping_start_anew(
     held = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     assert any(key.endswith("left.weight") for key in held)
     run.validate(model, loader(), ckpt_path="best", verbose=False)
+
+
+@pytest.mark.parametrize("monitor", ["val_loss", None])
+def test_a_checkpoint_that_stays_dense_beside_the_factored_one_is_named(
+    monitor: str | None, tagger: Make, loader: Make, trainer: Make, tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    best = ModelCheckpoint(tmp_path, "best", monitor=monitor, save_weights_only=True)
+    run = trainer(factorize(at="epoch:2"), best, enable_checkpointing=True)
+    run.fit(tagger(), loader(), loader())
+
+    def dense(path: Path) -> bool:
+        held = torch.load(path, weights_only=True)["state_dict"]
+        return not any(key.endswith("left.weight") for key in held)
+
+    files = {path.name: dense(path) for path in tmp_path.glob("*.ckpt")}
+    told = [line for line in caplog.messages if "stays as it was before this point" in line]
+    assert not dense(Path(best.best_model_path))
+    if monitor is None:  # without a best, the latest is replaced as ever
+        assert (files, told) == ({"best.ckpt": False}, [])
+    else:
+        assert files == {"best.ckpt": True, "best-v1.ckpt": False}
+        (line,) = told
+        assert str(tmp_path / "best.ckpt") in line
 
 
 def test_weights_only_files_and_either_structure_load_again(

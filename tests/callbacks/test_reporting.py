@@ -1,14 +1,17 @@
 """Every run leaves a report, and tells it once: files, one table, loggers."""
 
 import copy
+import csv
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import rich
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
@@ -111,6 +114,57 @@ def test_two_callbacks_have_one_table_and_one_report(
     assert capsys.readouterr().out.count("what was lost and gained") == 1
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_sizes_before_are_those_of_the_model_before_that_change(
+    order: int, tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    sparse = {"keep": 0.5, "mask_every": 2, "at": "step:3", "window": "step:2", "init": "kfac"}
+    held = {"keep": 0.5, "at": "step:3", "window": "step:2", "verbose": False}
+    callbacks = [
+        lrcompress.LoSparse(targets=["blocks.0.*"], **sparse),
+        lrcompress.FactorizeEmbedding(targets=["embed"], rank=4, **(held | {"keep": None})),
+        factorize(targets=["blocks.1.*"], at="step:17", verbose=False),
+    ][::order]
+    model = tagger()
+    sizes = [sum(p.numel() for p in model.parameters())]
+    logger = CSVLogger(tmp_path / "logs")
+    trainer(*callbacks, logger=logger, log_every_n_steps=1).fit(model, loader(), loader())
+
+    embedding, losparse, last = report = Report.load(logger.log_dir).points
+    assert [point.step for point in report][::2] == [3, 17]
+    assert embedding.model_before == sizes[0]  # not that of the layers being pruned
+    sizes.append(sizes[0] - 20 * 16 + sum(x.after for x in embedding.layers))
+    assert losparse.model_before == sizes[1]
+    assert last.model_before == losparse.model_after
+    assert last.model_after == sum(p.numel() for p in model.parameters())
+    assert all(x.bytes_before == 4 * x.model_before for x in report)
+    logged = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
+    shares = [float(x) for row in logged if (x := row.get("lrcompress/keep_model"))]
+    assert shares[-1] == pytest.approx(last.model_after / sizes[0])
+
+
+def test_a_second_fit_counts_from_the_model_it_begins_with(
+    tagger: Make, loader: Make, trainer: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, first = tagger(), factorize(verbose=False, report_path=None)
+    trainer(first).fit(model, loader(), loader())
+    before = sum(p.numel() for p in model.parameters())
+    callback = factorize(keep=0.3, report_path=None)
+    rich.print(callback.preview(model))
+    planned = capsys.readouterr().out
+    trainer(callback).fit(model, loader(), loader())
+    (point,), after = callback.report.points, sum(p.numel() for p in model.parameters())
+    assert (point.model_before, point.model_after) == (before, after)
+    assert (point.bytes_before, point.bytes_after) == (4 * before, 4 * after)
+    stood = [x.after for x in first.report.points[0].layers]
+    assert [x.start for x in point.layers] == stood
+    assert sum(stood) - sum(x.after for x in point.layers) == before - after
+    assert f"whole model: {before:,} → " in planned
+    shown = capsys.readouterr().out
+    assert re.search(rf"targeted parameters +{sum(stood):,} ", shown)
+    assert f"the whole model {after / before:.3f} of its parameters" in shown
+
+
 def test_losparse_tells_its_budget_and_the_scores_it_chose_by(
     tagger: Make, loader: Make, trainer: Make, tmp_path: Path
 ) -> None:
@@ -157,6 +211,48 @@ def test_training_that_stops_early_leaves_no_stale_figures(
     assert callback.report.final == {}
     assert [step for step, _ in callback.report.history["val_loss"]] == [6]
     assert "not validated after the last point" in capsys.readouterr().out
+
+
+def test_every_one_of_several_validation_loaders_is_in_the_report(
+    tagger: Make, loader: Make, batches: Make, trainer: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tagger()
+    loss, validated = nn.functional.cross_entropy, []
+
+    def validation_step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        model.log("val_loss", loss(model(batch), batch["labels"]))
+        model.log(f"own{dataloader_idx}", float(batch_idx), add_dataloader_idx=False)
+
+    def on_validation_epoch_end() -> None:
+        model.log("rounds", float(len(validated)))
+        validated.append(model.training)
+
+    model.validation_step = validation_step
+    model.on_validation_epoch_end = on_validation_epoch_end
+    both = [loader(), loader(batches(3, seed=1))]
+    callback = factorize(report_path=None, measure_layers=True)
+    run = trainer(callback)
+    run.fit(model, loader(), both)
+
+    losses = ["val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"]
+    names = {*losses, "own0", "own1", "rounds"}
+    report = callback.report
+    (point,) = report.points
+    assert {*point.metrics["before"]} == {*point.metrics["after"]} == {*report.final} == names
+    assert {*report.history} == names
+    assert all([step for step, _ in curve] == [6, 12, 18] for curve in report.history.values())
+    for name in losses:
+        assert (
+            report.final[name] == report.history[name][-1][1] == float(run.callback_metrics[name])
+        )
+    assert report.final[losses[0]] != report.final[losses[1]]
+    assert (report.final["own0"], report.final["own1"]) == (2.5, 1.0)
+    alone = [L.Trainer.validate(trainer(), model, one, verbose=False)[0] for one in both]
+    assert [report.final[name] for name in losses] == pytest.approx([x["val_loss"] for x in alone])
+    shown = capsys.readouterr().out
+    assert "not validated" not in shown
+    for name in losses:
+        assert f"measured change of {name}" in shown
 
 
 def test_measured_layers_are_each_alone_and_the_model_ends_the_same(

@@ -76,17 +76,23 @@ def test_a_curve_is_the_loss_at_every_keep_and_a_picture(
     assert "tokens of 2 batches" in shown
     assert "<svg" in Path("curve.svg").read_text(encoding="utf-8")
 
+    # what stays because it is not faster is measured at a point alone
+    assert main(["plan", *arguments, "--curve=2", "--trainer.callbacks.keep_measured=true"]) == 0
+    measured = capsys.readouterr().out
+    assert re.findall(r"^ (0\.\d+) +(.*?) *$", measured, flags=re.MULTILINE) == [*rows.items()]
+
 
 def test_a_curve_is_of_the_weights_of_a_checkpoint_and_leaves_them_alone(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     saving = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {dirpath: saved"
-    both = f"[{saving}, filename: last}}}}, {{class_path: lrcompress.Factorize, init_args: "
-    both += "{keep: 0.5, at: epoch:2, report_path: null, verbose: false}}]"
+    both = f"[{saving}, filename: '{{epoch}}', save_top_k: -1}}}}, "
+    both += "{class_path: lrcompress.Factorize, init_args: {keep: 0.5, at: epoch:2, "
+    both += "report_path: null, verbose: false}}]"
     fit = ["--trainer.enable_checkpointing=true", "--model.lr=0.01", f"--trainer.callbacks={both}"]
     assert main(["fit", *arguments, *fit]) == 0
     capsys.readouterr()
-    checkpoint = tmp_path / "saved" / "last.ckpt"
+    checkpoint = tmp_path / "saved" / "epoch=1.ckpt"
     before = checkpoint.read_bytes()
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 6  # dense, trained
     shown = []

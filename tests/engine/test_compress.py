@@ -635,7 +635,7 @@ def test_a_model_whose_layers_are_all_square_keeps_its_outputs_at_a_high_rank() 
 
 def test_factoring_again_truncates_the_product_of_the_factors() -> None:
     model, data = Net().eval(), batches()
-    compress(model, data, loss_of, method="drone", ranks={"*": 6})
+    first = compress(model, data, loss_of, method="drone", ranks={"*": 6})
     plain = copy.deepcopy(model)
     for name in NAMES:
         module = plain.get_submodule(name)
@@ -648,7 +648,9 @@ def test_factoring_again_truncates_the_product_of_the_factors() -> None:
         assert one.rank == other.rank == 2
         torch.testing.assert_close(one.weight, other.weight, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(one.bias, other.bias, rtol=1e-3, atol=1e-5)
-    assert record.model_before == sum(p.numel() for p in Net().parameters())
+    assert first.model_before == sum(p.numel() for p in Net().parameters())
+    assert record.model_before == first.model_after != first.model_before
+    assert [x.start for x in record.layers] == [x.after for x in first.layers]
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])

@@ -58,3 +58,12 @@ def test_it_says_what_compressing_with_that_keep_records(model: nn.Module, metho
 def test_every_method_is_there_at_every_keep(model: nn.Module) -> None:
     found = loss_curves(model, observed(model, [torch.randn(16, 12)]), Settings(), LOW_RANK)
     assert len({(one.method, one.keep) for one in found}) == len(found) == 7 * 10
+
+
+def test_what_is_measured_on_the_machine_at_a_point_does_not_stand_in_its_way(
+    model: nn.Module,
+) -> None:
+    statistics = observed(model, [torch.randn(16, 12)])
+    plain = loss_curves(model, statistics, Settings(method="kfac"), LOW_RANK)
+    measured = Settings(method="kfac", keep_measured=True)
+    assert loss_curves(model, statistics, measured, LOW_RANK) == plain

@@ -79,6 +79,27 @@ def test_several_callbacks_have_one_report(whole: Report) -> None:
     assert [layer.rank for layer in end] == [4] * 4 + [2] * 2
 
 
+def test_points_at_one_step_follow_each_other_as_their_callbacks_do() -> None:
+    def record(step: int, before: int, after: int) -> PointRecord:
+        return PointRecord("kfac", step, [DENSE], before, after)
+
+    one = Report([record(10, 900, 800), record(20, 800, 700)])
+    other = Report([record(5, 1000, 900), record(20, 700, 600)])
+    joined = Report.joined([one, other])
+    assert [(p.step, p.model_before) for p in joined.points] == [
+        (5, 1000),
+        (10, 900),
+        (20, 800),
+        (20, 700),
+    ]
+    assert joined.points[-1].model_after == 600
+
+
+def test_the_share_of_the_model_is_that_of_the_one_before_the_first_change() -> None:
+    assert point(FACTORED).figures()["keep_model"] == 0.7
+    assert point(FACTORED).figures(1400)["keep_model"] == 0.5
+
+
 def test_a_history_keeps_the_last_of_those_that_are_too_near() -> None:
     report = Report()
     for step in range(0, 101, 2):

@@ -1,5 +1,7 @@
 """Before, after and at the end: what the figures are taken from."""
 
+from dataclasses import replace
+
 from lrcompress.report import LayerRecord, Report
 from lrcompress.report.summary import final_figures, summary
 
@@ -51,3 +53,16 @@ def test_layers_left_dense_are_counted_apart_from_the_model_before() -> None:
     point = pruned()
     point.layers.append(LayerRecord("model.layer.2.out", 10, 20, None, 0.0, 0.0))
     assert "1 of the targeted layers are left dense" in summary(Report([point])).notes
+
+
+def test_a_second_fit_counts_from_the_model_that_it_began_with() -> None:
+    point = factorized(model_before=700, model_after=600, bytes_before=2800, bytes_after=2400)
+    point.layers[:] = [replace(x, stood=160) for x in point.layers]
+    report = Report([point])
+    found = [cells for _, cells in summary(report).rows][:4]
+    sizes = [f"{4 * 160:,}", f"{4 * 120:,}", f"{4 * 120:,}"]
+    assert found[0] == sizes
+    assert found[1] == ["0.800", "0.600", "0.600"]  # of the dense weights, as keep is
+    assert found[2:] == [["700", "600", "600"], ["1.000", "0.857", "0.857"]]
+    assert summary(report).notes[0] == "not validated after the last point"
+    assert not [note for note in summary(report).notes if "dense" in note]

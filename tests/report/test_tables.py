@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from lrcompress.report import LayerRecord, PointRecord, Report
-from lrcompress.report.tables import point_table, ranks_table, summary_table
+from lrcompress.report.tables import plan_table, point_table, ranks_table, summary_table
 
 LAYERS = [
     LayerRecord("model.layer.0.query", 100, 100, 10, 0.2, 0.001),
@@ -94,3 +94,16 @@ def test_a_summary_leaves_blank_what_was_not_measured() -> None:
 
 def test_a_summary_of_a_run_without_points_in_it_is_not_asked_for() -> None:
     assert row(summary_table(Report([point()])), "all parameters") == ["200,000", *["150,000"] * 2]
+
+
+def test_a_share_of_the_model_is_of_the_one_before_the_first_change() -> None:
+    text = "\n".join(lines(point_table(point(), whole=300_000)))
+    assert "the whole model 0.500 of its parameters" in text
+
+
+def test_a_plan_for_layers_that_are_replaced_already_counts_from_what_stands_there() -> None:
+    factored = LayerRecord("model.layer.0.up", 100, 100, 10, None, None, stood=6000)
+    dense = LayerRecord("model.layer.1.up", 100, 100, 20, None, None)
+    text = "\n".join(lines(plan_table([factored, dense], "Title", 17_000, 0, [])))
+    assert "targeted layers: 16,000 → 6,000 parameters (0.300 of 20,000 in dense ones)" in text
+    assert "whole model: 17,000 → 7,000 (0.412)" in text
