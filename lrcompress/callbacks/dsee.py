@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lrcompress.budget import check_keep
-from lrcompress.callbacks import trainer_state
+from lrcompress.callbacks import reporting, trainer_state
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
 from lrcompress.callbacks.scheduled import CompressionCallback
@@ -300,7 +300,7 @@ class DSEE(CompressionCallback):
         now = trainer_state.steps_done(trainer)
         if self._stage == 1 and now in self._moments and trainer_state.between_steps(trainer):
             dsee.prune_(pl_module, self._pruned, self._schedule(now), self.scope)
-            trainer_state.log_figures(trainer, {"keep": self._schedule(now)})
+            reporting.log_figures(trainer, {"keep": self._schedule(now)})
 
     @override
     def on_before_optimizer_step(
@@ -323,18 +323,17 @@ class DSEE(CompressionCallback):
         self._sync_structure(trainer, module)
         if last:
             seconds = time.perf_counter() - started
-            after = trainer_state.run_validation(trainer) if self.validate else {}
             method = f"DSEE, {self.structure}" if self._pruned else "DSEE"
             layers = self._pruned or self._updates
             record = effective_size.pruning_record(
                 method, now, module, layers, self._attentions, self.merge
             )
-            record.seconds, record.metrics = seconds, {"before": before, "after": after}
+            record.seconds, record.metrics = seconds, {"before": before, "after": {}}
             record.note = (
                 f"{len(self._updates)} layers were updated, each by rank {self.rank} and "
                 f"{self.entries} entries"
             )
-            self._record_point(trainer, record)
+            self.report.points.append(record)
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         optimizers = trainer.optimizers

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import ddp, trainer_state
+from lrcompress.callbacks import ddp, reporting, trainer_state
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
 from lrcompress.callbacks.scheduled import CompressionCallback
@@ -323,7 +323,7 @@ class LoSparse(CompressionCallback):
             due = not kept or now - kept[-1][0] >= enough
             if trainer.loggers or due:
                 keep = pruner.keep
-                trainer_state.log_figures(trainer, {"keep": keep})
+                reporting.log_figures(trainer, {"keep": keep})
                 self._split_record["budget"] = [*kept, [now, keep]] if due else kept
 
     @override
@@ -408,11 +408,8 @@ class LoSparse(CompressionCallback):
             bytes_after=stored_bytes(module),
             budget=tuple(map(tuple, self._split_record["budget"])),
         )
-        record.metrics = {
-            "before": self._split_record["metrics"],
-            "after": trainer_state.run_validation(trainer) if self.validate else {},
-        }
-        self._record_point(trainer, record)
+        record.metrics = {"before": self._split_record["metrics"], "after": {}}
+        self.report.points.append(record)
         if not self._pruner.masks:
             self._pruner = None
 

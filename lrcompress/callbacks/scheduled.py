@@ -26,7 +26,6 @@ from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import CheckpointError, LayerError, ObservationError, SettingError
 from lrcompress.report import PointRecord, Report
-from lrcompress.report.tables import point_table
 from lrcompress.schedules import Point, StepsPerEpoch, Warmup
 from lrcompress.statistics.views import view
 from lrcompress.structure.plan import Plan
@@ -99,7 +98,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     @abstractmethod
     def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
-        """Change the model at the point ``self._stage``."""
+        """Change the model at the point ``self._stage``, and add what it did to the report."""
 
     @abstractmethod
     def preview(self, model: nn.Module) -> RenderableType:
@@ -339,25 +338,29 @@ class CompressionCallback(pl.Callback, ABC):
         ddp.check_layers(module, names, self._processes, type(self).__name__)
         if not self._stage:
             trainer_state.notify_compression_start(module)
+        told = len(self.report.points)
         self._change_model(trainer, module, now)
         self._stage += 1
         self._observation.reset()
         if self._next_step is not None and self._observes(self._stage):
             self._prepare_observation(module)
         trainer_state.reset_best_scores(trainer)
+        for record in self.report.points[told:]:  # all is done: what follows cannot undo it
+            self._validate_after(trainer, module, record)
+            reporting.tell_point(trainer, record, verbose=self.verbose)
         reporting.save_report(trainer, self._run_report(trainer), self._report_file)
+
+    def _validate_after(
+        self, trainer: pl.Trainer, module: pl.LightningModule, record: PointRecord
+    ) -> None:
+        """Add to the record of a point what validation gives after it."""
+        if self.validate:
+            record.metrics["after"] = trainer_state.run_validation(trainer)
 
     def _sync_structure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check that all processes have the same structure, and rebuild DDP for it."""
         ddp.check_same_parameters(module, self._processes)
         ddp.rebuild_ddp_(trainer)
-
-    def _record_point(self, trainer: pl.Trainer, record: PointRecord) -> None:
-        """Add what a point did to the report, the terminal and the loggers."""
-        self.report.points.append(record)
-        if self.verbose:
-            trainer_state.print_above_progress(trainer, point_table(record))
-        trainer_state.log_figures(trainer, record.figures())
 
     def _warm_up(self, steps: float, scale: float) -> None:
         """Start a learning-rate warmup over a number or a fraction of all steps.

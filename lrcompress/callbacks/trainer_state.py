@@ -1,4 +1,4 @@
-"""Access to the Lightning Trainer: its strategy, steps, validation, optimizers and loggers."""
+"""Access to the Lightning Trainer: its strategy, steps, validation and optimizers."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +10,10 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from rich.console import Console, RenderableType
 from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.errors import CheckpointError, PlatformError, nearest
-from lrcompress.report.tables import WIDTH
 from lrcompress.schedules import StepsPerEpoch
 
 # By name: the same classes exist twice, in lightning.pytorch and in pytorch_lightning.
@@ -355,29 +353,6 @@ def weights_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
 
 
-def log_figures(trainer: pl.Trainer, values: dict[str, float]) -> None:
-    """Log metrics to every logger, under ``lrcompress/``."""
-    named = {f"lrcompress/{name}": value for name, value in values.items()}
-    for logger in trainer.loggers:
-        logger.log_metrics(named, step=logged_step(trainer))
-
-
 def logged_step(trainer: pl.Trainer) -> int:
     """Return the step under which loggers store what is logged now."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def print_above_progress(trainer: pl.Trainer, table: RenderableType) -> None:
-    """Print above the progress bar, if there is one."""
-    if not trainer.is_global_zero:
-        return
-    console = Console()
-    if not console.is_terminal:  # a log has no width to keep to
-        console.width = max(console.width, WIDTH)
-    bar = trainer.progress_bar_callback
-    if bar is None:
-        console.print(table)
-        return
-    with console.capture() as capture:
-        console.print(table)
-    bar.print(capture.get().rstrip())
