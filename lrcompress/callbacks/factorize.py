@@ -301,13 +301,11 @@ class Factorize(CompressionCallback):
         self._warm_up(self.restart_steps, self.restart_scale)
 
     @override
-    def _validate_after(
-        self, trainer: pl.Trainer, module: pl.LightningModule, record: PointRecord
-    ) -> None:
-        super()._validate_after(trainer, module, record)
+    def _validate_after(self, trainer: pl.Trainer, record: PointRecord) -> None:
+        super()._validate_after(trainer, record)
         dense, self._dense = self._dense, None
         if dense is not None:
-            lost = dense.loss_increases(trainer, module, record.layers)
+            lost = dense.loss_increases(trainer, trainer.lightning_module, record.layers)
             record.layers = [replace(x, measured_loss=lost.get(x.name)) for x in record.layers]
 
     @override

@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrcompress.distributed import Processes
 from lrcompress.errors import CheckpointError, PlatformError, nearest
 from lrcompress.schedules import StepsPerEpoch
+from lrcompress.structure.plan import Plan
 
 # By name: the same classes exist twice, in lightning.pytorch and in pytorch_lightning.
 _REFUSED = {
@@ -146,6 +148,17 @@ def _accumulation(trainer: pl.Trainer) -> dict[int, int] | None:
     return None
 
 
+def tell_trial_points(steps: Sequence[int], total: float, owner: str) -> None:
+    """Say at which of its few steps a trial run (``fast_dev_run``) changes the model."""
+    within = [step for step in steps if step <= total]
+    lacking = len(steps) - len(within)
+    rank_zero_info(
+        f"lrcompress: in a trial run (fast_dev_run) {owner} changes the model at "
+        f"step{'s' * (len(within) > 1)} {', '.join(map(str, within))} of {total:g}"
+        + (f"; the run is too short for {lacking} more of its points" if lacking else "")
+    )
+
+
 def steps_done(trainer: pl.Trainer) -> int:
     """Return how many optimizer steps were taken; under manual optimization, how many batches."""
     if trainer.lightning_module.automatic_optimization:
@@ -247,6 +260,16 @@ def warn_of_lost_teacher(module: pl.LightningModule, checkpoint: Mapping[str, An
         )
 
 
+def match_checkpoint_structure(module: pl.LightningModule, stack: ExitStack) -> None:
+    """Give the module the structure of each state dict it loads, until ``stack`` closes."""
+    handle = module.register_load_state_dict_pre_hook(_match)  # type: ignore[no-untyped-call]
+    stack.callback(handle.remove)
+
+
+def _match(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    Plan.matching(module, state, prefix).apply_(module)
+
+
 def reset_best_scores(trainer: pl.Trainer) -> None:
     """Reset the best scores of ModelCheckpoint and EarlyStopping after a change of structure.
 
@@ -346,6 +369,20 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+def restore_rng(
+    states: Sequence[Mapping[str, Any]], processes: Processes
+) -> Mapping[str, Any] | None:
+    """Set torch's generators to the state in a checkpoint of this process, and return it all.
+
+    None if the checkpoint was written by fewer processes.
+    """
+    if processes.index >= len(states):
+        return None
+    own = states[processes.index]
+    set_rng_state(own["rng"])
+    return own
 
 
 def weights_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
