@@ -1,7 +1,7 @@
 """Schedules: points in training, and ``step -> value`` functions such as warmup and cubic."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -109,6 +109,32 @@ def _steps_before(epoch: float, steps_per_epoch: StepsPerEpoch) -> float:
     known = each[: int(epoch)]
     more = epoch - len(known)  # 0 of unknown length are none
     return sum(known) + (more * each[min(int(epoch), len(each) - 1)] if more else 0)
+
+
+def squeeze(steps: Sequence[int], gaps: Sequence[int], total: int, first: int = 0) -> list[int]:
+    """Return steps moved as little as it takes to lie within a short run, in the same order.
+
+    A step is left after the last one where there are enough, else it is the run's end. Where even
+    so there are too few, the last ones lie beyond the end.
+
+    Args:
+        steps: of the moments.
+        gaps: between each and the next, the least.
+        total: steps of the run.
+        first: the least step.
+
+    Example:
+        >>> squeeze([500, 900], [1], total=4), squeeze([500, 900], [1], total=1)
+        ([2, 3], [0, 1])
+    """
+    needed = first + sum(gaps)
+    latest = total if needed >= total else total - 1
+    moved = list(steps)
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], latest - sum(gaps[i:]))
+    for i in range(len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gaps[i - 1] if i else first)
+    return moved
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lrcompress.errors import SettingError
-from lrcompress.schedules import Cubic, Piecewise, Point, Warmup, parse_points
+from lrcompress.schedules import Cubic, Piecewise, Point, Warmup, parse_points, squeeze
 
 
 @pytest.mark.parametrize(
@@ -202,3 +202,25 @@ def test_without_a_length_only_steps_say_whether_a_value_counts() -> None:
 def test_a_list_without_a_point_is_refused(keep: float | list[float]) -> None:
     with pytest.raises(SettingError, match="at is a list without a point; give one or more"):
         parse_points([], keep)
+
+
+@pytest.mark.parametrize("total", range(1, 6))
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("gaps", [[], [1], [1, 0], [0, 1, 0], [1, 1]])
+def test_steps_are_moved_into_a_short_run_and_no_further_than_need_be(
+    gaps: list[int], first: int, total: int
+) -> None:
+    def fits(steps: tuple[int, ...], last: int) -> bool:
+        apart = all(
+            b - a >= gap for (a, b), gap in zip(itertools.pairwise(steps), gaps, strict=True)
+        )
+        return apart and first <= steps[0] and steps[-1] <= last
+
+    for steps in itertools.product([0, 1, 2, 4, 900], repeat=len(gaps) + 1):
+        moved = tuple(squeeze(steps, gaps, total, first))
+        enough = first + sum(gaps) <= total
+        assert fits(moved, total if enough else first + sum(gaps))
+        if fits(steps, total - 1):
+            assert moved == steps
+        if first + sum(gaps) < total:
+            assert moved[-1] < total  # a step is left after the last

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lrcompress.budget import check_keep
-from lrcompress.callbacks import trainer_state
+from lrcompress.callbacks import reporting, trainer_state
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
 from lrcompress.callbacks.scheduled import CompressionCallback
@@ -20,7 +20,7 @@ from lrcompress.errors import CheckpointError, LayerError, PlatformError, Settin
 from lrcompress.pruning import dsee, effective_size, heads
 from lrcompress.pruning.magnitude import check_scope
 from lrcompress.report.tables import plan_table
-from lrcompress.schedules import Cubic, Point, StepsPerEpoch
+from lrcompress.schedules import Cubic, Point
 from lrcompress.structure.selection import select
 
 _STRUCTURES = ("entries", "heads")
@@ -257,7 +257,8 @@ class DSEE(CompressionCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._merged and trainer_state.steps_done(trainer) < self._run_lengths(trainer)[0]:
+        total, _ = trainer_state.run_lengths(trainer)
+        if self._merged and trainer_state.steps_done(trainer) < total:
             raise CheckpointError(
                 "the checkpoint was written after the updates were merged, at the end of a run; "
                 "resume from one before that, or leave ckpt_path out and start from its weights"
@@ -265,23 +266,22 @@ class DSEE(CompressionCallback):
         if not self._stage:
             named = (self._pruned, self._updates)
             dsee.check_updatable(pl_module, *named, self.rank, self.entries)
-        if self.keep < 1:
-            self._place(*self._run_lengths(trainer))
         super().on_train_start(trainer, pl_module)
 
-    def _place(self, total: float, per_epoch: StepsPerEpoch) -> None:
-        """Find the steps at which weights are pruned.
-
-        Raises:
-            SettingError: if they do not follow each other.
-        """
-        start = self.points[0].step(total, per_epoch)
+    @override
+    def _place_points(self) -> list[int]:
+        if self.keep == 1:
+            return super()._place_points()
+        total, per_epoch = self._total, self._per_epoch
+        start = self._step_of(self.points[0])
         if self._prune_at is None:  # a fraction of unknown length raises
             Point("fraction", _PRUNE_AT).step(total, per_epoch)
             end = start + round(_PRUNE_AT * (total - start))
         else:
-            end = self._prune_at.step(total, per_epoch)
-        begin = end if self._prune_from is None else self._prune_from.step(total, per_epoch)
+            end = self._step_of(self._prune_at)
+        begin = end if self._prune_from is None else self._step_of(self._prune_from)
+        gaps = [1, 0] if self._prune_from is None else [0, 1]
+        start, begin, end = self._within_run([start, begin, end], gaps)
         if not start <= begin <= end or start == end:
             raise SettingError(
                 "phases must follow each other, at ≤ prune_from ≤ prune_at, at < prune_at; got "
@@ -291,6 +291,7 @@ class DSEE(CompressionCallback):
         found = {begin + (end - begin) * moment // _MOMENTS for moment in range(1, _MOMENTS)}
         self._moments = sorted(found - {begin, end})
         self.points = [self.points[0], Point("step", end)]
+        return [start, end]
 
     @override
     def on_train_batch_start(
@@ -300,7 +301,7 @@ class DSEE(CompressionCallback):
         now = trainer_state.steps_done(trainer)
         if self._stage == 1 and now in self._moments and trainer_state.between_steps(trainer):
             dsee.prune_(pl_module, self._pruned, self._schedule(now), self.scope)
-            trainer_state.log_figures(trainer, {"keep": self._schedule(now)})
+            reporting.log_figures(trainer, {"keep": self._schedule(now)})
 
     @override
     def on_before_optimizer_step(
@@ -323,18 +324,17 @@ class DSEE(CompressionCallback):
         self._sync_structure(trainer, module)
         if last:
             seconds = time.perf_counter() - started
-            after = trainer_state.run_validation(trainer) if self.validate else {}
             method = f"DSEE, {self.structure}" if self._pruned else "DSEE"
             layers = self._pruned or self._updates
             record = effective_size.pruning_record(
                 method, now, module, layers, self._attentions, self.merge
             )
-            record.seconds, record.metrics = seconds, {"before": before, "after": after}
+            record.seconds, record.metrics = seconds, {"before": before, "after": {}}
             record.note = (
                 f"{len(self._updates)} layers were updated, each by rank {self.rank} and "
                 f"{self.entries} entries"
             )
-            self._record_point(trainer, record)
+            self.report.points.append(record)
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         optimizers = trainer.optimizers

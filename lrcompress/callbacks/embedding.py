@@ -219,9 +219,8 @@ class FactorizeEmbedding(CompressionCallback):
             module, statistics, settings, optimizers=optimizers, step=now, processes=processes
         )
         self._sync_structure(trainer, module)
-        after = trainer_state.run_validation(trainer) if self.validate else {}
-        record.metrics = {"before": before, "after": after}
-        self._record_point(trainer, record)
+        record.metrics = {"before": before, "after": {}}
+        self.report.points.append(record)
         self._warm_up(self.restart_steps, self.restart_scale)
 
     @override

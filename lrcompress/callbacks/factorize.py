@@ -21,6 +21,7 @@ from lrcompress.engine.kronecker_shapes import check_layers
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
+from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Point, parse_points
 from lrcompress.statistics.masks import MASK, MaskSource
@@ -239,6 +240,11 @@ class Factorize(CompressionCallback):
         )
         return made
 
+    @override
+    def _reset(self) -> None:
+        super()._reset()
+        self._dense: DenseLayers | None = None  # while layers are measured
+
     @property
     def _asked(self) -> list[list[Any]]:
         """Method and keep of every point, as a checkpoint holds them."""
@@ -284,19 +290,24 @@ class Factorize(CompressionCallback):
     def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         settings, statistics = self.settings[self._stage], self._observation.statistics
         before = trainer_state.run_validation(trainer) if self.validate else {}
-        dense = DenseLayers(module, settings.select(module).names) if self.measure_layers else None
+        names = settings.select(module).names
+        self._dense = DenseLayers(module, names) if self.measure_layers else None
         optimizers, processes = trainer.optimizers, self._processes
         record = factor_(
             module, statistics, settings, optimizers=optimizers, step=now, processes=processes
         )
         self._sync_structure(trainer, module)
-        after = trainer_state.run_validation(trainer) if self.validate else {}
-        record.metrics = {"before": before, "after": after}
-        if dense is not None:
-            lost = dense.loss_increases(trainer, module, record.layers)
-            record.layers = [replace(x, measured_loss=lost.get(x.name)) for x in record.layers]
-        self._record_point(trainer, record)
+        record.metrics = {"before": before, "after": {}}
+        self.report.points.append(record)
         self._warm_up(self.restart_steps, self.restart_scale)
+
+    @override
+    def _validate_after(self, trainer: pl.Trainer, record: PointRecord) -> None:
+        super()._validate_after(trainer, record)
+        dense, self._dense = self._dense, None
+        if dense is not None:
+            lost = dense.loss_increases(trainer, trainer.lightning_module, record.layers)
+            record.layers = [replace(x, measured_loss=lost.get(x.name)) for x in record.layers]
 
     @override
     def preview(self, model: nn.Module) -> RenderableType:

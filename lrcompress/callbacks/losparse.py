@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import ddp, trainer_state
+from lrcompress.callbacks import ddp, reporting, trainer_state
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
 from lrcompress.callbacks.scheduled import CompressionCallback
@@ -283,8 +283,12 @@ class LoSparse(CompressionCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._stage:  # now, and not at the point, after the dense epochs
             check_dense(pl_module, self.settings.select(pl_module).names)
-        total, per_epoch = self._run_lengths(trainer)
-        start = self.points[0].step(total, per_epoch)
+        super().on_train_start(trainer, pl_module)
+
+    @override
+    def _place_points(self) -> list[int]:
+        total, per_epoch = self._total, self._per_epoch
+        start = self._step_of(self.points[0])
 
         def step(name: str, after: int, share: float) -> int:
             given = self._given[name]
@@ -293,11 +297,12 @@ class LoSparse(CompressionCallback):
                     return after
                 Point("fraction", share).step(total, per_epoch)  # raises where length is unknown
                 return after + round(share * (total - after))
-            return given.step(total, per_epoch)
+            return self._step_of(given)
 
         begin, end = step("prune_from", start, _FROM), step("prune_until", start, _UNTIL)
         fixed = step("fix_at", end, 0.5 if self.shares.revive else 0.0)
-        if not start <= begin < end <= fixed < total:
+        start, begin, end, fixed = self._within_run([start, begin, end, fixed], [0, 1, 0])
+        if not (start <= begin < end <= fixed < total or self._trial):
             raise SettingError(
                 "phases must follow each other, at ≤ prune_from < prune_until ≤ fix_at < end; got "
                 f"at step {start}, prune_from {begin}, prune_until {end}, fix_at {fixed} of "
@@ -305,7 +310,7 @@ class LoSparse(CompressionCallback):
             )
         self._schedule = Cubic(begin, end, 0.0)
         self.points = [self.points[0], Point("step", fixed)]
-        super().on_train_start(trainer, pl_module)
+        return [start, fixed]
 
     @override
     def on_train_batch_start(
@@ -323,7 +328,7 @@ class LoSparse(CompressionCallback):
             due = not kept or now - kept[-1][0] >= enough
             if trainer.loggers or due:
                 keep = pruner.keep
-                trainer_state.log_figures(trainer, {"keep": keep})
+                reporting.log_figures(trainer, {"keep": keep})
                 self._split_record["budget"] = [*kept, [now, keep]] if due else kept
 
     @override
@@ -408,11 +413,8 @@ class LoSparse(CompressionCallback):
             bytes_after=stored_bytes(module),
             budget=tuple(map(tuple, self._split_record["budget"])),
         )
-        record.metrics = {
-            "before": self._split_record["metrics"],
-            "after": trainer_state.run_validation(trainer) if self.validate else {},
-        }
-        self._record_point(trainer, record)
+        record.metrics = {"before": self._split_record["metrics"], "after": {}}
+        self.report.points.append(record)
         if not self._pruner.masks:
             self._pruner = None
 

@@ -1,18 +1,25 @@
-"""Write the report of a run: a table, JSON and HTML files, and figures for the loggers."""
+"""Tell what a run does: tables on the console, JSON and HTML files, figures for the loggers.
 
-from collections.abc import Iterable
+What is told is recorded already, in the callback's ``report``: where telling fails, as in a
+read-only folder, there is a warning and training goes on.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console, RenderableType
 
 from lrcompress.callbacks import trainer_state
 from lrcompress.errors import SettingError
-from lrcompress.report import Report
+from lrcompress.report import PointRecord, Report
+from lrcompress.report.formatting import printable
 from lrcompress.report.page import write_page
 from lrcompress.report.plots import Plot, pixels, plots
-from lrcompress.report.tables import summary_table
+from lrcompress.report.tables import WIDTH, point_table, summary_table
 
 AUTO = "auto"
 
@@ -45,10 +52,59 @@ def report_file(trainer: pl.Trainer, report_path: str | None) -> Path | None:
     return None if "://" in str(folder) else Path(folder) / "report.json"
 
 
+@contextmanager
+def warning_if_fails(what: str) -> Iterator[None]:
+    """Turn an exception of the block into a warning of what failed and why.
+
+    For what shows, writes or logs a result, never for what makes it.
+    """
+    try:
+        yield
+    except Exception as error:
+        # attributed to this line, so that the same warning is shown once a process
+        rank_zero_warn(
+            f"lrcompress could not {what}, and goes on without: {type(error).__name__}: {error}"
+        )
+
+
+def tell_point(trainer: pl.Trainer, record: PointRecord, whole: int, *, verbose: bool) -> None:
+    """Show and log what a point did to a model of ``whole`` parameters before the first of all."""
+    if verbose and trainer.is_global_zero:
+        with warning_if_fails("print the table of a point"):
+            print_table(point_table(record, whole), trainer.progress_bar_callback)
+    with warning_if_fails("log the figures of a point"):
+        log_figures(trainer, record.figures(whole))
+
+
+def log_figures(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+    """Log metrics to every logger, under ``lrcompress/``; where one fails, with a warning."""
+    named = {f"lrcompress/{name}": value for name, value in values.items()}
+    for logger in trainer.loggers:
+        with warning_if_fails(f"log {', '.join(named)} to {type(logger).__name__}"):
+            logger.log_metrics(dict(named), step=trainer_state.logged_step(trainer))
+
+
+def print_table(table: RenderableType, bar: Any = None) -> None:
+    """Print a table in characters that the console has, above a progress bar that is running."""
+    console = Console()
+    if not console.is_terminal:  # a log has no width to keep to
+        console.width = max(console.width, WIDTH)
+    with console.capture() as capture:
+        console.print(table)
+    text = printable(capture.get(), console.encoding)
+    if bar is not None:
+        bar.print(text.rstrip())
+    elif text == capture.get():
+        console.print(table)
+    else:
+        console.out(text, end="", highlight=False)
+
+
 def save_report(trainer: pl.Trainer, report: Report, path: Path | None) -> None:
     """Write the report so far, if there is a file for it and a point was reached."""
     if path is not None and trainer.is_global_zero and report.points:
-        report.save(path)
+        with warning_if_fails(f"write the report {path}"):
+            report.save(path)
 
 
 def publish_report(
@@ -58,19 +114,22 @@ def publish_report(
     if not trainer.is_global_zero or not report.points:
         return
     if verbose:
-        trainer_state.print_above_progress(trainer, summary_table(report))
+        with warning_if_fails("print the table of the run"):
+            print_table(summary_table(report))  # a bar that has ended would swallow it
     for path in dict.fromkeys(path for path in paths if path is not None):
-        report.save(path)
-        page = path.with_suffix(".html")
-        write_page(report, page)
-        if verbose:
-            rank_zero_info(f"lrcompress: the report is in {page}")
-    takers = [logger for logger in trainer.loggers if _accepts_images(logger)]
-    if takers:
-        step = trainer_state.logged_step(trainer)
-        for plot in plots(report):
-            for logger in takers:
-                _log_image(logger, plot, step)
+        with warning_if_fails(f"write the report {path}"):
+            report.save(path)
+            page = path.with_suffix(".html")
+            write_page(report, page)
+            if verbose:
+                rank_zero_info(f"lrcompress: the report is in {page}")
+    drawn: list[Plot] = []
+    for logger in trainer.loggers:
+        with warning_if_fails(f"log figures of the report to {type(logger).__name__}"):
+            if _accepts_images(logger):
+                drawn = drawn or plots(report)
+                for plot in drawn:
+                    _log_image(logger, plot, trainer_state.logged_step(trainer))
 
 
 def _accepts_images(logger: Any) -> bool:

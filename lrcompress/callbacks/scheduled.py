@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import ddp, reporting, trainer_state
+from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.warmup import LearningRateWarmup
 from lrcompress.distributed import ONE_PROCESS
@@ -26,8 +26,7 @@ from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import CheckpointError, ObservationError, SettingError
 from lrcompress.report import PointRecord, Report
-from lrcompress.report.tables import point_table
-from lrcompress.schedules import Point, StepsPerEpoch, Warmup
+from lrcompress.schedules import Point, Warmup, squeeze
 from lrcompress.structure.plan import Plan
 
 VERSION = 1
@@ -83,6 +82,7 @@ class CompressionCallback(pl.Callback, ABC):
         self._times: dict[str, list[float]] = {}
         self._started: float | None = None
         self._report_file: Path | None = None
+        self._trial = False  # fast_dev_run: a few steps, in which points are moved
 
     # What a subclass defines
 
@@ -99,7 +99,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     @abstractmethod
     def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
-        """Change the model at the point ``self._stage``."""
+        """Change the model at the point ``self._stage``, and add what it did to the report."""
 
     @abstractmethod
     def preview(self, model: nn.Module) -> RenderableType:
@@ -124,15 +124,13 @@ class CompressionCallback(pl.Callback, ABC):
         if stage == "fit":
             self._hooks.close()
             self._reset()
-            trainer_state.check_trainer(trainer, type(self).__name__)
+            compatibility.check_trainer(trainer, type(self).__name__)
             self._processes = ddp.processes_of(trainer)
             self._observation = Observation(self.sampling, self._processes)
             ddp.check_same_module(pl_module, self._processes)
             self._report_file = reporting.report_file(trainer, self.report_path)
-        follow = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            _match_checkpoint_structure
-        )
-        self._hooks.callback(follow.remove)
+            self._trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        trainer_state.match_checkpoint_structure(pl_module, self._hooks)
 
     @override
     def on_load_checkpoint(
@@ -145,7 +143,7 @@ class CompressionCallback(pl.Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._live = (pl_module, trainer.optimizers)
         owner = type(self).__name__
-        trainer_state.check_optimizers(trainer.optimizers, owner, matrices=self._makes_matrices)
+        compatibility.check_optimizers(trainer.optimizers, owner, matrices=self._makes_matrices)
         names = self.settings_at(0).select(pl_module).names
         ddp.check_layers(pl_module, names, self._processes, type(self).__name__)
         if self._loaded is not None:
@@ -163,7 +161,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     def _check_trained(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
         """Check that the factors of layers will be trained."""
-        trainer_state.check_trained(trainer, names, type(self).__name__)
+        compatibility.check_trained(trainer, names, type(self).__name__)
 
     def _resume(
         self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
@@ -177,22 +175,12 @@ class CompressionCallback(pl.Callback, ABC):
         trainer_state.reorder_parameters_(module, optimizers, state["param_names"])
         device = next(module.parameters()).device
         self._observation.load_state_dict(state["observation"], device)
-        self._restore_rng(state)  # the loader draws its order from here
-        own = self._process_state(state)
+        # the loader draws its order from here
+        own = trainer_state.restore_rng(state["processes"], self._processes)
         if own is not None:
             self._observation.set_label_rng_state(own["labels"])
         if state["restart"] is not None:
             self._start_warmup(Warmup(**state["restart"]["schedule"]), state["restart"]["taken"])
-
-    def _process_state(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """Return what a checkpoint holds of this process; None if there were fewer processes."""
-        processes = state["processes"]
-        return processes[self._processes.index] if self._processes.index < len(processes) else None
-
-    def _restore_rng(self, state: Mapping[str, Any]) -> None:
-        own = self._process_state(state)
-        if own is not None:
-            trainer_state.set_rng_state(own["rng"])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -237,11 +225,14 @@ class CompressionCallback(pl.Callback, ABC):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total, self._per_epoch = self._run_lengths(trainer)
-        self._point_steps = [point.step(self._total, self._per_epoch) for point in self.points]
+        ddp.check_same_lengths(trainer, self._processes)
+        self._total, self._per_epoch = trainer_state.run_lengths(trainer)
+        self._point_steps = self._place_points()
         if any(after <= before for before, after in pairwise(self._point_steps)):
             named = ", ".join(map(str, self.points))
             raise SettingError(f"points must rise, got {named}: steps {self._point_steps}")
+        if self._trial:
+            trainer_state.tell_trial_points(self._point_steps, self._total, type(self).__name__)
         step = self._next_step
         if step is None:
             return
@@ -256,10 +247,17 @@ class CompressionCallback(pl.Callback, ABC):
         if observes:
             self._prepare_observation(pl_module)
 
-    def _run_lengths(self, trainer: pl.Trainer) -> tuple[float, StepsPerEpoch]:
-        """Return optimizer steps in the whole run and per epoch, which all processes share."""
-        ddp.check_same_lengths(trainer, self._processes)
-        return trainer_state.run_lengths(trainer)
+    def _place_points(self) -> list[int]:
+        """Return the steps of the points."""
+        return self._within_run([self._step_of(x) for x in self.points], [1] * len(self.points[1:]))
+
+    def _step_of(self, point: Point) -> int:
+        """Return the step of a moment; in a trial run it may lie beyond the end."""
+        return (point.place if self._trial else point.step)(self._total, self._per_epoch)
+
+    def _within_run(self, at: list[int], gaps: list[int]) -> list[int]:
+        """Return steps, in a trial run moved to where it has them; ``gaps`` are the least."""
+        return squeeze(at, gaps, int(self._total), int(self._observes(0))) if self._trial else at
 
     def _prepare_observation(self, module: nn.Module) -> None:
         if self._window.unit == "epoch" and self._per_epoch == math.inf:  # as long as it may be
@@ -283,10 +281,9 @@ class CompressionCallback(pl.Callback, ABC):
         if self._loaded is not None:
             self._tried = True
             if batch_idx > 0:  # resumed within an epoch: setting up the loader drew numbers
-                self._restore_rng(self._loaded)
-            for one in self._compression_callbacks(
-                trainer
-            ):  # once: a point may have drawn before the others
+                trainer_state.restore_rng(self._loaded["processes"], self._processes)
+            # once: a point may have drawn before the others
+            for one in self._compression_callbacks(trainer):
                 one._loaded = None
         now = trainer_state.steps_done(trainer)
         if (
@@ -328,6 +325,11 @@ class CompressionCallback(pl.Callback, ABC):
             spent[0] += 1
             spent[1] += time.perf_counter() - self._started
             self._started = None
+        callbacks = self._compression_callbacks(trainer)
+        if self._trial and trainer.is_last_batch and self is callbacks[-1]:  # all have observed it
+            for one in callbacks:
+                if one._next_step is not None and one._next_step <= one._total:
+                    one._run_point(trainer, pl_module, one._next_step)
 
     def _run_point(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         if self._observes(self._stage):
@@ -338,26 +340,28 @@ class CompressionCallback(pl.Callback, ABC):
         ddp.check_layers(module, names, self._processes, type(self).__name__)
         if not self._stage:
             trainer_state.notify_compression_start(module)
+        told = len(self.report.points)
         self._change_model(trainer, module, now)
         self._stage += 1
         self._observation.reset()
         if self._next_step is not None and self._observes(self._stage):
             self._prepare_observation(module)
         trainer_state.reset_best_scores(trainer)
+        for record in self.report.points[told:]:  # all is done: what follows cannot undo it
+            self._validate_after(trainer, record)
+            whole = self._run_report(trainer).points[0].model_before
+            reporting.tell_point(trainer, record, whole, verbose=self.verbose)
         reporting.save_report(trainer, self._run_report(trainer), self._report_file)
+
+    def _validate_after(self, trainer: pl.Trainer, record: PointRecord) -> None:
+        """Add to the record of a point what validation gives after it."""
+        if self.validate:
+            record.metrics["after"] = trainer_state.run_validation(trainer)
 
     def _sync_structure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check that all processes have the same structure, and rebuild DDP for it."""
         ddp.check_same_parameters(module, self._processes)
         ddp.rebuild_ddp_(trainer)
-
-    def _record_point(self, trainer: pl.Trainer, record: PointRecord) -> None:
-        """Add what a point did to the report, the terminal and the loggers."""
-        self.report.points.append(record)
-        whole = self._run_report(trainer).points[0].model_before
-        if self.verbose:
-            trainer_state.print_above_progress(trainer, point_table(record, whole))
-        trainer_state.log_figures(trainer, record.figures(whole))
 
     def _warm_up(self, steps: float, scale: float) -> None:
         """Start a learning-rate warmup over a number or a fraction of all steps.
@@ -439,10 +443,3 @@ class CompressionCallback(pl.Callback, ABC):
         self._observation.drop_step()
         self._hooks.close()
         self._warmup = None
-
-
-def _match_checkpoint_structure(
-    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object
-) -> None:
-    """Give the module the structure of the state dict it is about to load."""
-    Plan.matching(module, state_dict, prefix).apply_(module)

@@ -1,8 +1,8 @@
-"""Access to the Lightning Trainer: its strategy, steps, validation, optimizers and loggers."""
+"""Access to the Lightning Trainer: its strategy, steps, validation and optimizers."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,162 +10,26 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from rich.console import Console, RenderableType
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.errors import CheckpointError, LayerError, PlatformError, nearest
-from lrcompress.report.tables import WIDTH
+from lrcompress.distributed import Processes
+from lrcompress.errors import CheckpointError, nearest
 from lrcompress.schedules import StepsPerEpoch
-from lrcompress.statistics.views import view
+from lrcompress.structure.plan import Plan
 
-# By name: the same classes exist twice, in lightning.pytorch and in pytorch_lightning.
-_REFUSED = {
-    "StochasticWeightAveraging": "keeps a copy of the dense weights to average into",
-    "WeightAveraging": "keeps a copy of the dense weights to average into",
-    "ModelPruning": "masks parameters that will have left the model",
-}
-# Strategies that are DDPStrategies by inheritance alone.
-_OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
-_FSDP2 = "ModelParallelStrategy"
-# What to do under strategies that shard the module before a callback may change it.
-BETWEEN_FITS = (
-    "fit without the callback, make one file of the checkpoint if it is a folder, then "
-    "`lrcompress factor --config RECIPE --checkpoint LAST.ckpt --out FACTORED.ckpt` with "
-    "Factorize in the recipe, and fit again with lrcompress.StartFrom('FACTORED.ckpt') in its "
-    "place"
-)
-
+FSDP2 = "ModelParallelStrategy"
 TEACHER = "lrcompress_teacher"  # what a checkpoint says of the teacher of a distilled run
 
 
-def _names(kind: type) -> set[str]:
+def class_names(kind: type) -> set[str]:
+    """Return the names of a class and its bases: in both Lightnings they are the same."""
     return {base.__name__ for base in kind.__mro__}
-
-
-def check_trainer(trainer: pl.Trainer, owner: str) -> None:
-    """Check that strategy and callbacks of a trainer allow a change of structure.
-
-    Raises:
-        PlatformError: if one does not; the message has the reason and what to do.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for name in _names(type(callback)) & _REFUSED.keys():
-            raise PlatformError(
-                f"{owner} replaces layers while fit runs, and {name} {_REFUSED[name]}; "
-                f"remove {name}, or call lrcompress.compress() after the fit"
-            )
-    _check_strategy(trainer.strategy, owner)
-
-
-def _check_strategy(strategy: Any, owner: str) -> None:
-    names, name = _names(type(strategy)), type(strategy).__name__
-    if "SingleDeviceStrategy" in names:
-        return
-    if _FSDP2 in names:
-        check_no_tensor_parallel(strategy, owner)
-        return
-    if "DDPStrategy" not in names or names & _OTHER_THAN_DDP:
-        raise PlatformError(
-            f"{owner} replaces layers while fit runs, which it can do on one device, under DDP "
-            f"and FSDP2 (ModelParallelStrategy), not under {name}; use strategy='ddp' or "
-            f"Trainer(devices=1), or factor between two fits: {BETWEEN_FITS}"
-        )
-    method = getattr(strategy, "_start_method", "popen")
-    if method != "popen":
-        raise PlatformError(
-            f"{owner} changes the module in processes that {method} starts, and the object in "
-            "the process that called fit would stay dense; use strategy='ddp' in a script, or "
-            "torchrun. In a notebook, train on one device"
-        )
-    if getattr(strategy, "_model_averaging_period", None) is not None:
-        raise PlatformError(
-            f"{owner} needs the same parameters in all processes, which model averaging lets "
-            "drift apart between its periods; leave model_averaging_period out"
-        )
 
 
 def uses_fsdp2(trainer: pl.Trainer) -> bool:
     """Return whether the strategy is FSDP2, under which each process holds a part of the model."""
-    return _FSDP2 in _names(type(trainer.strategy))
-
-
-def check_no_tensor_parallel(strategy: Any, owner: str) -> None:
-    """Check that FSDP2 is not combined with tensor parallelism.
-
-    Raises:
-        PlatformError: if it is; the message says what to do.
-    """
-    over = strategy.device_mesh["tensor_parallel"].size()
-    if over > 1:
-        raise PlatformError(
-            f"{owner} follows parameters that lie over processes by rows, and tensor parallelism "
-            f"lays them over {over} otherwise; use ModelParallelStrategy(data_parallel_size=N, "
-            "tensor_parallel_size=1)"
-        )
-
-
-# Optimizers that cannot take new parameters while they train, and why.
-_OPTIMIZERS = {
-    "ZeroRedundancyOptimizer": "holds only a part of its state in each process; use the optimizer "
-    "it wraps",
-    "LBFGS": "keeps all gradients in one flat vector of the length they had at its first step; "
-    "use another optimizer, or call lrcompress.compress() after the fit",
-}
-
-
-def check_optimizers(optimizers: Sequence[Optimizer], owner: str, *, matrices: bool = True) -> None:
-    """Check that optimizers can go on with new parameters in the place of old ones.
-
-    Args:
-        optimizers: of the trainer.
-        owner: for the message.
-        matrices: whether all new parameters are matrices, which is all that Muon takes.
-
-    Raises:
-        PlatformError: if one cannot; the message says why and what to do.
-    """
-    for optimizer in optimizers:
-        names = _names(type(optimizer))
-        for name in names & _OPTIMIZERS.keys():
-            raise PlatformError(
-                f"{owner} puts new parameters in an optimizer while it trains, and {name} "
-                f"{_OPTIMIZERS[name]}"
-            )
-        if "Muon" in names and not matrices:
-            raise PlatformError(
-                f"{owner} makes parameters here that are no matrices, and Muon takes matrices "
-                "only; use another optimizer"
-            )
-
-
-def check_trained(trainer: pl.Trainer, names: Sequence[str], owner: str) -> None:
-    """Check that layers are trained, as their factors are to be.
-
-    Args:
-        trainer: with its module and optimizers.
-        names: of the layers.
-        owner: for the message.
-
-    Raises:
-        LayerError: if the weight of one is frozen.
-        PlatformError: if no optimizer holds it.
-    """
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    for name in names:
-        weight = view(trainer.lightning_module.get_submodule(name), table=True).parameters[0]
-        if not weight.requires_grad:
-            raise LayerError(
-                f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
-                "leave it out with exclude=, or call lrcompress.compress() on the model"
-            )
-        if id(weight) not in held:
-            raise PlatformError(
-                f"no optimizer holds the weight of layer {name!r}, so its factors would not be "
-                f"trained after {owner} has replaced it; give it to one in configure_optimizers, "
-                "or leave the layer out with exclude="
-            )
+    return FSDP2 in class_names(type(trainer.strategy))
 
 
 def run_lengths(trainer: pl.Trainer) -> tuple[float, StepsPerEpoch]:
@@ -192,9 +56,20 @@ def run_lengths(trainer: pl.Trainer) -> tuple[float, StepsPerEpoch]:
 def _accumulation(trainer: pl.Trainer) -> dict[int, int] | None:
     """Return how many batches a step takes from which epoch on, if a callback changes that."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if "GradientAccumulationScheduler" in _names(type(callback)):
+        if "GradientAccumulationScheduler" in class_names(type(callback)):
             return dict(callback.scheduling)
     return None
+
+
+def tell_trial_points(steps: Sequence[int], total: float, owner: str) -> None:
+    """Say at which of its few steps a trial run (``fast_dev_run``) changes the model."""
+    within = [step for step in steps if step <= total]
+    lacking = len(steps) - len(within)
+    rank_zero_info(
+        f"lrcompress: in a trial run (fast_dev_run) {owner} changes the model at "
+        f"step{'s' * (len(within) > 1)} {', '.join(map(str, within))} of {total:g}"
+        + (f"; the run is too short for {lacking} more of its points" if lacking else "")
+    )
 
 
 def steps_done(trainer: pl.Trainer) -> int:
@@ -305,6 +180,16 @@ def warn_of_lost_teacher(module: pl.LightningModule, checkpoint: Mapping[str, An
         )
 
 
+def match_checkpoint_structure(module: pl.LightningModule, stack: ExitStack) -> None:
+    """Give the module the structure of each state dict it loads, until ``stack`` closes."""
+    handle = module.register_load_state_dict_pre_hook(_match)  # type: ignore[no-untyped-call]
+    stack.callback(handle.remove)
+
+
+def _match(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    Plan.matching(module, state, prefix).apply_(module)
+
+
 def reset_best_scores(trainer: pl.Trainer) -> None:
     """Reset the best scores of ModelCheckpoint and EarlyStopping after a change of structure.
 
@@ -314,7 +199,7 @@ def reset_best_scores(trainer: pl.Trainer) -> None:
     monitors nothing has no best: it goes on replacing its latest file.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        kinds = _names(type(callback))
+        kinds = class_names(type(callback))
         if "ModelCheckpoint" in kinds and callback.monitor is not None:
             if callback.best_model_path:
                 rank_zero_info(
@@ -413,34 +298,25 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
 
 
+def restore_rng(
+    states: Sequence[Mapping[str, Any]], processes: Processes
+) -> Mapping[str, Any] | None:
+    """Set torch's generators to the state in a checkpoint of this process, and return it all.
+
+    None if the checkpoint was written by fewer processes.
+    """
+    if processes.index >= len(states):
+        return None
+    own = states[processes.index]
+    set_rng_state(own["rng"])
+    return own
+
+
 def weights_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
     """Return a checkpoint of the weights only, with what loading it needs."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
 
 
-def log_figures(trainer: pl.Trainer, values: dict[str, float]) -> None:
-    """Log metrics to every logger, under ``lrcompress/``."""
-    named = {f"lrcompress/{name}": value for name, value in values.items()}
-    for logger in trainer.loggers:
-        logger.log_metrics(named, step=logged_step(trainer))
-
-
 def logged_step(trainer: pl.Trainer) -> int:
     """Return the step under which loggers store what is logged now."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def print_above_progress(trainer: pl.Trainer, table: RenderableType) -> None:
-    """Print above the progress bar, if there is one."""
-    if not trainer.is_global_zero:
-        return
-    console = Console()
-    if not console.is_terminal:  # a log has no width to keep to
-        console.width = max(console.width, WIDTH)
-    bar = trainer.progress_bar_callback
-    if bar is None:
-        console.print(table)
-        return
-    with console.capture() as capture:
-        console.print(table)
-    bar.print(capture.get().rstrip())

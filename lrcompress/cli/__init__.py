@@ -23,6 +23,7 @@ the command line too, and what comes later wins. `lrcompress VERB --help` lists 
 Faults of the recipe end with exit code 2, other errors with 1; LRCOMPRESS_DEBUG=1 shows where.
 """
 
+import io
 import logging
 import os
 import sys
@@ -59,6 +60,7 @@ from lrcompress.cli.report import report
 from lrcompress.distill import Distilled
 from lrcompress.errors import CheckpointError, LRCompressError, RecipeError, nearest
 from lrcompress.recipe import find_errors, link_
+from lrcompress.report.formatting import PLAIN
 from lrcompress.structure.checkpoint import read_checkpoint
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
@@ -75,6 +77,7 @@ def main(args: list[str] | None = None) -> int:
         The exit code: 0, 2 after an error in the recipe, 1 after any other.
     """
     args = sys.argv[1:] if args is None else args
+    _replace_unprintable()
     if not args or args[0] in {"-h", "--help"}:
         sys.stdout.write(f"{__doc__}\n")
         return 0 if args else 2
@@ -97,6 +100,13 @@ def main(args: list[str] | None = None) -> int:
         sys.stderr.write(f"lrcompress: error: {expected}\n")
         return 2 if isinstance(expected, RecipeError) else 1
     return 0
+
+
+def _replace_unprintable() -> None:
+    """Let a console that lacks characters of help and tables show others in their place."""
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and out.errors in ("strict", "surrogateescape"):
+        out.reconfigure(errors=PLAIN)
 
 
 def _unreadable(args: list[str]) -> CheckpointError | None:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrcompress.callbacks import trainer_state
+from lrcompress.callbacks import compatibility, trainer_state
 from lrcompress.callbacks.trainer_state import TEACHER
 from lrcompress.distill.distillation import START, Distillation
 from lrcompress.distill.losses import DistillationLoss, Logits, Weight
@@ -365,7 +365,7 @@ def _refuse(module: Distilled) -> None:
             "apart; use one device, DDP or FSDP2 (ModelParallelStrategy)"
         )
     if trainer_state.uses_fsdp2(module.trainer):
-        trainer_state.check_no_tensor_parallel(module.trainer.strategy, "Distilled")
+        compatibility.check_no_tensor_parallel(module.trainer.strategy, "Distilled")
         if module._distillation.cache is not None:
             raise PlatformError(
                 "cache= spares a process its call of the teacher, for which the others, that hold "

@@ -1,4 +1,28 @@
-"""Format numbers, for terminal tables and the HTML page."""
+"""Format numbers, for terminal tables and the HTML page, and text for any console."""
+
+import codecs
+
+PLAIN = "lrcompress.plain"  # an error handler of codecs: plain characters for those that lack
+_PLAIN = {"→": "->", "×": "x", "–": "-", "−": "-", "…": "."}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character, "?") for character in lacking), error.end
+
+
+codecs.register_error(PLAIN, _plain)
+
+
+def printable(text: str, encoding: str) -> str:
+    """Return text with other characters in place of those that an encoding does not have.
+
+    Example:
+        >>> printable("64×128 → 64×8, ½", "ascii")
+        '64x128 -> 64x8, ?'
+    """
+    return text.encode(encoding, PLAIN).decode(encoding)
 
 
 def number(value: float | None) -> str:

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
 import lrcompress
-from lrcompress.callbacks import ddp, trainer_state
+from lrcompress.callbacks import ddp
 from lrcompress.distill import Distilled, Logits
 from lrcompress.errors import PlatformError
 
@@ -482,7 +482,7 @@ class DeepSpeedStrategy(DDPStrategy):
 def test_refuses_what_cannot_follow(strategy: Any, message: str) -> None:
     trainer: Any = SimpleNamespace(callbacks=[], strategy=strategy)
     with pytest.raises(PlatformError, match=message):
-        trainer_state.check_trainer(trainer, "Factorize")
+        compatibility.check_trainer(trainer, "Factorize")
 
 
 def test_refuses_optimizers_that_hold_a_part_of_their_state() -> None:
@@ -490,7 +490,7 @@ def test_refuses_optimizers_that_hold_a_part_of_their_state() -> None:
         pass
 
     with pytest.raises(PlatformError, match=r"use the optimizer it wraps"):
-        trainer_state.check_optimizers([ZeroRedundancyOptimizer([torch.ones(1)])], "Factorize")
+        compatibility.check_optimizers([ZeroRedundancyOptimizer([torch.ones(1)])], "Factorize")
 
 
 def test_a_hook_s_memory_of_buckets_is_forgotten() -> None:

@@ -2,9 +2,12 @@
 
 import copy
 import csv
+import io
 import itertools
 import json
 import re
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import lightning as L
 import pytest
 import rich
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from torch import nn
@@ -355,3 +359,146 @@ def test_tensorboard_has_the_figures(
     data = events.read_bytes()
     assert b"lrcompress/ranks" in data
     assert data.count(b"\x89PNG") >= 5
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("a file, and no folder")
+    callback = factorize(verbose=False)
+    run = trainer(callback, default_root_dir=plain / "below")
+    with pytest.warns(UserWarning, match="could not write the report .*NotADirectory") as told:
+        run.fit(tagger(), loader(), loader())
+    (said,) = {str(one.message) for one in told if "lrcompress" in str(one.message)}
+    assert said.startswith(f"lrcompress could not write the report {plain / 'below'}")
+    assert "Not a directory" in said
+    assert run.global_step == 18
+    assert len(callback.report.points) == 1
+    assert callback.report.final
+
+
+def test_the_same_failure_is_shown_once(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "plain").touch()
+    run = trainer(factorize(verbose=False), default_root_dir=tmp_path / "plain" / "below")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")  # as python begins
+        run.fit(tagger(), loader(), loader())
+    assert sum("could not write" in str(one.message) for one in told) == 1
+
+
+@pytest.mark.parametrize("bar", [False, True], ids=["alone", "above a bar"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_console_that_lacks_characters_shows_others(
+    encoding: str,
+    bar: bool,
+    tagger: Make,
+    loader: Make,
+    trainer: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    callback = factorize(report_path=None)
+    above = [TQDMProgressBar()] if bar else []  # Lightning's other one needs "•" for itself
+    trainer(callback, *above, enable_progress_bar=bar).fit(tagger(), loader(), loader())
+    sys.stdout.flush()
+    text = shown.getvalue().decode(encoding)
+    assert ("32x16" if encoding == "ascii" else "32×16") in text
+    assert "what was lost and gained" in text
+    assert len(callback.report.points) == 1
+
+
+class Broken(Logger):
+    """A logger whose service is down."""
+
+    name, version = "broken", 0
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any(name.startswith("lrcompress/") for name in metrics):
+            raise self.error
+
+    def log_hyperparams(self, params: Any) -> None:
+        pass
+
+    def log_image(self, name: str, images: Any, step: int) -> None:
+        raise self.error
+
+
+class Closed(io.StringIO):
+    """A console that is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError("nobody reads")
+
+
+def done_at_a_point(callback: lrcompress.Factorize) -> tuple[int, int, int, int]:
+    state = callback.state_dict()
+    statistics = state["observation"]["statistics"]
+    seen = len(statistics["inputs"]) + len(statistics["outputs"])
+    return state["stage"], len(callback.report.points), len(state["report"]["points"]), seen
+
+
+def test_loggers_and_consoles_that_fail_end_no_run_and_are_named(
+    tagger: Make, loader: Make, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    album, callback = Album(), factorize(report_path=None)
+    run = trainer(callback, logger=[Broken(ConnectionError("service is down")), album])
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.warns(UserWarning, match="lrcompress could not") as told:
+        run.fit(tagger(), loader(), loader())
+    said = [str(one.message) for one in told if "lrcompress could not" in str(one.message)]
+    starts = ["print the table of a point", "log lrcompress/", "print the table of the run"]
+    starts += ["log figures of the report to Broken"]
+    for start, text in zip(starts, said, strict=True):
+        assert text.startswith(f"lrcompress could not {start}")
+    assert said[1].endswith("to Broken, and goes on without: ConnectionError: service is down")
+    assert album.images  # another logger gets its figures
+    assert run.global_step == 18
+    assert done_at_a_point(callback) == (1, 1, 1, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
+def test_an_interrupt_while_a_point_is_told_passes_and_finds_it_recorded(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    callback = factorize(verbose=False, report_path=None)
+    run = trainer(callback, logger=Broken(KeyboardInterrupt()))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.fit(tagger(), loader(), loader())
+    assert run.global_step == 9
+    assert done_at_a_point(callback) == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        factorize,
+        lambda **options: lrcompress.FactorizeEmbedding(keep=0.5, every_n_steps=2, **options),
+        lambda **options: lrcompress.LoSparse(keep=0.4, mask_every=2, **options),
+        lambda **options: lrcompress.DSEE(keep=0.4, rank=2, entries=5, updates=["*.up"], **options),
+    ],
+    ids=["Factorize", "FactorizeEmbedding", "LoSparse", "DSEE"],
+)
+def test_a_validation_that_fails_after_a_point_raises_and_finds_it_recorded(
+    make: Make, tagger: Make, loader: Make, trainer: Make
+) -> None:
+    callback, model = make(verbose=False, report_path=None), tagger()
+    validate = model.validation_step
+
+    def fails(batch: Any, batch_idx: int) -> None:
+        validate(batch, batch_idx)
+        if callback.report.points:
+            raise RuntimeError("no memory is left")
+
+    model.validation_step = fails
+    with pytest.raises(RuntimeError, match="no memory is left"):
+        trainer(callback, check_val_every_n_epoch=9).fit(model, loader(), loader())
+    stage, points, saved, seen = done_at_a_point(callback)
+    assert (stage, points, saved, seen) == (len(callback.points), 1, 1, 0)

@@ -313,3 +313,27 @@ def test_the_help_of_a_verb_begins_with_its_own_options(
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lrcompress {lrcompress.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--trainer.callbacks=lrcompress.LoSparse", "--trainer.callbacks.keep=0.5"]],
+    ids=["Factorize", "LoSparse"],
+)
+def test_a_trial_run_of_one_step_compresses_and_writes_nothing(
+    options: list[str],
+    tiny_bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    quickstart = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    arguments = [
+        *("--config", quickstart, f"--model.path={tiny_bert}", "--trainer.accelerator=cpu"),
+        *("--data.train_size=64", "--data.val_size=12", "--data.test_size=12"),
+        *(f"--trainer.default_root_dir={tmp_path / 'root'}", "--trainer.enable_progress_bar=false"),
+    ]
+    assert main(["fit", *arguments, *options, "--trainer.fast_dev_run", "1"]) == 0
+    assert "lrcompress: what was lost and gained" in capsys.readouterr().out
+    assert "in a trial run (fast_dev_run)" in caplog.text
+    assert not (tmp_path / "root").exists()

@@ -1,6 +1,8 @@
 """``lrcompress plan``: the checks of a fit, where points lie, and what cuts would cost."""
 
+import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,17 @@ def test_points_lie_at_steps_and_nothing_is_written(
     shown = capsys.readouterr().out
     assert "split at step 0, pruned from 1 to 5, compacted at 5, of 9 steps" in shown
     assert not [path for path in tmp_path.iterdir() if path.name != "datasets_cache"]
+
+
+@pytest.mark.parametrize(("encoding", "arrow"), [("ascii", "->"), ("utf-8", "→")])
+def test_consoles_that_lack_characters_show_others(
+    encoding: str, arrow: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    assert main(["plan", *arguments]) == 0
+    sys.stdout.flush()
+    assert re.search(rf"whole model: [\d,]+ {arrow} [\d,]+", shown.getvalue().decode(encoding))
 
 
 @pytest.mark.parametrize(

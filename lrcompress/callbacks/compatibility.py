@@ -1,0 +1,146 @@
+"""Checks that a trainer, its strategy and its optimizers allow a change of structure in a fit."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.optim import Optimizer
+
+from lrcompress.callbacks.trainer_state import FSDP2, class_names
+from lrcompress.errors import LayerError, PlatformError
+from lrcompress.statistics.views import view
+
+_REFUSED = {
+    "StochasticWeightAveraging": "keeps a copy of the dense weights to average into",
+    "WeightAveraging": "keeps a copy of the dense weights to average into",
+    "ModelPruning": "masks parameters that will have left the model",
+}
+# Strategies that are DDPStrategies by inheritance alone.
+_OTHER_THAN_DDP = {"DeepSpeedStrategy", "XLAStrategy"}
+# What to do under strategies that shard the module before a callback may change it.
+BETWEEN_FITS = (
+    "fit without the callback, make one file of the checkpoint if it is a folder, then "
+    "`lrcompress factor --config RECIPE --checkpoint LAST.ckpt --out FACTORED.ckpt` with "
+    "Factorize in the recipe, and fit again with lrcompress.StartFrom('FACTORED.ckpt') in its "
+    "place"
+)
+
+
+def check_trainer(trainer: pl.Trainer, owner: str) -> None:
+    """Check that strategy and callbacks of a trainer allow a change of structure.
+
+    Raises:
+        PlatformError: if one does not; the message has the reason and what to do.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name in class_names(type(callback)) & _REFUSED.keys():
+            raise PlatformError(
+                f"{owner} replaces layers while fit runs, and {name} {_REFUSED[name]}; "
+                f"remove {name}, or call lrcompress.compress() after the fit"
+            )
+    _check_strategy(trainer.strategy, owner)
+
+
+def _check_strategy(strategy: Any, owner: str) -> None:
+    names, name = class_names(type(strategy)), type(strategy).__name__
+    if "SingleDeviceStrategy" in names:
+        return
+    if FSDP2 in names:
+        check_no_tensor_parallel(strategy, owner)
+        return
+    if "DDPStrategy" not in names or names & _OTHER_THAN_DDP:
+        raise PlatformError(
+            f"{owner} replaces layers while fit runs, which it can do on one device, under DDP "
+            f"and FSDP2 (ModelParallelStrategy), not under {name}; use strategy='ddp' or "
+            f"Trainer(devices=1), or factor between two fits: {BETWEEN_FITS}"
+        )
+    method = getattr(strategy, "_start_method", "popen")
+    if method != "popen":
+        raise PlatformError(
+            f"{owner} changes the module in processes that {method} starts, and the object in "
+            "the process that called fit would stay dense; use strategy='ddp' in a script, or "
+            "torchrun. In a notebook, train on one device"
+        )
+    if getattr(strategy, "_model_averaging_period", None) is not None:
+        raise PlatformError(
+            f"{owner} needs the same parameters in all processes, which model averaging lets "
+            "drift apart between its periods; leave model_averaging_period out"
+        )
+
+
+def check_no_tensor_parallel(strategy: Any, owner: str) -> None:
+    """Check that FSDP2 is not combined with tensor parallelism.
+
+    Raises:
+        PlatformError: if it is; the message says what to do.
+    """
+    over = strategy.device_mesh["tensor_parallel"].size()
+    if over > 1:
+        raise PlatformError(
+            f"{owner} follows parameters that lie over processes by rows, and tensor parallelism "
+            f"lays them over {over} otherwise; use ModelParallelStrategy(data_parallel_size=N, "
+            "tensor_parallel_size=1)"
+        )
+
+
+# Optimizers that cannot take new parameters while they train, and why.
+_OPTIMIZERS = {
+    "ZeroRedundancyOptimizer": "holds only a part of its state in each process; use the optimizer "
+    "it wraps",
+    "LBFGS": "keeps all gradients in one flat vector of the length they had at its first step; "
+    "use another optimizer, or call lrcompress.compress() after the fit",
+}
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], owner: str, *, matrices: bool = True) -> None:
+    """Check that optimizers can go on with new parameters in the place of old ones.
+
+    Args:
+        optimizers: of the trainer.
+        owner: for the message.
+        matrices: whether all new parameters are matrices, which is all that Muon takes.
+
+    Raises:
+        PlatformError: if one cannot; the message says why and what to do.
+    """
+    for optimizer in optimizers:
+        names = class_names(type(optimizer))
+        for name in names & _OPTIMIZERS.keys():
+            raise PlatformError(
+                f"{owner} puts new parameters in an optimizer while it trains, and {name} "
+                f"{_OPTIMIZERS[name]}"
+            )
+        if "Muon" in names and not matrices:
+            raise PlatformError(
+                f"{owner} makes parameters here that are no matrices, and Muon takes matrices "
+                "only; use another optimizer"
+            )
+
+
+def check_trained(trainer: pl.Trainer, names: Sequence[str], owner: str) -> None:
+    """Check that layers are trained, as their factors are to be.
+
+    Args:
+        trainer: with its module and optimizers.
+        names: of the layers.
+        owner: for the message.
+
+    Raises:
+        LayerError: if the weight of one is frozen.
+        PlatformError: if no optimizer holds it.
+    """
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    for name in names:
+        weight = view(trainer.lightning_module.get_submodule(name), table=True).parameters[0]
+        if not weight.requires_grad:
+            raise LayerError(
+                f"layer {name!r} is frozen: its factors would not be trained; unfreeze it, "
+                "leave it out with exclude=, or call lrcompress.compress() on the model"
+            )
+        if id(weight) not in held:
+            raise PlatformError(
+                f"no optimizer holds the weight of layer {name!r}, so its factors would not be "
+                f"trained after {owner} has replaced it; give it to one in configure_optimizers, "
+                "or leave the layer out with exclude="
+            )
