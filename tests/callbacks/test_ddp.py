@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
 import lrcompress
-from lrcompress.callbacks import ddp
+from lrcompress.callbacks import compatibility, ddp
 from lrcompress.distill import Distilled, Logits
 from lrcompress.errors import PlatformError
 
