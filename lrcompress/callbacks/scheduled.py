@@ -406,7 +406,7 @@ class CompressionCallback(pl.Callback, ABC):
                 f"{type(self).__name__} factored nothing: the training data has no batches"
             )
         missed = self.points[self._stage :]
-        if missed:
+        if missed and self._point_steps:  # none where a finished run was loaded and did not start
             rank_zero_warn(
                 f"{type(self).__name__} did not reach point {missed[0]}: training ended at step "
                 f"{trainer_state.steps_done(trainer)}, the point was step "

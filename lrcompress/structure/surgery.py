@@ -101,12 +101,17 @@ def _left_behind(layer: nn.Module) -> list[str]:
     own = {"training", *getattr(kind, "__constants__", ()), *signature(kind.__init__).parameters}
     added = [key for key in held if key not in own and not key.startswith("_")]
     found = [f"its attribute {key!r}" for key in added]
-    if held["_state_dict_hooks"] or held["_load_state_dict_pre_hooks"]:
+    hooks = [*held["_state_dict_hooks"].values(), *held["_load_state_dict_pre_hooks"].values()]
+    if any(not _origin(hook).startswith("torch.distributed.") for hook in hooks):  # not FSDP2's
         found.append("hooks of its state dict")
     weight = view(layer, table=True).parameters[0]
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         found.append("hooks of its weight's gradient")
     return found
+
+
+def _origin(hook: Any) -> str:
+    return getattr(getattr(hook, "hook", hook), "__module__", "") or ""
 
 
 @contextmanager

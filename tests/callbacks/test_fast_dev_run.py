@@ -223,7 +223,6 @@ def test_two_processes(launch: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.*sync_dist")
-@pytest.mark.filterwarnings("ignore:layer .* is replaced, and hooks of its state dict")  # FSDP's
 @pytest.mark.parametrize("make", [factorize, losparse])
 def test_a_sharded_model(
     make: Make, sharding: Any, tagger: Make, loader: Make, trainer: Make
