@@ -11,7 +11,7 @@ from torch import nn
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import ObservationError, SettingError, nearest
+from lrcompress.errors import CheckpointError, ObservationError, SettingError, nearest
 from lrcompress.statistics.batches import batch_terms
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsCapture, drawn_loss
@@ -233,8 +233,23 @@ class Observation:
         return {"statistics": self.statistics.state_dict(), "folded": [steps, tokens]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Load what :meth:`state_dict` returned, with any number of processes."""
+        """Load what :meth:`state_dict` returned, with any number of processes.
+
+        Raises:
+            CheckpointError: if it was observing, and not all that is needed now.
+        """
         steps, tokens = state["folded"]
+        sides = (state["statistics"][side].values() for side in ("inputs", "outputs"))
+        held = {kind for side in sides for sums in side for kind in sums}
+        lacking = [kind for kind in self.sampling.kinds if kind not in held]
+        if steps and lacking:
+            has = [kind for kind in (*KINDS, *self.sampling.of_tables) if kind in held]
+            raise CheckpointError(
+                f"the checkpoint was written after {steps} steps in which {', '.join(has)} was "
+                f"observed, and {self.sampling.owner} now needs {', '.join(lacking)} of them too; "
+                "resume with the settings it was written with, or from a checkpoint of before "
+                "that window"
+            )
         self._folded = (steps, tokens)
         if self.processes.index == 0:
             where = self.sampling.offload or device

@@ -1,6 +1,7 @@
 """Observation in real fits: what counts as a token, and what is said at the first batch."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lrcompress
-from lrcompress.errors import ObservationError, SettingError
+from lrcompress.errors import CheckpointError, ObservationError, SettingError
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
 Make = Callable[..., Any]
@@ -152,3 +153,20 @@ def test_a_mask_of_no_kind_is_refused_at_once(mask: Any) -> None:
     for kind in (lrcompress.Factorize, lrcompress.FactorizeEmbedding, lrcompress.LoSparse):
         with pytest.raises(SettingError, match=r"mask is a key of the batch"):
             kind(0.5, mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks")
+def test_statistics_that_a_checkpoint_lacks_are_said_before_training(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    def factorize(method: str) -> lrcompress.Factorize:
+        return lrcompress.Factorize(0.5, "step:8", method, every_n_steps=1, **QUIET)
+
+    trainer(factorize("drone"), every_step=True).fit(tagger(), loader())
+    steps = Steps()
+    told = r"after 2 steps in which input_moment was observed, and Factorize now needs output_m"
+    path = str(tmp_path / "step=4.ckpt")
+    with pytest.raises(CheckpointError, match=told):
+        trainer(factorize("kfac"), steps).fit(tagger(), loader(), ckpt_path=path)
+    assert steps.taken == 0
+    trainer(factorize("kfac")).fit(tagger(), loader(), ckpt_path=str(tmp_path / "step=2.ckpt"))
