@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from lrcompress.callbacks.trainer_state import FSDP2, class_names
-from lrcompress.errors import LayerError, PlatformError
+from lrcompress.errors import LayerError, PlatformError, SettingError
 from lrcompress.statistics.views import view
 
 _REFUSED = {
@@ -144,3 +144,23 @@ def check_trained(trainer: pl.Trainer, names: Sequence[str], owner: str) -> None
                 f"trained after {owner} has replaced it; give it to one in configure_optimizers, "
                 "or leave the layer out with exclude="
             )
+
+
+def check_apart(names: Sequence[str], others: Sequence[str], other: object, owner: str) -> None:
+    """Check that two callbacks replace different layers.
+
+    Args:
+        names: of the layers of one.
+        others: of those of the other.
+        other: the other callback, for the message.
+        owner: the one, for the message.
+
+    Raises:
+        SettingError: if they have one in common.
+    """
+    both = set(names) & set(others)
+    if both:
+        raise SettingError(
+            f"{type(other).__name__} and {owner} both replace layer {min(both)!r}: leave it out "
+            "of one of them with exclude=, or give one several points"
+        )

@@ -110,6 +110,8 @@ class FactorizeEmbedding(CompressionCallback):
         ('frequency', 'epoch:2')
     """
 
+    _continues = True
+
     def __init__(
         self,
         keep: float | list[float] | None = None,

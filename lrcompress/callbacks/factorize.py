@@ -126,6 +126,8 @@ class Factorize(CompressionCallback):
         ('kfac', 'epoch:2')
     """
 
+    _continues = True
+
     def __init__(
         self,
         keep: float | list[float] | None = None,

@@ -67,6 +67,7 @@ class CompressionCallback(pl.Callback, ABC):
         reporting.check_report_path(report_path)
         self._window = window
         self._hooks = ExitStack()  # for the fit
+        self._last = 0  # the trainer of the last fit, by its identity
         self._reset()
 
     def _reset(self) -> None:
@@ -88,6 +89,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     at: float | str | list[float | str]  # its argument; part of the state's key
     _makes_matrices = True  # and no parameters of other shapes
+    _continues = False  # whether a second fit of one trainer goes on where the first ended
 
     @abstractmethod
     def settings_at(self, stage: int) -> Settings | EmbeddingSettings:
@@ -122,8 +124,12 @@ class CompressionCallback(pl.Callback, ABC):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            done, again = (self._stage, self.report, self._times), self._last == id(trainer)
             self._hooks.close()
             self._reset()
+            if again and self._continues and trainer.global_step:  # which it counts on from there
+                self._stage, self.report, self._times = done
+            self._last = id(trainer)
             compatibility.check_trainer(trainer, type(self).__name__)
             self._processes = ddp.processes_of(trainer)
             self._observation = Observation(self.sampling, self._processes)
@@ -150,14 +156,9 @@ class CompressionCallback(pl.Callback, ABC):
             self._resume(pl_module, trainer.optimizers, self._loaded)
             ddp.rebuild_ddp_(trainer)
         self._check_trained(trainer, names)
-        every = self._compression_callbacks(trainer)
-        for other in every[: every.index(self)]:
-            both = set(names) & set(other.settings_at(0).watched(pl_module))
-            if both:
-                raise SettingError(
-                    f"{type(other).__name__} and {owner} both replace layer {min(both)!r}: leave "
-                    "it out of one of them with exclude=, or give one several points"
-                )
+        active = [x for x in self._compression_callbacks(trainer) if not x._is_done]
+        for other in active[: active.index(self)] if self in active else ():
+            compatibility.check_apart(names, other.settings_at(0).watched(pl_module), other, owner)
 
     def _check_trained(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
         """Check that the factors of layers will be trained."""
@@ -268,6 +269,10 @@ class CompressionCallback(pl.Callback, ABC):
         nbytes = self._observation.watch(module, self.settings_at(self._stage))
         if nbytes and self.verbose and not self._stage:
             rank_zero_info(f"lrcompress: statistics will take at most {nbytes / 2**20:.0f} MiB")
+
+    @property
+    def _is_done(self) -> bool:
+        return self._stage >= len(self.points)
 
     @property
     def _next_step(self) -> int | None:

@@ -706,3 +706,26 @@ def test_preview_says_what_would_happen(tagger: Make, capsys: pytest.CaptureFixt
     assert "layers of blocks.*" in shown
     assert "targeted layers: 2,048 →" in shown
     assert "statistics: at most 0.0 MiB" in shown
+
+
+def test_a_second_fit_of_the_trainer_goes_on_factored(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    options: dict[str, Any] = {"align": 1, "verbose": False, "report_path": None}
+    first = lrcompress.Factorize(0.6, "step:6", **options)
+    run, module = trainer(first, max_epochs=2), tagger()
+    run.fit(module, loader(), loader())
+    structure = lrcompress.Plan.of(module)
+    run.fit_loop.max_epochs = 3
+    run.fit(module, loader(), loader())
+    assert run.global_step == 18
+    assert lrcompress.Plan.of(module) == structure
+    assert [point.step for point in first.report.points] == [6]
+    assert first.report.history["val_loss"][-1][0] == 18
+    second = lrcompress.Factorize(0.3, "step:20", **options)  # and a further point of another
+    run.callbacks.insert(1, second)
+    run.fit_loop.max_epochs = 4
+    run.fit(module, loader(), loader())
+    assert [point.step for point in second.report.points] == [20]
+    pairs = zip(lrcompress.Plan.of(module), structure, strict=True)
+    assert all(now.sizes["rank"] < before.sizes["rank"] for now, before in pairs)
