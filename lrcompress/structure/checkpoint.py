@@ -35,6 +35,11 @@ def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[
         CheckpointError: if it is no such file, is damaged, or holds anything else.
     """
     path = Path(path)
+    if (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is the folder of a model, as save_pretrained and `lrcompress export` write it, "
+            "and no checkpoint; expected a file that a fit has saved, such as last.ckpt"
+        )
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a sharded checkpoint, whose .metadata can run code when it is read. If you "

@@ -328,3 +328,9 @@ def test_two_hundred_mutations_load_identically_or_end_in_an_error(
     assert grown < 100 * 2**20, f"{grown} bytes more than before"
     assert outcomes.count("error") >= 100
     assert outcomes.count("loaded") >= 20
+
+
+def test_the_folder_of_a_model_is_told_from_a_sharded_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is the folder of a model, .* and no checkpoint"):
+        read_checkpoint(tmp_path)
