@@ -37,7 +37,7 @@ def read_checkpoint(path: str | PathLike[str], *, mapped: bool = False) -> dict[
     path = Path(path)
     if (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path} is the folder of a model, as save_pretrained and `lrcompress export` write it, "
+            f"{path} is the folder of a model, as `lrcompress export` writes it, "
             "and no checkpoint; expected a file that a fit has saved, such as last.ckpt"
         )
     if path.is_dir():
