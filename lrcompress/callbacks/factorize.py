@@ -247,6 +247,11 @@ class Factorize(CompressionCallback):
         super()._reset()
         self._dense: DenseLayers | None = None  # while layers are measured
 
+    @override
+    def _remove_hooks(self) -> None:
+        self._dense = None
+        super()._remove_hooks()
+
     @property
     def _asked(self) -> list[list[Any]]:
         """Method and keep of every point, as a checkpoint holds them."""

@@ -94,6 +94,7 @@ class Observation:
         self._step = ExitStack()
         self._terms = 1
         self._trial = False
+        self._held: set[str] | None = None  # the kinds that a checkpoint has brought
 
     @property
     def observing(self) -> bool:
@@ -116,10 +117,28 @@ class Observation:
             shared=settings.shared,
             name=self.sampling.owner,
         )
+        self._check_held({kind for shapes in self._recorder.shapes.values() for kind in shapes})
         from_gradients = {*OUTPUT_KINDS, "token_fisher"} & set(self.sampling.kinds)
         if self.sampling.fisher == "model" and from_gradients:
             self._tap = LogitsCapture(module, self.sampling.logits)
         return self._recorder.nbytes
+
+    def _check_held(self, needed: set[str]) -> None:
+        """Check that a checkpoint, if one was loaded, has the statistics it is to go on with.
+
+        Raises:
+            CheckpointError: if it was written while others were observed.
+        """
+        every = (*KINDS, *self.sampling.of_tables)
+        lacking = [] if self._held is None else [x for x in every if x in needed - self._held]
+        if lacking:
+            has = ", ".join(kind for kind in every if kind in (self._held or ()))
+            raise CheckpointError(
+                f"the checkpoint was written after steps in which {has} was observed, and "
+                f"{self.sampling.owner} now needs {', '.join(lacking)} of them too; resume with "
+                "the settings it was written with, or from a checkpoint of before that window"
+            )
+        self._held = None
 
     def reset(self) -> None:
         """Drop all statistics after a point, since they were of other weights."""
@@ -179,6 +198,7 @@ class Observation:
         """
         assert self._recorder is not None
         if self._trial:
+            self._recorder.commit(finite=finite)
             return
         logits = self._tap.take() if self._tap is not None and finite else None
         # labels are drawn wherever there are logits, also where nothing is to be predicted
@@ -233,23 +253,10 @@ class Observation:
         return {"statistics": self.statistics.state_dict(), "folded": [steps, tokens]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Load what :meth:`state_dict` returned, with any number of processes.
-
-        Raises:
-            CheckpointError: if it was observing, and not all that is needed now.
-        """
+        """Load what :meth:`state_dict` returned, with any number of processes."""
         steps, tokens = state["folded"]
         sides = (state["statistics"][side].values() for side in ("inputs", "outputs"))
-        held = {kind for side in sides for sums in side for kind in sums}
-        lacking = [kind for kind in self.sampling.kinds if kind not in held]
-        if steps and lacking:
-            has = [kind for kind in (*KINDS, *self.sampling.of_tables) if kind in held]
-            raise CheckpointError(
-                f"the checkpoint was written after {steps} steps in which {', '.join(has)} was "
-                f"observed, and {self.sampling.owner} now needs {', '.join(lacking)} of them too; "
-                "resume with the settings it was written with, or from a checkpoint of before "
-                "that window"
-            )
+        self._held = {kind for side in sides for sums in side for kind in sums} if steps else None
         self._folded = (steps, tokens)
         if self.processes.index == 0:
             where = self.sampling.offload or device

@@ -34,11 +34,8 @@ class FactoredLinear(Replacement):
 
         It is multiplied out when its values are used; its dtype, device and shape cost nothing.
         """
-        return deferred_weight((self.out_features, self.in_features), self._like, self._product)
-
-    @property
-    def _like(self) -> Tensor:
-        return self.factors[-1]
+        shape = (self.out_features, self.in_features)
+        return deferred_weight(shape, self.factors[-1], self._product, self.factors)
 
     @abstractmethod
     def _product(self) -> Tensor:

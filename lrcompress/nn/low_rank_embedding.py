@@ -99,7 +99,7 @@ class FactoredEmbedding(Replacement):
         It is multiplied out when its values are used; its dtype, device and shape cost nothing.
         """
         shape = (self.num_embeddings, self.embedding_dim)
-        return deferred_weight(shape, self.left.weight, self._product)
+        return deferred_weight(shape, self.left.weight, self._product, self.factors)
 
     @abstractmethod
     def _product(self) -> Tensor:

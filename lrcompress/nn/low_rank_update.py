@@ -215,7 +215,7 @@ class LowRankUpdateLinear(Replacement):
         It is computed when its values are used; its dtype, device and shape cost nothing.
         """
         shape = (self.out_features, self.in_features)
-        return deferred_weight(shape, self.frozen, self._product)
+        return deferred_weight(shape, self.frozen, self._product, self.factors)
 
     def _product(self) -> Tensor:
         matrix = self._matrix()

@@ -137,12 +137,12 @@ class Recorder:
         self.statistics = statistics if statistics is not None else Statistics()
         self.offload, self.shared, self.forward_only = offload, shared, forward_only
         self.owner = name
-        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for layer, module in self.layers.items():
             out_features, in_features = view(module, layer, table=True).shape
             table = is_embedding(module)
             own = [kind for kind in self.kinds if (kind in TABLE_KINDS) == table]
-            self._shapes[layer] = shapes(own, in_features, out_features)
+            self.shapes[layer] = shapes(own, in_features, out_features)
         self._decoders = list(_decoders(model))
         self._sequence_first = sequence_first(model)
         self._padding = PaddingCheck()
@@ -151,9 +151,9 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Bytes the sums will take at most, if no two layers read the same tensor."""
-        every = (shape for named in self._shapes.values() for shape in named.values())
+        every = (shape for named in self.shapes.values() for shape in named.values())
         tables = (
-            named["token_count"][0] for named in self._shapes.values() if "token_count" in named
+            named["token_count"][0] for named in self.shapes.values() if "token_count" in named
         )
         # counts are whole numbers of 8 bytes
         return 4 * (sum(torch.Size(shape).numel() for shape in every) + sum(tables))
@@ -229,9 +229,9 @@ class Recorder:
         """
         current = self._pass
         assert current is not None, "commit outside of step"
-        if not finite:
+        if not finite and not current.trial:
             self.statistics.skipped += 1
-        else:
+        elif not current.trial:
             firsts = [name for name, xs in current.pending.items() if self._is_first(name, xs)]
             self.statistics.steps += 1
             self._count_tokens()
@@ -248,6 +248,7 @@ class Recorder:
 
     def drop(self) -> None:
         """Discard what is not added yet of this step, which was interrupted."""
+        self._padding.drop()
         if self._pass is not None:
             self._pass.pending, self._pass.parts = {}, {}
 
@@ -287,11 +288,11 @@ class Recorder:
         if not (_in_backward() and name in current.forward):  # not a checkpoint's second run
             self._count_call(name)
             self._take_inputs(name, x.detach(), tokens)
-        wanted = bool(self._shapes[name].keys() - _OF_INPUTS) and not current.trial
+        wanted = bool(self.shapes[name].keys() - _OF_INPUTS) and not current.trial
         if output.requires_grad and (wanted or self._padding.wants(tokens)):
             if wanted and not _in_backward():
                 current.outputs.append(output)
-            kept = x.detach() if _WITH_INPUTS & self._shapes[name].keys() else None
+            kept = x.detach() if _WITH_INPUTS & self.shapes[name].keys() else None
             hook = partial(self._took_gradient, current, name, kept, tokens)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -336,10 +337,10 @@ class Recorder:
         current.tokens = max(current.tokens, real.numel())
         if current.committed and current.armed:
             self._count_tokens()
-        if current.trial or not self._shapes[name].keys() & _OF_INPUTS:
+        if current.trial or not self.shapes[name].keys() & _OF_INPUTS:
             return
         # tables of other sizes may read the same rows
-        table = name if "token_count" in self._shapes[name] else None
+        table = name if "token_count" in self.shapes[name] else None
         read = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, table), x, tokens
         if not _in_backward():
             current.pending.setdefault(name, []).append(read)
@@ -373,7 +374,7 @@ class Recorder:
         tokens = joined(reads)
         sums = self.statistics.inputs.get(name)
         if sums is None:
-            kept = {k: v for k, v in self._shapes[name].items() if k in _OF_INPUTS}
+            kept = {k: v for k, v in self.shapes[name].items() if k in _OF_INPUTS}
             sums = Sums.zeros(kept, self._device(tokens))
             self.statistics.inputs[name] = sums
         if "token_count" in sums.values:
@@ -391,12 +392,12 @@ class Recorder:
     ) -> None:
         if current is not self._pass:
             return
-        if not (current.committed or current.trial):
+        if not current.committed:
             self.commit()
         if not current.armed:
             return
         self._padding.add(tokens, g)
-        if current.trial or not self._shapes[name].keys() - _OF_INPUTS:
+        if current.trial or not self.shapes[name].keys() - _OF_INPUTS:
             return
         parts = current.parts.setdefault(name, [])
         parts.append((x, g, tokens))
@@ -411,7 +412,7 @@ class Recorder:
             g = max((g for _, g, _ in parts), key=len)  # a use of position embeddings is one row
             sums = self.statistics.outputs.get(name)
             if sums is None:
-                kept = {k: v for k, v in self._shapes[name].items() if k not in _OF_INPUTS}
+                kept = {k: v for k, v in self.shapes[name].items() if k not in _OF_INPUTS}
                 sums = Sums.zeros(kept, self._device(g))
                 self.statistics.outputs[name] = sums
             scale, terms = self._pass.scale, self._pass.terms

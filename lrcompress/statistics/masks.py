@@ -54,12 +54,14 @@ def batch_mask(batch: Any, mask: MaskSource, owner: str) -> tuple[Tensor | None,
     inverted = isinstance(mask, str) and mask.startswith(_INVERTED)
     key = mask[len(_INVERTED) :] if isinstance(mask, str) and inverted else mask
     try:
-        found = key(batch) if callable(key) else _looked_up(batch, key)
+        found = key if callable(key) else _looked_up(batch, key)
     except LookupError:
         return None, (
             f"{owner} leaves padding out by the batch's {key!r}, which this batch does not have "
             f"({_contents(batch)}); name another with mask=, or pass mask=None if nothing is padded"
         )
+    if callable(key):  # whose own errors are the user's to see
+        found = key(batch)
     if not isinstance(found, Tensor):
         raise ObservationError(
             f"{owner} expected a tensor as the padding mask (mask={mask!r}), got "
@@ -202,60 +204,74 @@ class Mask:
         self, leading: torch.Size, device: torch.device, sequence_first: bool
     ) -> Tokens | None:
         rows, length = self.grid.shape
-        if leading.numel() == rows * length and len(leading) != 2:  # both in one, or choices apart
-            return Tokens(_indices(self.grid, device), rows=(rows, length), groups=self.groups)
-        if len(leading) < 2 or (leading[0] == 1 and rows > 1):
+        if len(leading) == 2:
+            # where both orders fit, the known one; else examples come first
+            for turned in (True, False) if sequence_first else (False, True):
+                cut = self._cut(leading[0] if turned else leading[1])
+                if cut is not None and leading[1 if turned else 0] == rows:
+                    real = _indices(cut.mT if turned else cut, device)
+                    return Tokens(real, sequence_first=turned, groups=self.groups)
+        cut = self._cut(leading.numel() // rows) if leading.numel() % rows == 0 else None
+        if cut is not None and (len(leading) == 1 or cut.shape[1] == length):
+            return self._flat(cut, device, turned=sequence_first and len(leading) == 1)
+        if len(leading) < 2 or leading.numel() == rows or (leading[0] == 1 and rows > 1):
             return Tokens()
-        if len(leading) > 2:
-            return self._spread(leading, device)
-        for turned in (True,) if sequence_first else (False, True):
-            cut = _cut(self.grid, leading[0] if turned else leading[1])
-            if cut is not None and leading[1 if turned else 0] == rows:
-                real = _indices(cut.mT if turned else cut, device)
-                return Tokens(real, sequence_first=turned, groups=self.groups)
-        return None
+        return self._spread(leading, device) if len(leading) > 2 else None
+
+    def _flat(self, grid: Tensor, device: torch.device, *, turned: bool) -> Tokens:
+        """Return the tokens where both axes are one, or choices have one of their own."""
+        if turned:
+            places = torch.arange(grid.numel(), device=grid.device).view(grid.shape[::-1])
+            return Tokens(places.mT[grid].to(device))
+        return Tokens(_indices(grid, device), rows=tuple(grid.shape), groups=self.groups)  # type: ignore[arg-type]
 
     def _spread(self, leading: torch.Size, device: torch.device) -> Tokens | None:
         """Return the tokens where axes lie between or behind those of the mask, as heads do."""
         rows, length = self.grid.shape
         places = [axis for axis in range(1, len(leading)) if leading[axis] == length]
-        if leading[0] != rows or len(places) != 1:
+        if leading[0] != rows or not places:
             return None
-        shape = [rows, *(length if axis in places else 1 for axis in range(1, len(leading)))]
+        # of several, the last: heads mostly come before tokens
+        shape = [rows, *(length if axis == places[-1] else 1 for axis in range(1, len(leading)))]
         spread = self.grid.reshape(shape).expand(leading)
         return Tokens(_indices(spread, device), groups=self.groups)
+
+    def _cut(self, length: int) -> Tensor | None:
+        """Return the columns that a tensor of that length has, if it was cut as batches are.
+
+        That is to the longest example, or to the next multiple of 8 above it; from the left where
+        the padding is there.
+        """
+        whole = self.grid.shape[1]
+        if length == whole:
+            return self.grid
+        held = self.grid.any(0).nonzero()
+        if length > whole or not len(held):
+            return None
+        first, last = int(held[0]), int(held[-1])
+        for longest, part in (
+            (last + 1, self.grid[:, :length]),
+            (whole - first, self.grid[:, whole - length :]),
+        ):
+            if length in (longest, -(-longest // 8) * 8):
+                return part
+        return None
 
 
 def _indices(grid: Tensor, device: torch.device) -> Tensor:
     return grid.reshape(-1).nonzero().squeeze(1).to(device)
 
 
-def _cut(grid: Tensor, length: int) -> Tensor | None:
-    """Return the columns of a mask that a shorter tensor has, which must hold all its tokens."""
-    whole = grid.shape[1]
-    if length == whole:
-        return grid
-    if length > whole:
-        return None
-    ends = grid[:, :length], grid[:, whole - length :]
-    total = grid.sum()
-    fitting = [part for part in ends if bool(part.sum() == total)]
-    return fitting[0] if len(fitting) == 1 else None
-
-
 def sequence_first(model: nn.Module) -> tuple[str, ...]:
     """Return prefixes of the names of layers that read ``(length, examples, features)``.
 
-    They stand beside or below an ``nn.MultiheadAttention`` with ``batch_first=False``, as those of
-    ``nn.TransformerEncoderLayer`` do by default.
+    These are those of ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``, unless
+    made with ``batch_first=True``.
     """
-    return tuple(
-        f"{name}." if name else ""
-        for name, module in model.named_modules()
-        if any(
-            isinstance(x, nn.MultiheadAttention) and not x.batch_first for x in module.children()
-        )
-    )
+    kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    blocks = {name: x for name, x in model.named_modules() if isinstance(x, kinds)}
+    found = (name for name, block in blocks.items() if not block.self_attn.batch_first)
+    return tuple(f"{name}." if name else "" for name in found)
 
 
 class PaddingCheck:
@@ -274,6 +290,10 @@ class PaddingCheck:
         if self.wants(tokens):
             both = tokens.of(gradient).float().abs().sum(), gradient.float().abs().sum()
             self._sums.append(torch.stack(both))
+
+    def drop(self) -> None:
+        """Discard what was added in a step that was interrupted."""
+        self._sums.clear()
 
     def check(self, owner: str) -> None:
         """Check what was added in a step.

@@ -140,6 +140,30 @@ def test_a_layer_that_is_called_twice_is_said_at_the_first_batch(
     assert steps.taken == 0
 
 
+class InTurns(Encoder):
+    """Two forward and backward passes a step, as adversarial training has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for _ in range(2):
+            self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("window", ["step:2", "step:6"])
+def test_several_passes_in_a_step_are_looked_at_as_they_are_observed(
+    window: str, loader: Make, trainer: Make
+) -> None:
+    factorize = lrcompress.Factorize(0.5, "step:6", window=window, every_n_steps=1, **QUIET)
+    trainer(factorize).fit(InTurns(), loader())
+    assert factorize.report.points[0].observed["steps"] >= 2
+
+
 def test_the_first_look_adds_nothing(loader: Make, trainer: Make, tagger: Make) -> None:
     factorize = lrcompress.Factorize(0.5, "epoch:2", every_n_steps=1, window="step:2", **QUIET)
     trainer(factorize).fit(tagger(), loader())
@@ -164,7 +188,9 @@ def test_statistics_that_a_checkpoint_lacks_are_said_before_training(
 
     trainer(factorize("drone"), every_step=True).fit(tagger(), loader())
     steps = Steps()
-    told = r"after 2 steps in which input_moment was observed, and Factorize now needs output_m"
+    told = (
+        r"steps in which input_moment was observed, and Factorize now needs output_moment of them"
+    )
     path = str(tmp_path / "step=4.ckpt")
     with pytest.raises(CheckpointError, match=told):
         trainer(factorize("kfac"), steps).fit(tagger(), loader(), ckpt_path=path)

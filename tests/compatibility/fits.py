@@ -54,10 +54,14 @@ FITS: dict[str, tuple[Callable[[], list[L.Callback]], tuple[int, ...]]] = {
 
 
 class Classifier(L.LightningModule):
-    """Two feed-forward blocks over padded sequences, with AdamW."""
+    """Two feed-forward blocks over padded sequences, with AdamW, or with momentum alone.
 
-    def __init__(self) -> None:
+    Momentum is carried over a point exactly, so that runs which meet one end as they always did.
+    """
+
+    def __init__(self, momentum: bool = False) -> None:
         super().__init__()
+        self.momentum = momentum
         self.embed = nn.Embedding(12, 8)
         self.blocks = nn.ModuleList(
             nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)}) for _ in range(2)
@@ -75,6 +79,8 @@ class Classifier(L.LightningModule):
         return nn.functional.cross_entropy(self(batch), batch["labels"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.momentum:
+            return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
         return torch.optim.AdamW(self.parameters(), 0.02)
 
 
@@ -129,7 +135,7 @@ def fitted(name: str, folder: Path, checkpoint: Path | None = None) -> Classifie
         default_root_dir=folder,
         callbacks=[*FITS[name][0](), Saving(folder)],
     )
-    module = Classifier()
+    module = Classifier(momentum=name in ("factorize", "embedding"))
     trainer.fit(module, Batches(), ckpt_path=checkpoint and str(checkpoint))
     return module.eval()
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lrcompress.engine.compress import factor_
@@ -165,3 +166,68 @@ def test_layers_are_copied_and_saved_as_before() -> None:
     assert "weight" not in layer.state_dict()
     assert torch.equal(copied.weight, layer.weight + 0)
     assert isinstance(copied.weight, DeferredWeight)
+
+
+class Doubled(torch.autograd.Function):
+    """Code that torch's Python functions do not see, as a fused loss is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.mT * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return g @ weight * 2, g.mT @ x * 2
+
+
+@each_kind
+def test_gradients_arrive_past_torchs_python_functions(kind: str) -> None:
+    layer, x = layer_of(kind), torch.randn(5, 6)
+    Doubled.apply(x, layer.weight).square().sum().backward()
+    found = [None if p.grad is None else p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    (x @ layer._product().mT * 2).square().sum().backward()
+    assert any(gradient is not None for gradient in found)
+    for gradient, parameter in zip(found, layer.parameters(), strict=True):
+        assert (gradient is None) == (parameter.grad is None)
+        assert gradient is None or torch.allclose(gradient, parameter.grad)
+    with torch.no_grad():
+        once = Doubled.apply(x, layer.weight)
+    torch.testing.assert_close(once, x @ layer._product().mT * 2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_arrive_through_activation_checkpointing(reentrant: bool) -> None:
+    layer, x = layer_of("low_rank"), torch.randn(5, 6, requires_grad=True)
+    found = checkpoint(lambda x, w: (x @ w.mT).square(), x, layer.weight, use_reentrant=reentrant)
+    found.sum().backward()
+    found = layer.left.weight.grad.clone()
+    layer.zero_grad()
+    (x @ layer._product().mT).square().sum().backward()
+    torch.testing.assert_close(found, layer.left.weight.grad)
+
+
+@each_kind
+def test_it_says_whether_gradients_reach_its_factors(kind: str) -> None:
+    layer = layer_of(kind)
+    assert layer.weight.requires_grad
+    with torch.no_grad():
+        assert not layer.weight.requires_grad
+    layer.requires_grad_(False)
+    assert not layer.weight.requires_grad
+    layer.factors[0].requires_grad_(True)
+    assert layer.weight.requires_grad
+
+
+def test_an_address_is_good_for_as_long_as_the_weight() -> None:
+    weight = layer_of("low_rank").weight
+    assert weight.data_ptr() == weight.data_ptr() == weight.untyped_storage().data_ptr()
+    assert torch.equal(weight._made, weight + 0)
+
+
+def test_a_parameter_is_made_of_a_plain_copy() -> None:
+    layer = layer_of("low_rank")
+    made = nn.Parameter(layer.weight.detach())
+    assert torch.equal(made, layer._product())

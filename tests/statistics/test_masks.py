@@ -158,7 +158,7 @@ def test_heads_may_stand_before_or_behind_the_length(leading: tuple[int, ...]) -
     assert kept(x, Mask(RAGGED).fit(x)) == set(x[grid.expand(leading)][:, 0].tolist())
 
 
-@pytest.mark.parametrize("leading", [(4,), (7,), (1, 6), (1, 9)])
+@pytest.mark.parametrize("leading", [(4,), (7,), (4, 1), (1, 6), (1, 9)])
 def test_what_is_by_example_or_the_same_for_all_is_whole(leading: tuple[int, ...]) -> None:
     x = numbered(*leading)
     assert len(Mask(RAGGED).fit(x).of(x)) == torch.Size(leading).numel()
@@ -170,6 +170,40 @@ def test_a_mask_that_does_not_fit_is_an_error_with_both_shapes(leading: tuple[in
     told = rf"layer 'up' reads \({shape}\), and the padding mask is for \(4, 6\) tokens: Owner"
     with pytest.raises(ObservationError, match=told):
         Mask(RAGGED).fit(x, layer="up", owner="Owner")
+
+
+def test_a_flat_input_has_its_tokens_in_the_order_of_its_layer() -> None:
+    x, mask = numbered(4, 6), Mask(RAGGED)
+    real = set(x[RAGGED][:, 0].tolist())
+    turned = x.transpose(0, 1).reshape(24, 2)
+    assert kept(turned, mask.fit(turned, sequence_first=True)) == real
+    wide = nn.functional.pad(RAGGED, (0, 3))
+    flat = x.reshape(24, 2)  # cut to the longest example before
+    assert kept(flat, Mask(wide).fit(flat)) == real
+
+
+def test_axes_that_only_could_be_a_cut_are_no_cut() -> None:
+    wide = nn.functional.pad(RAGGED, (0, 10))  # of a text, beside an image of 9 patches
+    with pytest.raises(ObservationError, match=r"reads \(4, 9, 2\), and the padding mask is for"):
+        Mask(wide).fit(numbered(4, 9))
+    eights = numbered(4, 8)
+    assert len(Mask(wide).fit(eights).of(eights)) == 16  # batches are padded to multiples of 8
+
+
+def test_of_two_axes_of_that_length_the_last_holds_tokens() -> None:
+    x = numbered(4, 6, 6)
+    expected = x[RAGGED[:, None, :].expand(4, 6, 6)][:, 0].tolist()
+    assert kept(x, Mask(RAGGED).fit(x)) == set(expected)
+
+
+def test_pooled_choices_are_whole() -> None:
+    mask = Mask(RAGGED.view(2, 2, 6))
+    assert len(mask.fit(numbered(2, 2)).of(numbered(2, 2))) == 4
+
+
+def test_an_error_within_the_users_function_is_its_own() -> None:
+    with pytest.raises(KeyError, match="idz"):
+        batch_mask({"ids": FOUR}, lambda batch: batch["idz"], "Owner")
 
 
 def test_numbers_that_are_no_tokens_read_whole_tables() -> None:
