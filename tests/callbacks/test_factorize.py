@@ -455,7 +455,7 @@ def test_a_checkpoint_that_observed_more_can_go_on_with_another_method(
     assert written == json.loads(json.dumps(resumed.report.to_dict()))
     assert written["final"].keys() == {"val_loss"}
 
-    with pytest.raises(ObservationError, match=r"needs input_moment, which was not observed"):
+    with pytest.raises(CheckpointError, match=r"Factorize now needs input_moment of them too"):
         trainer(factorize(method="drone", at="epoch:1")).fit(
             tagger(), loader(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt"
         )
