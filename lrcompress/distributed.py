@@ -6,6 +6,7 @@ In this package a rank is that of a matrix; a member of a process group is a pro
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -161,14 +162,17 @@ class Processes:
         return owner
 
     def rounds(self, owner: Mapping[str, int]) -> list[list[str]]:
-        """Return the layers of each round of work: here all in one round.
-
-        Where parameters are sharded, a round has at most one layer of every owner.
+        """Return layers round by round: in each at most one of every owner.
 
         Args:
             owner: layer to process, from :meth:`assign`.
+
+        Example:
+            >>> Processes(0, 2).rounds({"a": 0, "b": 1, "c": 1})
+            [['a', 'b'], ['c']]
         """
-        return [list(owner)]
+        queues = [[name for name in owner if owner[name] == i] for i in range(self.size)]
+        return [[name for name in turn if name is not None] for turn in zip_longest(*queues)]
 
     def reshard(self, model: nn.Module) -> None:
         """Free the parameters that a forward pass has gathered; here there are none."""

@@ -1,49 +1,98 @@
 """Matrix functions: Gram matrices, square roots, shrinkage, whitening, balanced factors."""
 
-from collections.abc import Callable
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Symmetric sums are built in so many block rows, none narrower: below it products lose speed.
+# Of a symmetric sum the block rows of its upper triangle are kept: about so many of them, none
+# narrower, for which products lose speed, and none wider, which would keep more of the other half.
 _BLOCKS = 6
-_NARROWEST = 128
+_NARROWEST, _WIDEST = 128, 512
+
+
+def packed_shape(features: int) -> tuple[int, int]:
+    """Return the shape in which a symmetric sum of so many features is kept: one row.
+
+    Example:
+        >>> packed_shape(8_192), 8_192**2  # 53 % of the square
+        ((1, 35651584), 67108864)
+    """
+    return 1, sum((stop - start) * (features - start) for start, stop in _block_rows(features))
+
+
+def _block_rows(features: int) -> Iterator[tuple[int, int]]:
+    step = min(_WIDEST, max(_NARROWEST, -(-features // _BLOCKS)))
+    for start in range(0, features, step):
+        yield start, min(start + step, features)
+
+
+def _blocks(packed: Tensor, features: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield the block rows ``(stop − start, features − start)``, which share memory."""
+    end = 0
+    for start, stop in _block_rows(features):
+        begin, end = end, end + (stop - start) * (features - start)
+        yield start, stop, packed[0, begin:end].view(stop - start, features - start)
+
+
+def _features(packed: Tensor) -> int:
+    """Return how many features the sum is of: its length rises with them."""
+    size = packed.shape[1]
+    return bisect_left(range(math.isqrt(2 * size) + 1), size, key=lambda n: packed_shape(n)[1])
 
 
 @torch.no_grad()
-def add_gram_(total: Tensor, x: Tensor, scale: float = 1.0) -> None:
-    """Add ``scale² xᵀ x`` to the upper triangle of ``total``; what is below is left undefined.
-
-    A symmetric sum needs half of the products only; it is computed block row by block row to save
-    most of the other half. Read the result through :func:`symmetric`.
+def add_gram_(packed: Tensor, x: Tensor, scale: float = 1.0) -> None:
+    """Add ``scale² xᵀ x`` to a symmetric sum, of which one triangle is kept.
 
     Args:
-        total: ``(features, features)``, changed in place.
-        x: ``(tokens, features)`` with the dtype and device of ``total``.
+        packed: of the shape that :func:`packed_shape` gives, changed in place. It holds the block
+            rows of the upper triangle, one after the other; read it through :func:`symmetric`.
+        x: ``(tokens, features)`` with the dtype and device of ``packed``.
         scale: of ``x``; a factor here costs nothing, a scaled copy of ``x`` would.
 
     Cost:
-        ``(b + 1) / 2b`` of the ``2·tokens·features²`` operations of the full product, with
-        ``b = 6`` block rows from 768 features on, ``features / 128`` below.
+        ``(b + 1) / 2b`` of the ``2·tokens·features²`` operations and of the memory of the full
+        product, with ``b = 6`` block rows from 768 to 3,072 features, ``features / 128`` below and
+        ``features / 512`` above.
     """
-    features = total.shape[0]
-    step = max(_NARROWEST, -(-features // _BLOCKS))
-    for start in range(0, features, step):
-        stop = min(start + step, features)
-        row = total[start:stop, start:]
+    features = x.shape[1]
+    for start, stop, row in _blocks(packed, features):
         row.addmm_(x[:, start:stop].mT, x[:, start:], alpha=scale * scale)
 
 
-def symmetric(total: Tensor) -> Tensor:
-    """Return the full symmetric matrix ``(n, n)`` whose upper triangle ``total`` holds.
+def packed(square: Tensor) -> Tensor:
+    """Return what is kept of a symmetric matrix ``(n, n)``, of which the upper triangle counts."""
+    result = square.new_empty(packed_shape(len(square)))
+    for start, stop, row in _blocks(result, len(square)):
+        row.copy_(square[start:stop, start:])
+    return result
+
+
+def symmetric(packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the full symmetric matrix ``(n, n)`` of which ``packed`` is kept.
+
+    Args:
+        packed: of :func:`add_gram_`.
+        dtype: of the result; by default that of ``packed``.
 
     Example:
-        >>> symmetric(torch.tensor([[1.0, 2.0], [9.0, 3.0]])).tolist()
-        [[1.0, 2.0], [2.0, 3.0]]
+        >>> sums = torch.zeros(packed_shape(2))
+        >>> add_gram_(sums, torch.tensor([[1.0, 2.0]]))
+        >>> symmetric(sums).tolist()
+        [[1.0, 2.0], [2.0, 4.0]]
     """
-    upper = total.triu()
-    return upper + upper.triu(1).mT
+    n = _features(packed)
+    result = packed.new_empty((n, n), dtype=dtype)
+    for start, stop, row in _blocks(packed, n):
+        result[start:stop, start:] = row
+        result[start:, start:stop] = row.mT
+        block = result[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).mT)  # of the row's own block one triangle counts
+    return result
 
 
 def shrunk(metric: Tensor, share: float) -> Tensor:

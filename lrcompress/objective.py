@@ -155,7 +155,7 @@ def metric_of(
     if not chosen.kinds:
         return Metric()
     sums = statistics.of(layer, chosen.kinds)
-    values = {kind: sums.moment(kind).double() for kind in chosen.kinds}
+    values = {kind: sums.moment(kind, torch.float64) for kind in chosen.kinds}
     for kind, value in values.items():
         if not value.sum().isfinite() and not value.isfinite().all():
             raise NotFiniteError(f"{kind} of layer {layer!r} holds a NaN or an infinity")
@@ -166,14 +166,14 @@ def metric_of(
     if chosen.input in _MEANS and inner is not None:
         total, count = _MEANS[chosen.input]
         tokens = float(sums.values[count]) if count else tokens
-        inner = inner / max(tokens, torch.finfo(torch.float32).tiny)
+        inner /= max(tokens, torch.finfo(torch.float32).tiny)
         spread = inner.diagonal().sum()
         if refit_bias:
             mean = sums.moment(total).double() / max(tokens, torch.finfo(torch.float32).tiny)
-            inner = inner - torch.outer(mean, mean)
+            inner.addr_(mean, mean, alpha=-1)
             inner *= inner.diagonal().sum() > 1e-5 * spread  # less is a constant's rounding
     if outer is not None:
-        outer = outer / examples
+        outer /= examples
         # Σ_j F_ij = G_ii · trace C where inputs and gradients are independent
         fisher = chosen.output == "output_fisher"
         loss_scale = float(1 / spread.clamp(min=torch.finfo(spread.dtype).tiny)) if fisher else 1.0
@@ -185,7 +185,7 @@ def _usable(metric: Metric, shrink: tuple[float, float]) -> Metric:
     for side, share in ((metric.input, shrink[0]), (metric.output, shrink[1])):
         trace = None if side is None else (side if side.ndim == 1 else side.diagonal()).sum()
         if side is None or trace is None or trace > 0:
-            sides.append(None if side is None else shrunk(side, share))
+            sides.append(shrunk(side, share) if side is not None and share else side)
         else:
             sides.append(None)
             notes.append(f"the {('input', 'output')[len(sides) - 1]} metric was all zero: identity")

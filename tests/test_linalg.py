@@ -1,11 +1,21 @@
 """Matrix mathematics against its definitions."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from lrcompress import linalg
-from lrcompress.linalg import add_gram_, balanced, root, shrunk, symmetric
+from lrcompress.linalg import (
+    add_gram_,
+    balanced,
+    packed,
+    packed_shape,
+    root,
+    shrunk,
+    symmetric,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -13,25 +23,35 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("features", [1, 5, 511, 512, 515, 600])
+@pytest.mark.parametrize("features", [1, 5, 127, 129, 515, 768, 1030, 3100])
 def test_add_gram_adds_the_product_whatever_the_blocks(features: int) -> None:
     x, y = torch.randn(7, features), torch.randn(3, features)
-    total = torch.zeros(features, features)
+    total = torch.zeros(packed_shape(features))
     add_gram_(total, x)
     add_gram_(total, y)
     torch.testing.assert_close(symmetric(total), x.mT @ x + y.mT @ y, rtol=1e-5, atol=1e-5)
 
 
 def test_add_gram_of_no_token_adds_nothing() -> None:
-    total = torch.ones(4, 4)
+    total = torch.ones(packed_shape(4))
     add_gram_(total, torch.zeros(0, 4))
     assert symmetric(total).equal(torch.ones(4, 4))
 
 
-def test_symmetric_reads_the_upper_triangle_only() -> None:
-    whole = torch.randn(5, 5)
+@pytest.mark.parametrize("features", [1, 2, 128, 200, 800, 3200])
+def test_of_a_symmetric_matrix_the_upper_triangle_is_packed_and_comes_back(features: int) -> None:
+    whole = torch.randn(features, features)
     whole = whole + whole.mT
-    assert symmetric(whole.triu() + torch.full((5, 5), 7.0).tril(-1)).equal(whole)
+    kept = packed(whole.triu() + torch.full_like(whole, 7.0).tril(-1))
+    assert symmetric(kept).equal(whole)
+    assert symmetric(kept, torch.float64).equal(whole.double())
+
+
+def test_packed_sums_of_other_features_have_other_lengths() -> None:
+    sizes = [packed_shape(features)[1] for features in range(1, 4000)]
+    assert all(less < more for less, more in pairwise(sizes))
+    assert packed_shape(8192)[1] <= 0.54 * 8192**2
+    assert packed_shape(768)[1] <= 0.59 * 768**2
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])

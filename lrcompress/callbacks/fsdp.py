@@ -8,7 +8,6 @@ gathered and resharded with it, as if it had been there from the start.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -38,11 +37,6 @@ class ShardedProcesses(Processes):
     """
 
     sharded: ClassVar[bool] = True
-
-    @override
-    def rounds(self, owner: Mapping[str, int]) -> list[list[str]]:
-        queues = [[name for name in owner if owner[name] == i] for i in range(self.size)]
-        return [[name for name in turn if name is not None] for turn in zip_longest(*queues)]
 
     @override
     def reshard(self, model: nn.Module) -> None:

@@ -28,13 +28,13 @@ from lrcompress.statistics.views import view
 from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
 from lrcompress.structure.surgery import (
     Carry,
-    all_or_nothing,
     carry_dense,
     carry_factors,
     replace_,
     swap_parameters_,
 )
 from lrcompress.structure.tied_weights import tie_factors_, update_tied_weights_keys_
+from lrcompress.structure.transaction import all_or_nothing
 
 
 def factor_tables_(

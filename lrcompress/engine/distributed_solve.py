@@ -4,9 +4,10 @@ One process alone solves all layers and communicates nothing.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.nn import LowRankLinear
 from lrcompress.objective import Metric, metric_of
 from lrcompress.report.record import LayerRecord
 from lrcompress.solvers.kronecker import KroneckerFactors, KroneckerSums, Sizes
 from lrcompress.solvers.truncation import Factors, Truncation, relative_error, truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.structure.surgery import all_or_nothing
+from lrcompress.structure.transaction import all_or_nothing
 
 Found = tuple[Factors | KroneckerFactors, Metric]
 # Solves a layer of that name, with that weight, in a metric; None where nothing is smaller.
@@ -105,14 +107,15 @@ class SolvedLayer:
     """A layer that this process has solved.
 
     Attributes:
-        truncation: of its weight, all ranks; None where no factors would be smaller.
+        truncation: of its weight, of all ranks that may be asked for; None where no factors would
+            be smaller.
         metric: what it was measured in, as far as it is kept.
-        weight: ``(out, in)``, as it was solved.
+        weight: ``(out, in)``, as it was solved; None where the metric is not kept.
     """
 
     truncation: Truncation | KroneckerSums | None
     metric: Metric
-    weight: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,25 +125,18 @@ class Solutions:
     Attributes:
         processes: the processes.
         owner: which of them solves a layer.
-        own: the layers that this process has solved; none where parameters are sharded, since
-            they would not fit.
+        own: the layers that this process has solved. They are taken out as they are replaced.
         measured: all layers.
-        solve: solves layers of a turn, those that this process owns.
     """
 
     processes: Processes
     owner: Mapping[str, int]
-    own: Mapping[str, SolvedLayer]
+    own: dict[str, SolvedLayer]
     measured: Mapping[str, LayerSummary]
-    solve: Callable[[Sequence[str]], Mapping[str, SolvedLayer]]
 
-    def rounds(self, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, SolvedLayer]]]:
-        """Yield layers turn by turn, each turn with those that this process has solved.
-
-        The latter is to be emptied, with all that is large in it, before the next turn.
-        """
-        for turn in self.processes.rounds({name: self.owner[name] for name in names}):
-            yield turn, dict(self.solve(turn) if self.processes.sharded else self.own)
+    def rounds(self, names: Iterable[str]) -> list[list[str]]:
+        """Return layers round by round, in each at most one of every process."""
+        return self.processes.rounds({name: self.owner[name] for name in names})
 
 
 def solve_layers(
@@ -151,6 +147,7 @@ def solve_layers(
     *,
     refit_bias: bool,
     shrink: tuple[float, float],
+    most: Mapping[str, int] | None = None,
     keep_metric: bool = False,
     solver: Solver | None = None,
     processes: Processes = ONE_PROCESS,
@@ -164,7 +161,9 @@ def solve_layers(
         method: a key of :data:`lrcompress.objective.METHODS`.
         refit_bias: let biases take up the mean error, where there are any.
         shrink: shares of their mean diagonal mixed into the input and the output metric.
-        keep_metric: keep the metrics themselves, the large part, too.
+        most: the greatest ranks that will be asked for; by default those up to which factors are
+            smaller than a weight, and the rank of a layer that is factored already.
+        keep_metric: keep the metrics themselves, the large part, and the weights too.
         solver: of a layer; by default all low-rank truncations.
         processes: the processes.
 
@@ -172,52 +171,83 @@ def solve_layers(
         ObservationError: if a statistic that the method needs is missing.
         NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
         PlatformError: if another process failed for a reason outside this package.
+
+    Cost:
+        Of every layer that this process solves ``most·(out + in)`` values stay, on the CPU: over
+        all processes as much as the weights themselves. While a layer is solved some ten float64
+        matrices of its larger side are there, beside the statistics.
     """
     owner = processes.assign({name: _cost(view(model.get_submodule(name)).shape) for name in names})
 
     def of_layer(name: str, weight: Tensor) -> SolvedLayer:
-        refit = refit_bias and view(model.get_submodule(name)).bias is not None
+        layer = model.get_submodule(name)
+        refit = refit_bias and view(layer).bias is not None
         metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
-        truncation = (
-            truncate(weight, metric.output, metric.input)
-            if solver is None
-            else solver(name, weight, metric)
-        )
-        small = metric if keep_metric else replace(metric, output=None, input=None)
-        return SolvedLayer(truncation, small, weight)
+        found = (solver or low_rank)(name, weight, metric)
+        if keep_metric:
+            return SolvedLayer(found, metric, weight)
+        return SolvedLayer(found, replace(metric, output=None, input=None))
 
-    def of_turn(turn: Sequence[str]) -> tuple[dict[str, SolvedLayer], dict[str, LayerSummary]]:
-        weights: dict[str, Tensor] = {}
-        for name in turn:
-            with processes.gathered(model, name):
-                if owner[name] == processes.index:
-                    weights[name] = view(model.get_submodule(name)).weight
-        own: dict[str, SolvedLayer] = {}
-
-        def work() -> dict[str, LayerSummary]:
-            own.update((name, of_layer(name, weight)) for name, weight in weights.items())
-            return {name: _summary(one) for name, one in own.items()}
-
-        return own, {name: one for part in processes.run_on_all(work) for name, one in part.items()}
+    def low_rank(name: str, weight: Tensor, metric: Metric) -> Truncation:
+        limit = greatest_rank(model.get_submodule(name)) if most is None else most[name]
+        return truncate(weight, metric.output, metric.input, most=limit)
 
     own: dict[str, SolvedLayer] = {}
     found: dict[str, LayerSummary] = {}
-    for turn in processes.rounds(owner):
-        solved, measured = of_turn(turn)
-        found |= measured
-        own |= {} if processes.sharded else solved
-    measured = {name: found[name] for name in names}
-    return Solutions(processes, owner, own, measured, lambda turn: of_turn(turn)[0])
+
+    def work(weights: dict[str, Callable[[], Tensor]]) -> dict[str, LayerSummary]:
+        solved: dict[str, LayerSummary] = {}
+        for name in list(weights):
+            weight = weights.pop(name)()
+            own[name] = of_layer(name, weight)
+            solved[name] = _summary(own[name], weight.numel())
+        return solved
+
+    # rounds wait for each other: only where layers have to be gathered, one of each process
+    for turn in processes.rounds(owner) if processes.sharded else [names]:
+        for part in processes.run_on_all(partial(work, _weights(model, turn, owner, processes))):
+            found |= part
+    return Solutions(processes, owner, own, {name: found[name] for name in names})
 
 
-def _summary(one: SolvedLayer) -> LayerSummary:
+def _weights(
+    model: nn.Module, turn: Sequence[str], owner: Mapping[str, int], processes: Processes
+) -> dict[str, Callable[[], Tensor]]:
+    """Return what gives the weights of this process's layers; of factored ones, multiplied out."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name in turn:
+        with processes.gathered(model, name):
+            if owner[name] == processes.index:
+                layer = model.get_submodule(name)
+                whole = view(layer).weight if processes.sharded else None
+                found[name] = partial(_weight, layer, whole)
+    return found
+
+
+def _weight(layer: nn.Module, whole: Tensor | None) -> Tensor:
+    return view(layer).weight if whole is None else whole
+
+
+def greatest_rank(layer: nn.Module) -> int:
+    """Return up to which rank factors of a layer are of use, or the rank that it has already.
+
+    Example:
+        >>> greatest_rank(nn.Linear(30, 20))  # 12 ranks take 600 parameters, as the weight does
+        12
+    """
+    shape = view(layer).shape
+    useful = max(1, min(*shape, -(-math.prod(shape) // sum(shape))))
+    return max(useful, layer.rank) if isinstance(layer, LowRankLinear) else useful
+
+
+def _summary(one: SolvedLayer, dense: int) -> LayerSummary:
     metric, mean = one.metric, one.metric.mean
     mean = None if mean is None else mean.cpu()
     known, found = (metric.loss_scale, metric.note, mean), one.truncation
     if isinstance(found, KroneckerSums):
         return LayerSummary(found.energies.cpu(), *known, found.unit, found.shape)
     if found is None:
-        return LayerSummary(torch.zeros(0), *known, one.weight.numel())
+        return LayerSummary(torch.zeros(0), *known, dense)
     return LayerSummary(found.energies.cpu(), *known)
 
 
@@ -250,30 +280,29 @@ def install_factors_(
     processes = solutions.processes
     reached: dict[str, tuple[float, float]] = {}
     # where parameters are sharded, a layer that was open cannot be put back
-    guard = nullcontext() if processes.sharded else all_or_nothing(model, ranks, optimizers)
-    with guard:
-        for turn, own in solutions.rounds(ranks):
+    guard = None if processes.sharded else all_or_nothing(model, ranks, optimizers)
+    with guard or nullcontext() as put_away:
+        for turn in solutions.rounds(ranks):
             found: dict[str, Found] = {}
 
-            def work(
-                own: Mapping[str, SolvedLayer] = own, found: dict[str, Found] = found
-            ) -> dict[str, tuple[float, float]]:
-                for name in own.keys() & ranks.keys():
-                    solved = own[name].truncation
-                    assert solved is not None, "it has been left dense"
-                    found[name] = (solved.factors(ranks[name]), own[name].metric)
+            def work(turn: list[str] = turn, found: dict[str, Found] = found) -> dict[str, Any]:
+                for name in solutions.own.keys() & set(turn):
+                    one = solutions.own.pop(name)
+                    assert one.truncation is not None, "it has been left dense"
+                    found[name] = (one.truncation.factors(ranks[name]), one.metric)
                 return {name: (one.error, one.lost) for name, (one, _) in found.items()}
 
             for part_reached in processes.run_on_all(work):
                 reached |= part_reached
-            own.clear()
             for part in [[name] for name in turn] if processes.sharded else [turn]:
                 with processes.unsharded(model, part, optimizers):
                     for name in part:
-                        put(name, found.get(name))
+                        put(name, found.pop(name, None))
                     broadcast_layers_(
                         model, {name: solutions.owner[name] for name in part}, optimizers, processes
                     )
+            if put_away is not None:
+                put_away(turn)
     return reached
 
 

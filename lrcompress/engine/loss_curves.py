@@ -57,8 +57,10 @@ def loss_curves(
     found = []
     for method in methods:
         refit, shrink = settings.refit_bias, settings.shrink
-        solutions = solve_layers(model, names, statistics, method, refit_bias=refit, shrink=shrink)
-        measured = solutions.measured
+        least = dict.fromkeys(names, 1)  # no factors are asked for
+        measured = solve_layers(
+            model, names, statistics, method, refit_bias=refit, shrink=shrink, most=least
+        ).measured
         spread = settings.allocation if method == settings.method else None
         own = replace(
             settings, method=method, allocation=spread, shapes={}, keep_measured=False

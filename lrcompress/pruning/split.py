@@ -70,6 +70,8 @@ def split_(
     names = settings.select(model).names
     check_dense(model, names)
     shares.check_method(settings.method)
+    sizes = {name: view(model.get_submodule(name)).shape for name in names}
+    starts = {n: max(1, math.ceil((shares.start_rank or 0) * min(s))) for n, s in sizes.items()}
     solutions = solve_layers(
         model,
         names,
@@ -77,10 +79,10 @@ def split_(
         settings.method,
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
+        most=None if shares.start_rank is None else starts,
         keep_metric=shares.low_rank_share == AUTO,
         processes=processes,
     )
-    sizes = {name: view(model.get_submodule(name)).shape for name in names}
     budget = _budget(sizes, shares)
     if shares.start_rank is None and shares.low_rank_share == AUTO:
         ranks = _divided(solutions, sizes, budget)
@@ -157,15 +159,14 @@ def _divided(solutions: Solutions, sizes: Sizes, budget: int) -> dict[str, int]:
         for name, one in own.items():
             most, metric = max(1, math.prod(sizes[name]) // sum(sizes[name])), one.metric
             assert isinstance(one.truncation, Truncation)
+            assert one.weight is not None
             rows = row_energies(one.weight, metric.output, metric.input, one.truncation, most)
             losses[name] = (0.5 * (metric.loss_scale or 0.0) * rows).cpu()
         return losses
 
     losses: dict[str, Tensor] = {}
-    for _, own in solutions.rounds(sizes):
-        for found in solutions.processes.run_on_all(partial(of_turn, own)):
-            losses |= found
-        own.clear()
+    for found in solutions.processes.run_on_all(partial(of_turn, solutions.own)):
+        losses |= found
     units = {name: sum(shape) for name, shape in sizes.items()}
     ordered = {name: losses[name] for name in sizes}
     return solutions.processes.run_on_first(lambda: allocate_ranks_and_rows(ordered, units, budget))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.linalg import add_gram_, balanced, eigh, symmetric
+from lrcompress.linalg import add_gram_, balanced, eigh, packed_shape, symmetric
 from lrcompress.solvers.truncation import Factors, relative_error
 
 _ROWS = 8192  # that are in float64 at a time
@@ -88,10 +88,10 @@ def truncate_embedding(
     _check(table, rows, columns)
     weights = None if rows is None or not rows.any() else rows.double() / rows.double().max()
     width = table.shape[1]
-    moment = torch.zeros(width, width, dtype=torch.float64, device=table.device)
+    sums = torch.zeros(packed_shape(width), dtype=torch.float64, device=table.device)
     for place, part in _parts(table):
-        add_gram_(moment, part if weights is None else weights[place, None].to(part).sqrt() * part)
-    moment = symmetric(moment)
+        add_gram_(sums, part if weights is None else weights[place, None].to(part).sqrt() * part)
+    moment = symmetric(sums)
     root, back = _root(columns, moment)
     energies, basis = eigh(root.mT @ moment @ root)
     basis = basis.flip(1)

@@ -1,6 +1,5 @@
 """Weighted SVD: the rank-r matrix nearest to a weight in a two-sided metric."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from lrcompress.linalg import balanced, eigh, root, whitening
 FLOOR = 1e-10
 
 
-_Solution = tuple[Tensor, Callable[[int], tuple[Tensor, Tensor]]]
+_Solution = tuple[Tensor, Tensor, Tensor]  # energies, P⁻¹U, Uᵀ P W
 
 
 @dataclass(frozen=True)
@@ -44,40 +43,46 @@ class Factors:
 
 @dataclass(frozen=True)
 class Truncation:
-    """Every truncation of one weight: its error curve, and factors at any rank.
+    """Truncations of one weight: its error curve, and factors of any rank that was asked for.
 
     Attributes:
         energies: ``(min(out, in),)`` float64, descending: the squared singular values of
             ``P W Q``. What a truncation to ``r`` loses is ``energies[r:].sum()``.
+        left: ``(out, most)``: ``P⁻¹U``, the leading output directions; on the CPU, as ``right``,
+            in float32 at least: factors of a rank are its first columns and rows.
+        right: ``(most, in)``: ``Uᵀ P W``.
+        like: ``()`` of the weight's dtype and device, which are those of factors.
     """
 
     energies: Tensor
-    _weight: Tensor
-    _leading: Callable[[int], tuple[Tensor, Tensor]]  # rank -> P⁻¹U, Uᵀ P W
+    left: Tensor
+    right: Tensor
+    like: Tensor
 
     def factors(self, rank: int) -> Factors:
         """Return the best factors of that rank, balanced, in the weight's own dtype.
 
         Raises:
-            SettingError: if ``rank`` is below 1 or above ``min(out, in)``.
+            SettingError: if ``rank`` is below 1 or above what the weight or ``most`` allows.
         """
-        most = len(self.energies)
+        most = self.left.shape[1]
         if not 1 <= rank <= most:
+            shape = (len(self.left), self.right.shape[1])
             raise SettingError(
-                f"rank must be from 1 to {most} for a weight of shape "
-                f"{tuple(self._weight.shape)}, got {rank}"
+                f"rank must be from 1 to {most} for a weight of shape {shape}, got {rank}"
             )
-        left, right = balanced(*self._leading(rank))
+        device = self.like.device
+        left, right = balanced(self.left[:, :rank].to(device), self.right[:rank].to(device))
         return Factors(
-            left.to(self._weight.dtype).contiguous(),
-            right.to(self._weight.dtype).contiguous(),
+            left.to(self.like).contiguous(),
+            right.to(self.like).contiguous(),
             self.error(rank),
             float(self.energies[rank:].sum()),
         )
 
     def basis(self, rank: int) -> Tensor:
         """Return ``P⁻¹U``, the leading output directions, ``(out, rank)`` float64."""
-        return self._leading(rank)[0]
+        return self.left[:, :rank].double()
 
     def error(self, rank: int) -> float:
         """Return the relative error of the best truncation to ``rank``."""
@@ -97,7 +102,11 @@ def relative_error(energies: Tensor, rank: int) -> float:
 
 @torch.no_grad()
 def truncate(
-    weight: Tensor, output: Tensor | None = None, input: Tensor | None = None
+    weight: Tensor,
+    output: Tensor | None = None,
+    input: Tensor | None = None,
+    *,
+    most: int | None = None,
 ) -> Truncation:
     """Return all truncations of ``weight`` that are optimal in a two-sided metric.
 
@@ -120,6 +129,7 @@ def truncate(
         output: ``G``: ``(out, out)`` symmetric, ``(out,)`` its diagonal, or None for the
             identity, as which an all-zero metric counts. Its scale does not change the factors.
         input: ``C``: ``(in, in)``, ``(in,)`` or None, likewise.
+        most: the greatest rank that will be asked for; by default any.
 
     Raises:
         ShapeError: if the arguments do not fit together.
@@ -127,7 +137,8 @@ def truncate(
 
     Cost:
         With ``s`` the smaller and ``l`` the larger side: ``O(s³)`` for the eigenvalues and
-        ``O(s·l²)`` for the products with full metrics; ``O(l²)`` float64 memory.
+        ``O(s·l²)`` for the products with full metrics; ``O(l²)`` float64 memory. The result keeps
+        ``most·(out + in)`` values, on the CPU.
 
     Source:
         Eckart & Young (1936) under a change of basis; with the identity as output metric
@@ -142,8 +153,11 @@ def truncate(
     w = weight.double()
     g, c = (None if side is None or not side.any() else side.to(w) for side in (output, input))
     solve = _on_output_side if weight.shape[0] <= weight.shape[1] else _on_input_side
-    energies, leading = solve(w, g, c)
-    return Truncation(energies, weight.detach(), leading)
+    full = min(weight.shape)
+    energies, left, right = solve(w, g, c, full if most is None else max(1, min(most, full)))
+    kept = torch.promote_types(weight.dtype, torch.float32)
+    like = torch.empty((), dtype=weight.dtype, device=weight.device)
+    return Truncation(energies, left.to("cpu", kept), right.to("cpu", kept), like)
 
 
 def _times(matrix: Tensor, metric: Tensor | None) -> Tensor:
@@ -153,15 +167,15 @@ def _times(matrix: Tensor, metric: Tensor | None) -> Tensor:
     return matrix * metric if metric.ndim == 1 else matrix @ metric
 
 
-def _on_output_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
+def _on_output_side(w: Tensor, g: Tensor | None, c: Tensor | None, most: int) -> _Solution:
     """Solve by ``U``: one factor ``P`` of the output metric, and the input metric as it is."""
     apply, inverse = whitening(g, FLOOR)
     pw = apply(w)
     energies, u = descending(_times(pw, c) @ pw.mT)
-    return energies, lambda rank: (inverse(u[:, :rank]), u[:, :rank].mT @ pw)
+    return energies, inverse(u[:, :most]), u[:, :most].mT @ pw
 
 
-def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
+def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None, most: int) -> _Solution:
     """Solve by ``V``: one factor ``Q`` of the input metric, and the output metric as it is."""
     if c is None:
         wq = w
@@ -171,20 +185,15 @@ def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None) -> _Solution:
         wq = w @ root(c)[0]
     gwq = wq if g is None else (g[:, None] * wq if g.ndim == 1 else g @ wq)
     energies, v = descending(wq.mT @ gwq)
-    seen = int((energies > energies[0] * 1e-14).sum())
+    seen = min(most, int((energies > energies[0] * 1e-14).sum()))
     scaled = v[:, :seen] * energies[:seen].rsqrt()
-
-    def leading(rank: int) -> tuple[Tensor, Tensor]:
-        left = wq @ scaled[:, :rank]
-        right = (gwq @ scaled[:, :rank]).mT @ w
-        if rank <= seen:
-            return left, right
-        # The metric sees no more: what is left of the weight goes by its plain SVD.
+    left, right = wq @ scaled, (gwq @ scaled).mT @ w
+    if seen < most:  # the metric sees no more: what is left of the weight goes by its plain SVD
         u, s, vh = torch.linalg.svd(w - left @ right, full_matrices=False)
-        more = rank - seen
-        return torch.cat([left, u[:, :more] * s[:more]], 1), torch.cat([right, vh[:more]])
-
-    return energies, leading
+        more = most - seen
+        left = torch.cat([left, u[:, :more] * s[:more]], 1)
+        right = torch.cat([right, vh[:more]])
+    return energies, left, right
 
 
 def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import CheckpointError, ObservationError, ShapeError, nearest
-from lrcompress.linalg import add_gram_, symmetric
+from lrcompress.linalg import add_gram_, packed, packed_shape, symmetric
 
 INPUT_KINDS = ("input_moment", "input_abs")
 OUTPUT_KINDS = ("output_moment", "weighted_moment", "input_fisher", "output_fisher")
@@ -22,10 +22,11 @@ LARGE = 16_384
 def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every sum that the statistics named ``kinds`` need for one layer.
 
-    Of more than :data:`LARGE` outputs, those of a head over a vocabulary, only the diagonal of the
-    output moment is kept: 0.1 MiB for 32,000, not 3.8 GiB, and 0.5 MiB for 128,256, not 61 GiB
-    (with the moment of 256 and of 2,048 inputs 0.4 and 16.5 MiB). Gradients of a softmax over
-    many words are nearly uncorrelated between them, which is what the diagonal assumes.
+    Of symmetric sums one triangle is kept, as :func:`~lrcompress.linalg.packed_shape` says. Of
+    more than :data:`LARGE` outputs, those of a head over a vocabulary, only the diagonal of the
+    output moment is: 0.1 MiB for 32,000, not 2.0 GiB, and 0.5 MiB for 128,256, not 31 GiB.
+    Gradients of a softmax over many words are nearly uncorrelated between them, which is what the
+    diagonal assumes.
 
     Example:
         >>> shapes(["output_moment"], in_features=256, out_features=32_000)
@@ -36,11 +37,11 @@ def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[st
         {'token_count': (2,)}
     """
     every: dict[str, tuple[int, ...]] = {
-        "input_moment": (in_features, in_features),
+        "input_moment": packed_shape(in_features),
         "input_sum": (in_features,),
         "input_abs": (in_features,),
-        "output_moment": (out_features,) * (1 if out_features > LARGE else 2),
-        "weighted_moment": (in_features, in_features),
+        "output_moment": (out_features,) if out_features > LARGE else packed_shape(out_features),
+        "weighted_moment": packed_shape(in_features),
         "weighted_sum": (in_features,),
         "weight": (),
         "input_fisher": (in_features,),
@@ -230,10 +231,10 @@ class Sums:
         for mine, theirs in zip(self._counts(), other._counts(), strict=True):
             mine += theirs.to(mine)
 
-    def moment(self, name: str) -> Tensor:
-        """Return one sum, a symmetric one with both its triangles."""
+    def moment(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return one sum, a symmetric one with both its triangles, by default as it is held."""
         value = self.values[name]
-        return symmetric(value) if value.ndim == 2 else value
+        return symmetric(value, dtype) if value.ndim == 2 else value.to(dtype or value.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -248,12 +249,17 @@ class Sums:
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str | None) -> "Sums":
         """Return the sums that :meth:`state_dict` described, on ``device``."""
-        held = {name: value.to(device, copy=True) for name, value in state.items()}
+        held = {name: _packed(value).to(device, copy=True) for name, value in state.items()}
         counts = [held.pop(name) for name in ("tokens", "examples", "skipped")]
         return cls(held, *counts)
 
     def _counts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.tokens, self.examples, self.skipped
+
+
+def _packed(value: Tensor) -> Tensor:
+    """Return a sum as it is held; before version 0.2 symmetric ones were squares."""
+    return packed(value) if value.ndim == 2 and len(value) > 1 else value
 
 
 def _dtype(name: str) -> torch.dtype:

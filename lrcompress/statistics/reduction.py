@@ -1,7 +1,6 @@
 """All-reduce of statistics over processes, once, at the point."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,24 +10,12 @@ from lrcompress.distributed import BUCKET, Processes
 from lrcompress.errors import ObservationError
 from lrcompress.statistics.moments import Statistics, Sums
 
-_ROWS = 64  # of a triangle, packed as a rectangle and a small triangle on the diagonal
 _COUNTS = 3
 
 
 def reduced_bytes(statistics: Statistics) -> int:
-    """Return the bytes that :func:`all_reduce_` adds up: of a symmetric sum one triangle.
-
-    ``4·n(n + 1)/2`` for a moment of ``n`` features, ``4·n`` for a vector, ``8·n`` for one of whole
-    numbers, ``8·3`` for the counts of each.
-    """
-    total = 0
-    for _, sums in _every(statistics):
-        total += 8 * _COUNTS
-        for value in sums.values.values():
-            n = value.shape[0] if value.ndim else 1
-            numbers = n * (n + 1) // 2 if value.ndim == 2 else value.numel()
-            total += value.element_size() * numbers
-    return total
+    """Return the bytes that :func:`all_reduce_` adds up: all sums, and ``8·3`` for the counts."""
+    return sum(8 * _COUNTS + sums.nbytes for _, sums in _every(statistics))
 
 
 @torch.no_grad()
@@ -49,7 +36,7 @@ def all_reduce_(
         statistics: of this process, changed in place.
         processes: the processes.
         device: for sums that others have and this one lacks.
-        bucket: the most values sent at once, but at least a row of a moment.
+        bucket: the most values sent at once.
 
     Raises:
         ObservationError: if processes share inputs between layers differently, or hold other
@@ -73,14 +60,11 @@ def all_reduce_(
     for count, value in zip(counts, packed.unbind(), strict=True):
         count.copy_(value)
     for parts in _buckets(every, bucket):
-        dtype = parts[0].block.dtype
-        flat = torch.empty(sum(p.size for p in parts), device=processes.device, dtype=dtype)
-        places = torch.split(flat, [p.size for p in parts])
-        for part, place in zip(parts, places, strict=True):
-            part.pack(place)
+        flat = torch.cat([part.to(processes.device) for part in parts])
         processes.all_reduce_(flat)
+        places = torch.split(flat, [part.numel() for part in parts])
         for part, place in zip(parts, places, strict=True):
-            part.unpack_(place)
+            part.copy_(place)
 
 
 def reduce_to_first_(
@@ -143,60 +127,18 @@ def _adopt_(
     statistics.steps, statistics.skipped, statistics.tokens = max(steps), sum(skipped), sum(tokens)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part of one sum: all of ``block``, or its upper triangle."""
-
-    block: Tensor
-    triangle: bool = False
-
-    @property
-    def size(self) -> int:
-        n = len(self.block) if self.block.ndim else 1
-        return n * (n + 1) // 2 if self.triangle else self.block.numel()
-
-    def _upper(self) -> tuple[Tensor, Tensor]:
-        n = len(self.block)
-        rows, columns = torch.triu_indices(n, n, device=self.block.device)
-        return rows, columns
-
-    def pack(self, place: Tensor) -> None:
-        if self.triangle:
-            place.copy_(self.block[self._upper()])
-        else:
-            place.view(self.block.shape).copy_(self.block)
-
-    def unpack_(self, place: Tensor) -> None:
-        if self.triangle:
-            self.block[self._upper()] = place.to(self.block.device)
-        else:
-            self.block.copy_(place.view(self.block.shape))
-
-
-def _parts(value: Tensor, bucket: int) -> Iterator[_Part]:
-    if value.ndim < 2:
-        yield from (_Part(part) for part in torch.split(value.view(-1), bucket))
-        return
-    n = len(value)
-    rows = max(1, min(_ROWS, bucket // n))
-    for start in range(0, n, rows):
-        stop = min(start + rows, n)
-        yield _Part(value[start:stop, start:stop], triangle=True)
-        if stop < n:
-            yield _Part(value[start:stop, stop:])
-
-
-def _buckets(every: Sequence[Sums], bucket: int) -> Iterator[list[_Part]]:
-    filled: list[_Part] = []
+def _buckets(every: Sequence[Sums], bucket: int) -> Iterator[list[Tensor]]:
+    """Yield flat parts of all sums, of one dtype and about ``bucket`` values together."""
+    filled: list[Tensor] = []
     size = 0
     for sums in every:
         for kind in sorted(sums.values):
-            for part in _parts(sums.values[kind], bucket):
-                other = filled and filled[0].block.dtype != part.block.dtype
-                if other or (filled and size + part.size > bucket):
+            for part in torch.split(sums.values[kind].view(-1), bucket):
+                other = filled and filled[0].dtype != part.dtype
+                if other or (filled and size + part.numel() > bucket):
                     yield filled
                     filled, size = [], 0
                 filled.append(part)
-                size += part.size
+                size += part.numel()
     if filled:
         yield filled

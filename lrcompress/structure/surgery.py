@@ -1,8 +1,7 @@
 """Replace layers in a model and its optimizers, with the optimizer state carried over."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -112,45 +111,6 @@ def _left_behind(layer: nn.Module) -> list[str]:
 
 def _origin(hook: Any) -> str:
     return getattr(getattr(hook, "hook", hook), "__module__", "") or ""
-
-
-@contextmanager
-def all_or_nothing(
-    model: nn.Module, names: Iterable[str], optimizers: Iterable[Optimizer]
-) -> Iterator[None]:
-    """Replace layers atomically: restore layers and optimizers if the block fails.
-
-    Other processes may die in the middle of it, and what is saved then must be consistent.
-
-    Args:
-        model: changed in the block.
-        names: of the layers that the block replaces; their biases may be changed in place.
-        optimizers: whose groups and state the block changes.
-    """
-    layers = {name: model.get_submodule(name) for name in names}
-    biases = [view(layer, table=True).bias for layer in layers.values()]
-    values = [(bias, bias.detach().clone()) for bias in biases if bias is not None]
-    held = [(x, [_listed(group) for group in x.param_groups], dict(x.state)) for x in optimizers]
-
-    def put_back() -> None:
-        for name, layer in layers.items():
-            replace_(model, name, layer)
-        for bias, value in values:
-            bias.detach().copy_(value)
-        for optimizer, groups, state in held:
-            for group, lists in zip(optimizer.param_groups, groups, strict=True):
-                group.update(lists)
-            optimizer.state.clear()
-            optimizer.state.update(state)
-
-    with ExitStack() as stack:
-        stack.callback(put_back)
-        yield
-        stack.pop_all()
-
-
-def _listed(group: dict[str, Any]) -> dict[str, list[Any]]:
-    return {key: list(group[key]) for key in ("params", "param_names") if key in group}
 
 
 Carry = Callable[[Sequence[Tensor], bool], list[Tensor]]

@@ -77,12 +77,11 @@ def made(name, **kwargs):
 
 
 def seen_by(callback):
-    "The statistics before each change, of moments the triangle that is read."
+    "The statistics before each change."
     grabbed, change = [], callback._change_model
     def first(*args):
         held = callback._observation.statistics.state_dict()
-        grabbed.append({{name: {{kind: value.triu() if value.ndim == 2 else value
-                                for kind, value in sums.items()}}
+        grabbed.append({{name: dict(sums)
                         for side in ("inputs", "outputs") for name, sums in held[side].items()}})
         change(*args)
     callback._change_model = first

@@ -7,6 +7,7 @@ from torch import Tensor
 from lrcompress.embedding.metric import Metric, metric_of, solve
 from lrcompress.embedding.settings import EmbeddingSettings, EmbeddingTable
 from lrcompress.errors import NotFiniteError, ObservationError
+from lrcompress.linalg import packed, packed_shape
 from lrcompress.statistics.moments import Statistics, Sums
 
 TABLE = EmbeddingTable("words", ("again",), ("head",), (6, 4), 0)
@@ -21,8 +22,8 @@ def statistics(fisher: float = 1.0, moment: Tensor | None = None) -> Statistics:
         gave.values["token_fisher"] += fisher * torch.tensor(counts) ** 2
         found.inputs[name], found.outputs[name] = read, gave
     if moment is not None:
-        head = Sums.zeros({"input_moment": (4, 4), "input_sum": (4,)})
-        head.values["input_moment"] += moment
+        head = Sums.zeros({"input_moment": packed_shape(4), "input_sum": (4,)})
+        head.values["input_moment"] += packed(moment)
         head.tokens += 5
         found.inputs["head"], found.source["head"] = head, "head"
     return found

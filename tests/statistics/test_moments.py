@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import CheckpointError, ObservationError, ShapeError
+from lrcompress.linalg import packed_shape
 from lrcompress.statistics.moments import INPUT_KINDS, KINDS, OUTPUT_KINDS, Statistics, Sums, shapes
 
 IN, OUT = 5, 4
@@ -21,11 +22,11 @@ def sums(*kinds: str, device: str | None = None) -> Sums:
 
 def test_every_kind_has_a_shape_and_inputs_bring_their_sum() -> None:
     assert shapes(KINDS, IN, OUT) == {
-        "input_moment": (IN, IN),
+        "input_moment": packed_shape(IN),
         "input_sum": (IN,),
         "input_abs": (IN,),
-        "output_moment": (OUT, OUT),
-        "weighted_moment": (IN, IN),
+        "output_moment": packed_shape(OUT),
+        "weighted_moment": packed_shape(IN),
         "weighted_sum": (IN,),
         "weight": (),
         "input_fisher": (IN,),

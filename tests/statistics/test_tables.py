@@ -47,7 +47,7 @@ def test_tokens_are_counted_and_padding_is_not() -> None:
     assert count.dtype == torch.int64
     assert count.tolist() == [0, 9, 3, 3, 0, 0, 0, 0, 3]
     assert found.inputs["places"].values["token_count"].tolist() == [3, 3, 3, 3, 0]  # once a step
-    assert found.inputs["head"].values["input_moment"].shape == (4, 4)
+    assert found.inputs["head"].moment("input_moment").shape == (4, 4)
     assert "input_moment" not in found.inputs["words"].values
     assert (found.steps, found.tokens) == (3, 18)
 
@@ -90,8 +90,8 @@ def test_counts_stay_exact_where_float32_would_stall() -> None:
 def test_buckets_hold_one_type_each() -> None:
     sums = [Sums.zeros({"token_count": (5,), "token_fisher": (5,)}) for _ in range(2)]
     parts = list(_buckets(sums, 1000))
-    assert [len({part.block.dtype for part in bucket}) for bucket in parts] == [1] * len(parts)
-    assert sum(part.size for bucket in parts for part in bucket) == 20
+    assert [len({part.dtype for part in bucket}) for bucket in parts] == [1] * len(parts)
+    assert sum(part.numel() for bucket in parts for part in bucket) == 20
     assert reduced_bytes(Statistics(inputs={"a": sums[0]})) == 5 * 8 + 5 * 4 + 24
 
 
