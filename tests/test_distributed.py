@@ -94,8 +94,8 @@ for processes, numbers in ((world, range(4)), (Processes.of(pair), range(2))):
         dist.all_reduce = plain
         assert sum(calls[before:]) == reduced_bytes(mine), (calls, reduced_bytes(mine))
         assert max(calls[before:]) <= 4000 and len(calls) - before > 3
-        inputs = (2485 + 70 + 70) + (21 + 6 + 6)  # q, which k shares, and down; 2485 = 70·71/2
-        outputs = 2 * (21 + 2485 + 70 + 1 + 70 + 6) + (15 + 21 + 6 + 1 + 6 + 5)
+        inputs = (4900 + 70 + 70) + (36 + 6 + 6)  # q, which k shares, and down: one block row each
+        outputs = 2 * (36 + 4900 + 70 + 1 + 70 + 6) + (25 + 36 + 6 + 1 + 6 + 5)
         assert reduced_bytes(mine) == 4 * (inputs + outputs) + 8 * 3 * 5
         assert mine.source == whole.source and mine.tokens == whole.tokens
         assert mine.steps == 3 * accumulate or accumulate == 2

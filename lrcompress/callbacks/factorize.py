@@ -78,6 +78,10 @@ class Factorize(CompressionCallback):
             within), an index or a function of the batch. ``~key``: nonzero at padding, as in
             torch's ``key_padding_mask``. None if nothing is padded.
         offload: Device for the statistics, ``cpu`` for large models; by default each layer's own.
+        deal: With several processes, let each observe some of the layers only, on its own batches:
+            memory and time of observing are divided by their number, nothing is summed, and by
+            default more steps are observed, so that a layer sees as many tokens. By default from
+            1 GiB of statistics on; below, all processes observe all layers, and sums are added up.
         refit_bias: Let biases take up the mean error, where the method knows the inputs.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         shared: Also factor layers used in several places, and untie tied weights.
@@ -149,6 +153,7 @@ class Factorize(CompressionCallback):
         logits: str | None = None,
         mask: MaskSource = MASK,
         offload: str | None = None,
+        deal: bool | None = None,
         refit_bias: bool = True,
         shrink: tuple[float, float] = (0.0, 0.1),
         shared: bool = False,
@@ -203,6 +208,7 @@ class Factorize(CompressionCallback):
             logits=logits,
             mask=mask,
             offload=offload,
+            deal=deal,
             owner=type(self).__name__,
         )
         super().__init__(
@@ -299,12 +305,21 @@ class Factorize(CompressionCallback):
         before = trainer_state.run_validation(trainer) if self.validate else {}
         names = settings.select(module).names
         self._dense = DenseLayers(module, names) if self.measure_layers else None
-        optimizers, processes = trainer.optimizers, self._processes
         record = factor_(
-            module, statistics, settings, optimizers=optimizers, step=now, processes=processes
+            module,
+            statistics,
+            settings,
+            optimizers=trainer.optimizers,
+            step=now,
+            processes=self._processes,
+            owner=self._observation.owner,
         )
         self._sync_structure(trainer, module)
         record.metrics = {"before": before, "after": {}}
+        if self._observation.owner is not None:
+            count = self._processes.size
+            dealt = f"each layer was observed by one of {count} processes, on its own batches"
+            record.note = "; ".join(filter(None, (record.note, dealt)))
         self.report.points.append(record)
         self._warm_up(self.restart_steps, self.restart_scale)
 

@@ -17,9 +17,15 @@ from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsCapture, drawn_loss
 from lrcompress.statistics.masks import MaskSource, batch_decoder_mask, batch_mask, check_mask
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
-from lrcompress.statistics.reduction import all_reduce_, reduce_to_first_
+from lrcompress.statistics.reduction import (
+    all_reduce_,
+    gathered_on_first,
+    of_layers,
+    reduce_to_first_,
+)
 
 _EVERY, _FEWEST = 10, 16  # steps
+_DEALT_FROM = 1 << 30  # bytes of statistics from which on layers are dealt to processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,8 @@ class Sampling:
         mask: where a batch has its padding mask; see
             :func:`lrcompress.statistics.masks.batch_mask`.
         offload: the device the sums live on.
+        deal: whether each of several processes observes some of the layers, or all of them
+            and adds up; None deals from 1 GiB of statistics on.
         of_tables: statistics of embedding tables that ``kinds`` may also name.
 
     Raises:
@@ -51,6 +59,7 @@ class Sampling:
     logits: str | None = None
     mask: MaskSource = None
     offload: str | None = None
+    deal: bool | None = False
     of_tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -95,11 +104,14 @@ class Observation:
         self._terms = 1
         self._trial = False
         self._held: set[str] | None = None  # the kinds that a checkpoint has brought
+        self._loaded: Mapping[str, Any] | None = None  # its statistics, until layers are known
+        self._everything: Recorder | None = None  # of all layers, where only some are observed
+        self.owner: dict[str, int] | None = None  # which process observes a layer, if one alone
 
     @property
     def observing(self) -> bool:
         """Whether a step is being observed now."""
-        return self._recorder is not None and self._recorder.observing
+        return any(x is not None and x.observing for x in (self._recorder, self._everything))
 
     def watch(self, module: nn.Module, settings: Settings | EmbeddingSettings) -> int:
         """Prepare to observe the targeted layers; return the bytes that statistics may take.
@@ -108,20 +120,70 @@ class Observation:
             NoMatchError: if a pattern matches nothing, or ``logits`` names no submodule.
         """
         self._device = self.sampling.offload or next(module.parameters()).device
-        self._recorder = Recorder(
+        every = self._new_recorder(module, settings, settings.watched(module), Statistics())
+        self._check_held({kind for shapes in every.shapes.values() for kind in shapes})
+        from_gradients = {*OUTPUT_KINDS, "token_fisher"} & set(self.sampling.kinds)
+        drawn = self.sampling.fisher == "model" and bool(from_gradients)
+        self.owner = self._dealt(every, drawn)
+        own = [x for x in every.layers if self.owner is None or self.owner[x] == self._index]
+        if self._loaded is not None and (self.owner is not None or self._index == 0):
+            loaded = self._loaded if self.owner is None else of_layers(self._loaded, own)
+            self.statistics.load_state_dict(loaded, self._device)
+        self._loaded = None
+        self._everything = None if self.owner is None else every
+        self._recorder = self._new_recorder(module, settings, own, self.statistics)
+        if drawn:
+            self._tap = LogitsCapture(module, self.sampling.logits)
+        return self._recorder.nbytes
+
+    def _new_recorder(
+        self,
+        module: nn.Module,
+        settings: Settings | EmbeddingSettings,
+        names: Sequence[str],
+        statistics: Statistics,
+    ) -> Recorder:
+        return Recorder(
             module,
-            settings.watched(module),
+            names,
             self.sampling.kinds,
-            statistics=self.statistics,
+            statistics=statistics,
             offload=self.sampling.offload,
             shared=settings.shared,
             name=self.sampling.owner,
         )
-        self._check_held({kind for shapes in self._recorder.shapes.values() for kind in shapes})
-        from_gradients = {*OUTPUT_KINDS, "token_fisher"} & set(self.sampling.kinds)
-        if self.sampling.fisher == "model" and from_gradients:
-            self._tap = LogitsCapture(module, self.sampling.logits)
-        return self._recorder.nbytes
+
+    def _dealt(self, every: Recorder, drawn: bool) -> dict[str, int] | None:
+        """Return which process observes which layer, or None where all observe all.
+
+        Layers of one module go to one process, for they may read one tensor. Where parameters are
+        sharded and labels are drawn, all have to run the backward pass as far: nothing is dealt.
+
+        Raises:
+            SettingError: if that is asked for.
+        """
+        deal, processes = self.sampling.deal, self.processes
+        if processes.size == 1 or deal is False:
+            return None
+        if processes.sharded and drawn:
+            if deal:
+                raise SettingError(
+                    "deal=True with fisher='model' is not possible under FSDP2, where all "
+                    "processes run the same backward passes; use fisher='labels', or deal=False"
+                )
+            return None
+        if deal is None and every.nbytes < _DEALT_FROM:
+            return None
+        groups: dict[str, float] = {}
+        for name in every.layers:
+            parent = name.rpartition(".")[0]
+            groups[parent] = groups.get(parent, 0.0) + every.bytes_of(name)
+        owner = processes.assign(groups)
+        return {name: owner[name.rpartition(".")[0]] for name in every.layers}
+
+    @property
+    def _index(self) -> int:
+        return self.processes.index
 
     def _check_held(self, needed: set[str]) -> None:
         """Check that a checkpoint, if one was loaded, has the statistics it is to go on with.
@@ -143,11 +205,14 @@ class Observation:
     def reset(self) -> None:
         """Drop all statistics after a point, since they were of other weights."""
         self.statistics, self._recorder, self._tap = Statistics(), None, None
+        self._loaded = self._everything = self.owner = None
         self._folded = (0, 0)
 
     def due(self, ahead: int, window: int) -> bool:
         """Return whether to observe a step that is ``ahead`` steps before the point."""
         every = self.sampling.every_n_steps or min(_EVERY, max(1, window // _FEWEST))
+        if self.owner is not None and self.sampling.every_n_steps is None:
+            every = max(1, every // self.processes.size)  # so that a layer sees as many tokens
         sampled = ahead % min(every, window) == 0
         most = self.sampling.max_tokens
         full = most is not None and self._tokens >= most
@@ -160,10 +225,19 @@ class Observation:
 
     @property
     def _tokens(self) -> int:
-        """Tokens of all processes, those since the last fold as if others had seen as many."""
+        """Tokens that a layer has seen, those since the last fold as if others had seen as many."""
+        if self.owner is not None:
+            return self.statistics.tokens
         folded = self._folded[1]
         since = self.statistics.tokens - (folded if self.processes.index == 0 else 0)
         return folded + since * self.processes.size
+
+    @property
+    def _watching(self) -> Recorder:
+        """What observes a step: of all layers in a trial, so that every process finds the same."""
+        found = self._everything if self._trial and self._everything else self._recorder
+        assert found is not None
+        return found
 
     def open_step(self, batch: Any, *, trial: bool = False) -> None:
         """Observe the step that begins with this batch, until :meth:`close_step`.
@@ -176,12 +250,11 @@ class Observation:
             ShapeError: if its padding mask is not ``(examples, length)``, nor has choices.
             ObservationError: if its padding mask is no tensor.
         """
-        assert self._recorder is not None
         self._trial = trial
         mask, missing = batch_mask(batch, self.sampling.mask, self.sampling.owner)
         self._terms = batch_terms(batch)
         decoder = None if self.sampling.mask is None else batch_decoder_mask(batch)
-        watching = self._recorder.step(mask, decoder_mask=decoder, missing=missing, trial=trial)
+        watching = self._watching.step(mask, decoder_mask=decoder, missing=missing, trial=trial)
         self._step.enter_context(watching)
         if self._tap is not None and not trial:
             self._step.enter_context(self._tap.listening())
@@ -196,10 +269,10 @@ class Observation:
         Raises:
             ObservationError: if labels are to be drawn and no logits were found.
         """
-        assert self._recorder is not None
         if self._trial:
-            self._recorder.commit(finite=finite)
+            self._watching.commit(finite=finite)
             return
+        assert self._recorder is not None
         logits = self._tap.take() if self._tap is not None and finite else None
         # labels are drawn wherever there are logits, also where nothing is to be predicted
         terms = self._terms if logits is None or logits.ndim < 3 else logits[..., 0].numel()
@@ -209,7 +282,8 @@ class Observation:
         if logits is not None:  # in the loss scale's range: half-precision gradients may vanish
             drawn = drawn_loss(logits, self._generator) * factor
             outputs = self._recorder.outputs
-            torch.autograd.grad(drawn, outputs, retain_graph=True, allow_unused=True)
+            if outputs:  # none where this process observes no layer
+                torch.autograd.grad(drawn, outputs, retain_graph=True, allow_unused=True)
         self._recorder.arm(False)
 
     def close_step(self) -> None:
@@ -218,14 +292,29 @@ class Observation:
 
     def drop_step(self) -> None:
         """Remove all hooks of a step that was interrupted; no more of it is added."""
-        if self._recorder is not None:
-            self._recorder.drop()
+        for one in (self._recorder, self._everything):
+            if one is not None:
+                one.drop()
         self._step.close()
 
     def merge_(self) -> None:
-        """Sum the statistics over all processes, at the point, and release the layers."""
-        self._recorder = self._tap = None
-        all_reduce_(self.statistics, self.processes, self._device)
+        """Sum the statistics over all processes, at the point, and release the layers.
+
+        Where each has observed its own layers, nothing is summed but counts.
+        """
+        self._recorder = self._tap = self._everything = None
+        if self.owner is None:
+            all_reduce_(self.statistics, self.processes, self._device)
+            return
+        mine = self.statistics
+        mine.steps, mine.skipped, mine.tokens = self._counts()
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Return steps, skipped ones, and the tokens a layer has seen, of all processes."""
+        mine = self.statistics
+        every = self.processes.all_gather((mine.steps, mine.skipped, mine.tokens))
+        steps, skipped, tokens = zip(*every, strict=True)
+        return max(steps), sum(skipped), sum(tokens) // len(tokens)
 
     def check(self, point: object) -> None:
         """Check that at least one step was observed.
@@ -240,11 +329,21 @@ class Observation:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what all processes have seen, in plain types and tensors.
+        """Return what all processes have seen, in plain types and tensors on the CPU.
 
         The first process then holds it, as in a run that resumes from the file, so that both
-        add up the same numbers in the same order.
+        add up the same numbers in the same order. Where each observes its own layers, they stay
+        where they are, and the first returns copies of all.
         """
+        if self._loaded is not None:  # nothing was observed since
+            return {"statistics": self._loaded, "folded": list(self._folded)}
+        if self.owner is not None:
+            state = gathered_on_first(self.statistics, self.processes)
+            steps, skipped, tokens = self._counts()
+            return {
+                "statistics": {**state, "counts": [steps, skipped, tokens]},
+                "folded": [steps, tokens],
+            }
         if self.processes.size > 1:
             reduce_to_first_(self.statistics, self.processes, self._device)
         seen = [self.statistics.steps, self.statistics.tokens]
@@ -253,14 +352,15 @@ class Observation:
         return {"statistics": self.statistics.state_dict(), "folded": [steps, tokens]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Load what :meth:`state_dict` returned, with any number of processes."""
+        """Load what :meth:`state_dict` returned, with any number of processes.
+
+        Sums stay in the file's tensors until :meth:`watch` knows which layers are this process's.
+        """
         steps, tokens = state["folded"]
         sides = (state["statistics"][side].values() for side in ("inputs", "outputs"))
         self._held = {kind for side in sides for sums in side for kind in sums} if steps else None
         self._folded = (steps, tokens)
-        if self.processes.index == 0:
-            where = self.sampling.offload or device
-            self.statistics.load_state_dict(state["statistics"], where)
+        self._loaded = state["statistics"] if steps else None
 
     def label_rng_state(self) -> torch.Tensor:
         """Return the state of the generator that draws this process's labels."""

@@ -136,6 +136,7 @@ def factor_(
     optimizers: Iterable[Optimizer] = (),
     step: int | None = None,
     processes: Processes = ONE_PROCESS,
+    owner: Mapping[str, int] | None = None,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -148,9 +149,9 @@ def factor_(
         settings: what to do.
         optimizers: whose parameters and state follow.
         step: for the record.
-        processes: those that do the same at the same time, with the same model, statistics and
-            settings. Each solves some of the layers; all end with the same values, bit for bit.
-            Where each holds a part of the parameters, one layer at a time is unsharded.
+        processes: those that do the same with the same model, statistics and settings. Each solves
+            some layers; all end with the same values, bit for bit. Sharded ones are unsharded then.
+        owner: the process of each layer, where only that one has observed it.
 
     Returns:
         What was done, layer by layer.
@@ -164,8 +165,7 @@ def factor_(
         SettingError: if the budget cannot be met.
 
     Cost:
-        One symmetric eigendecomposition of the smaller side per layer, and its products; twice
-        that where parameters are sharded.
+        One symmetric eigendecomposition of the smaller side per layer, and its products.
     """
     started = time.perf_counter()
     names = settings.select(model).names
@@ -179,11 +179,12 @@ def factor_(
         shrink=settings.shrink,
         solver=solver_for(model, names, settings),
         processes=processes,
+        owner=owner,
     )
     measured = solutions.measured
     asked = candidates(model, names, settings, measured)
     choice = processes.run_on_first(
-        lambda: _choose_ranks(model, asked, settings, statistics, processes)
+        lambda: _choose_ranks(model, asked, settings, statistics, 1 if owner else processes.size)
     )
     ranks = choice.ranks
     _keep_lower_ranks(model, ranks)
@@ -225,12 +226,12 @@ def _choose_ranks(
     asked: Sequence[Candidate],
     settings: Settings,
     statistics: Statistics,
-    processes: Processes,
+    observers: int,
 ) -> RankChoice:
     budget = settings.keep, settings.spread, settings.align
     if not settings.keep_measured:
         return RankChoice(allocate(asked, *budget))
-    seen = statistics.tokens / max(1, statistics.steps) / processes.size
+    seen = statistics.tokens / max(1, statistics.steps) / observers
     return allocate_by_latency(
         model, asked, *budget, settings.measured_tokens or max(1, round(seen))
     )

@@ -151,13 +151,14 @@ def solve_layers(
     keep_metric: bool = False,
     solver: Solver | None = None,
     processes: Processes = ONE_PROCESS,
+    owner: Mapping[str, int] | None = None,
 ) -> Solutions:
     """Solve layers in the metric of a method, for all ranks at once, each in one process.
 
     Args:
         model: the same in all processes.
         names: of its layers.
-        statistics: the same in all processes.
+        statistics: the same in all processes, or of the layers that each owns.
         method: a key of :data:`lrcompress.objective.METHODS`.
         refit_bias: let biases take up the mean error, where there are any.
         shrink: shares of their mean diagonal mixed into the input and the output metric.
@@ -166,6 +167,7 @@ def solve_layers(
         keep_metric: keep the metrics themselves, the large part, and the weights too.
         solver: of a layer; by default all low-rank truncations.
         processes: the processes.
+        owner: which of them solves a layer; by default the work is shared out.
 
     Raises:
         ObservationError: if a statistic that the method needs is missing.
@@ -177,7 +179,7 @@ def solve_layers(
         all processes as much as the weights themselves. While a layer is solved some ten float64
         matrices of its larger side are there, beside the statistics.
     """
-    owner = processes.assign({name: _cost(view(model.get_submodule(name)).shape) for name in names})
+    owner = owner or processes.assign({n: _cost(model.get_submodule(n)) for n in names})
 
     def of_layer(name: str, weight: Tensor) -> SolvedLayer:
         layer = model.get_submodule(name)
@@ -251,8 +253,9 @@ def _summary(one: SolvedLayer, dense: int) -> LayerSummary:
     return LayerSummary(found.energies.cpu(), *known)
 
 
-def _cost(shape: tuple[int, int]) -> float:
+def _cost(layer: nn.Module) -> float:
     """Return roughly what solving a layer takes, in multiply-adds of a product."""
+    shape = view(layer).shape
     smaller, larger = sorted(shape)
     return float(_EIGEN * smaller**3 + 2 * math.prod(shape) * (smaller + larger))
 

@@ -4,6 +4,7 @@ Hooks are attached for one step and always removed. A step that is not observed 
 it would without this package, ``torch.compile`` included; an observed one runs eagerly.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -151,12 +152,12 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Bytes the sums will take at most, if no two layers read the same tensor."""
-        every = (shape for named in self.shapes.values() for shape in named.values())
-        tables = (
-            named["token_count"][0] for named in self.shapes.values() if "token_count" in named
-        )
-        # counts are whole numbers of 8 bytes
-        return 4 * (sum(torch.Size(shape).numel() for shape in every) + sum(tables))
+        return sum(map(self.bytes_of, self.layers))
+
+    def bytes_of(self, name: str) -> int:
+        """Return the bytes that the sums of one layer will take at most."""
+        every = self.shapes[name].items()  # counts are whole numbers of 8 bytes
+        return sum((8 if key == "token_count" else 4) * math.prod(s) for key, s in every)
 
     @property
     def observing(self) -> bool:
@@ -352,18 +353,19 @@ class Recorder:
         """Return whether no layer before it has read just these tensors: it adds for all.
 
         Raises:
-            ObservationError: if it has shared otherwise in an earlier step.
+            ObservationError: if another layer has added for it in an earlier step, and now reads
+                something else.
         """
         assert self._pass is not None
         every = tuple(identity for identity, _, _ in reads)
         first, _ = self._pass.read.setdefault(every, (name, reads))
         known = self.statistics.source.setdefault(name, first)
-        if known != first:
+        if known not in (first, name):
             raise ObservationError(
                 f"layer {name!r} reads the tensor of {known!r} in one step or call and that of "
                 f"{first!r} in another; leave it out with exclude="
             )
-        return first == name
+        return known == name
 
     def _count_tokens(self) -> None:
         assert self._pass is not None

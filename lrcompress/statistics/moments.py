@@ -242,9 +242,13 @@ class Sums:
         return sum(value.nbytes for value in self.values.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the sums and counts as one flat dict of tensors."""
+        """Return the sums and counts as one flat dict of tensors, copied to the CPU."""
+        return {name: value.to("cpu", copy=True) for name, value in self.named_tensors().items()}
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Return the sums and counts themselves, by the names of :meth:`state_dict`."""
         counts = {"tokens": self.tokens, "examples": self.examples, "skipped": self.skipped}
-        return {name: value.clone() for name, value in (self.values | counts).items()}
+        return self.values | counts
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str | None) -> "Sums":

@@ -1,6 +1,6 @@
 """All-reduce of statistics over processes, once, at the point."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,51 @@ def reduce_to_first_(
     all_reduce_(statistics, processes, device)
     if processes.index > 0:
         statistics.clear_()
+
+
+@torch.no_grad()
+def gathered_on_first(statistics: Statistics, processes: Processes) -> dict[str, object]:
+    """Return the state of statistics of which every process holds other layers, in the first.
+
+    The others return an empty state. Nothing is added up or changed; one tensor after the other
+    is sent and laid on the host of the first.
+
+    Args:
+        statistics: of this process.
+        processes: the processes.
+    """
+    first = processes.index == 0
+    state: dict[str, Any] = (statistics if first else Statistics()).state_dict()
+    everyone = processes.all_gather(_described(statistics))
+    mine = dict(_every(statistics))
+    for number, one in enumerate(everyone[1:], start=1):
+        state["source"] |= one["source"] if first else {}
+        for (side, name), shapes in one["shapes"].items():
+            held = mine[side, name] if number == processes.index else Sums.zeros(shapes, "cpu")
+            for key, value in sorted(held.named_tensors().items()):
+                received = value.cpu()
+                processes.broadcast_([received], number)
+                if first:
+                    state[side].setdefault(name, {})[key] = received
+    return state
+
+
+def of_layers(state: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the part of a state of statistics that is about some of the layers.
+
+    The first of them that reads a tensor takes over from a layer that is not among them.
+
+    Args:
+        state: as :meth:`~lrcompress.statistics.moments.Statistics.state_dict` gives it.
+        names: of the layers.
+    """
+    firsts: dict[str, str] = {}
+    chosen = [*names]
+    known = {name: state["source"][name] for name in chosen if name in state["source"]}
+    source = {name: firsts.setdefault(read, name) for name, read in known.items()}
+    inputs = {name: state["inputs"][read] for read, name in firsts.items()}
+    outputs = {name: state["outputs"][name] for name in chosen if name in state["outputs"]}
+    return {**state, "source": source, "inputs": inputs, "outputs": outputs}
 
 
 def _every(statistics: Statistics) -> Iterator[tuple[tuple[str, str], Sums]]:

@@ -339,7 +339,7 @@ fails("'head.weight' is not the same in all 2 processes: those like the first ar
       tagger(), parts(), Drift())
 
 plain = lrcompress.engine.distributed_solve.truncate
-def broken(*args):
+def broken(*args, **kwargs):
     if number == 1:
         raise NotFiniteError("weight holds 1 non-finite of 6 values")
     return plain(*args)
@@ -399,7 +399,7 @@ from lrcompress.errors import PlatformError
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def wait(*args):
+def wait(*args, **kwargs):
     while not os.path.exists(f"{{root}}/hanging"):
         time.sleep(0.1)
     die()

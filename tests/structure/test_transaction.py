@@ -32,19 +32,21 @@ def replace_first_(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> No
         old.bias.add_(1)
 
 
+def replace_and_fail_(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    with all_or_nothing(model, ["0"], [optimizer]) as put_away:
+        replace_first_(model, optimizer)
+        put_away(["0"])
+        raise RuntimeError("failed")
+
+
 def test_a_failure_puts_everything_back() -> None:
     model, optimizer = trained()
     before = copy.deepcopy(model.state_dict())
     slopes: list[Any] = [p.grad for p in model.parameters()]
     state = copy.deepcopy(optimizer.state_dict())
     old = model[0]
-    with (
-        pytest.raises(RuntimeError, match="failed"),
-        all_or_nothing(model, ["0"], [optimizer]) as put_away,
-    ):
-        replace_first_(model, optimizer)
-        put_away(["0"])
-        raise RuntimeError("failed")
+    with pytest.raises(RuntimeError, match="failed"):
+        replace_and_fail_(model, optimizer)
     assert model[0] is old
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
