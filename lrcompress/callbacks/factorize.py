@@ -10,9 +10,9 @@ from rich.console import RenderableType
 from torch import nn
 from typing_extensions import override
 
-from lrcompress.callbacks import trainer_state
+from lrcompress.callbacks import reporting, trainer_state
+from lrcompress.callbacks.memory import footprint_of
 from lrcompress.callbacks.observation import Sampling
-from lrcompress.callbacks.reporting import AUTO
 from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.callbacks.sensitivity import DenseLayers
 from lrcompress.callbacks.warmup import check_warmup
@@ -163,7 +163,7 @@ class Factorize(CompressionCallback):
         restart_scale: float = 1.0,
         validate: bool = True,
         measure_layers: bool = False,
-        report_path: str | None = AUTO,
+        report_path: str | None = reporting.AUTO,
         verbose: bool = True,
     ) -> None:
         self.keep, self.at, self.method, self.window = keep, at, method, window
@@ -313,6 +313,7 @@ class Factorize(CompressionCallback):
             step=now,
             processes=self._processes,
             owner=self._observation.owner,
+            track=reporting.solving_bar if self.verbose else iter,
         )
         self._sync_structure(trainer, module)
         record.metrics = {"before": before, "after": {}}
@@ -355,5 +356,7 @@ class Factorize(CompressionCallback):
             notes.append("shapes are those that the weights alone would get; measured at the point")
         if settings.keep_measured:
             notes.append("layers that are not faster with factors stay; measured at the point")
+        optimizers = self._live[1] if self._live else ()
+        notes += footprint_of(model, settings, self._observation, optimizers, nbytes).lines
         whole = sum(p.numel() for p in model.parameters())
         return plan_table(records, title, whole, nbytes, notes)

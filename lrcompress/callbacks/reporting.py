@@ -4,7 +4,7 @@ What is told is recorded already, in the callback's ``report``: where telling fa
 read-only folder, there is a warning and training goes on.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console, RenderableType
+from tqdm import tqdm
 
 from lrcompress.callbacks import trainer_state
 from lrcompress.errors import SettingError
@@ -143,3 +144,8 @@ def _log_image(logger: Any, plot: Plot, step: int) -> None:
         logger.log_image(name, [image], step=step)
     else:
         logger.experiment.add_image(name, image, step, dataformats="HWC")
+
+
+def solving_bar(names: Sequence[str]) -> Iterator[str]:
+    """Yield layers with a progress bar, where there is a terminal to show it."""
+    yield from tqdm(names, desc="lrcompress: solving", unit="layer", leave=False, disable=None)

@@ -12,13 +12,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import RenderableType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state
+from lrcompress.callbacks.memory import check_memory
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.warmup import LearningRateWarmup
 from lrcompress.distributed import ONE_PROCESS
@@ -234,8 +235,7 @@ class CompressionCallback(pl.Callback, ABC):
             raise SettingError(f"points must rise, got {named}: steps {self._point_steps}")
         if self._trial:
             trainer_state.tell_trial_points(self._point_steps, self._total, type(self).__name__)
-        step = self._next_step
-        if step is None:
+        if (step := self._next_step) is None:
             return
         point, now = self.points[self._stage], trainer_state.steps_done(trainer)
         observes = self._observes(self._stage)
@@ -266,9 +266,9 @@ class CompressionCallback(pl.Callback, ABC):
         else:
             total = self._total if self._window.unit == "fraction" else math.inf
             self._window_steps = max(1, self._window.step(total, self._per_epoch))
-        nbytes = self._observation.watch(module, self.settings_at(self._stage))
-        if nbytes and self.verbose and not self._stage:
-            rank_zero_info(f"lrcompress: statistics will take at most {nbytes / 2**20:.0f} MiB")
+        settings, observation = self.settings_at(self._stage), self._observation
+        nbytes, told = observation.watch(module, settings), self.verbose and not self._stage
+        check_memory(self._live, settings, observation, nbytes, verbose=told)
 
     @property
     def _is_done(self) -> bool:

@@ -137,6 +137,7 @@ def factor_(
     step: int | None = None,
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
+    track: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -152,6 +153,7 @@ def factor_(
         processes: those that do the same with the same model, statistics and settings. Each solves
             some layers; all end with the same values, bit for bit. Sharded ones are unsharded then.
         owner: the process of each layer, where only that one has observed it.
+        track: yields layers while they are solved, as a progress bar does.
 
     Returns:
         What was done, layer by layer.
@@ -180,14 +182,14 @@ def factor_(
         solver=solver_for(model, names, settings),
         processes=processes,
         owner=owner,
+        track=track,
     )
     measured = solutions.measured
     asked = candidates(model, names, settings, measured)
     choice = processes.run_on_first(
         lambda: _choose_ranks(model, asked, settings, statistics, 1 if owner else processes.size)
     )
-    ranks = choice.ranks
-    _keep_lower_ranks(model, ranks)
+    _keep_lower_ranks(model, ranks := choice.ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
     (before, bytes_before), stood = sizes_before(model), replaced_sizes(model, names)
     held = tuple(optimizers)
@@ -261,9 +263,7 @@ def _put_factors(
         new = LowRankLinear.in_place_of(layer, rank)
     else:
         new, parts = KroneckerLinear.in_place_of(layer, rank, *first), ("first", "second")
-    carry = carry_later(new.factors)
-    if found is not None:
-        carry = _set_factors_(new, layer, *found)
+    carry = _set_factors_(new, layer, *found) if found else carry_later(new.factors)
     replace_(model, name, new)
     tied = any(parameter is old.parameters[0] for parameter in model.parameters())
     swap_parameters_(optimizers, old.parameters, new.factors, carry, names=parts, staying=tied)

@@ -152,6 +152,7 @@ def solve_layers(
     solver: Solver | None = None,
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
+    track: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> Solutions:
     """Solve layers in the metric of a method, for all ranks at once, each in one process.
 
@@ -168,6 +169,7 @@ def solve_layers(
         solver: of a layer; by default all low-rank truncations.
         processes: the processes.
         owner: which of them solves a layer; by default the work is shared out.
+        track: yields the layers of this process while they are solved, as a progress bar does.
 
     Raises:
         ObservationError: if a statistic that the method needs is missing.
@@ -179,7 +181,7 @@ def solve_layers(
         all processes as much as the weights themselves. While a layer is solved some ten float64
         matrices of its larger side are there, beside the statistics.
     """
-    owner = owner or processes.assign({n: _cost(model.get_submodule(n)) for n in names})
+    owner = owner or processes.assign({n: solving_cost(model.get_submodule(n)) for n in names})
 
     def of_layer(name: str, weight: Tensor) -> SolvedLayer:
         layer = model.get_submodule(name)
@@ -199,7 +201,7 @@ def solve_layers(
 
     def work(weights: dict[str, Callable[[], Tensor]]) -> dict[str, LayerSummary]:
         solved: dict[str, LayerSummary] = {}
-        for name in list(weights):
+        for name in track(list(weights)):
             weight = weights.pop(name)()
             own[name] = of_layer(name, weight)
             solved[name] = _summary(own[name], weight.numel())
@@ -253,7 +255,7 @@ def _summary(one: SolvedLayer, dense: int) -> LayerSummary:
     return LayerSummary(found.energies.cpu(), *known)
 
 
-def _cost(layer: nn.Module) -> float:
+def solving_cost(layer: nn.Module) -> float:
     """Return roughly what solving a layer takes, in multiply-adds of a product."""
     shape = view(layer).shape
     smaller, larger = sorted(shape)

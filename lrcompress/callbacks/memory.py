@@ -1,0 +1,117 @@
+"""Say before the first step what a fit will take, and refuse what the device cannot hold."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+
+from lrcompress.callbacks.observation import Observation
+from lrcompress.engine.footprint import GIB, Footprint, footprint
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import PlatformError
+
+
+def footprint_of(
+    module: nn.Module,
+    settings: Settings,
+    observation: Observation,
+    optimizers: Sequence[Optimizer],
+    nbytes: int,
+) -> Footprint:
+    """Return what a fit will take of this process.
+
+    Args:
+        module: the model.
+        settings: which layers are factored, and how.
+        observation: which layers are observed here, of how many processes.
+        optimizers: of the fit.
+        nbytes: of this process's statistics.
+    """
+    dealt, processes = observation.owner is not None, observation.processes
+    return footprint(
+        module,
+        settings.select(module).names,
+        settings.method,
+        nbytes,
+        optimizers=optimizers,
+        processes=processes.size,
+        sharded=processes.sharded,
+        of_all=nbytes * processes.size if dealt else None,
+    )
+
+
+def check_memory(
+    live: tuple[nn.Module, Sequence[Optimizer]] | None,
+    settings: object,
+    observation: Observation,
+    nbytes: int,
+    *,
+    verbose: bool,
+) -> None:
+    """Say what a fit will take, and check that the device has it.
+
+    Args:
+        live: the model of the fit, and its optimizers.
+        settings: which layers are factored, and how; of tables nothing but the bytes is said.
+        observation: which layers are observed here, of how many processes.
+        nbytes: of this process's statistics.
+        verbose: whether to say it.
+
+    Raises:
+        PlatformError: if the device has less than statistics, solving and the optimizer's state
+            will take beside what is there; on the CPU, if the machine has.
+    """
+    if not nbytes or live is None:
+        return
+    module, optimizers = live
+    told = [f"statistics will take at most {nbytes / 2**20:.0f} MiB"]
+    needed = None
+    if isinstance(settings, Settings):
+        needed = footprint_of(module, settings, observation, optimizers, nbytes)
+        told += needed.lines
+    if verbose:
+        rank_zero_info("lrcompress: " + "; ".join(told))
+    if needed is not None:
+        _check_fits(needed, next(module.parameters()).device, observation, optimizers)
+
+
+def _check_fits(
+    needed: Footprint,
+    device: torch.device,
+    observation: Observation,
+    optimizers: Sequence[Optimizer],
+) -> None:
+    stepped = any(optimizer.state for optimizer in optimizers)
+    offload = observation.sampling.offload
+    beside = offload is not None and torch.device(offload).type != device.type
+    statistics = 0 if beside else needed.statistics
+    more = statistics + (0 if stepped else needed.optimizer)
+    more += max(needed.solve, 0 if stepped else needed.gradients)
+    has = _free_bytes(device)
+    if device.type == "cpu":  # where others' use changes, what the whole machine has
+        more += needed.weights + needed.solutions + (needed.optimizer if stepped else 0)
+    if has is None or more <= has:
+        return
+    owner = observation.sampling.owner
+    raise PlatformError(
+        f"{owner} would take about {more / GIB:.1f} GiB on {device}, which has {has / GIB:.1f}: "
+        f"statistics {statistics / GIB:.1f}, solving {needed.solve / GIB:.1f}, state of the "
+        f"optimizer {needed.optimizer / GIB:.1f}; name fewer layers with targets= or exclude=, "
+        "take a method that needs less, such as fwsvd, several processes with deal=True, or "
+        "offload='cpu' for the statistics"
+    )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Return the bytes a device has to give, None where it does not say; the CPU has all."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    backend = torch.get_device_module(device)
+    if not hasattr(backend, "mem_get_info"):
+        return None
+    free, _ = backend.mem_get_info(device)
+    cached = backend.memory_reserved(device) - backend.memory_allocated(device)
+    return int(free + cached)

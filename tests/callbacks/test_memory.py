@@ -1,0 +1,52 @@
+"""What a fit will take is said before its first step, and refused where it is not there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrcompress
+from lrcompress.errors import PlatformError
+
+Make = Callable[..., Any]
+
+
+class Wide(L.LightningModule):
+    """A layer whose weight is small and whose input moment no machine has room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(2_000_000, 1)])
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        raise AssertionError("trained, though it has to end before")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_what_no_machine_has_is_refused_before_the_first_step(trainer: Make) -> None:
+    callback = lrcompress.Factorize(keep=0.5, at=0.5, verbose=False, mask=None, targets=["*"])
+    data = torch.utils.data.DataLoader(torch.zeros(4, 8))  # type: ignore[arg-type]
+    with pytest.raises(PlatformError) as raised:
+        trainer(callback).fit(Wide(), data)
+    said = str(raised.value)
+    assert said.startswith("Factorize would take about ")
+    assert "GiB on cpu, which has" in said
+    assert "statistics 7" in said  # thousand GiB: one triangle of two million squared
+    assert said.endswith("several processes with deal=True, or offload='cpu' for the statistics")
+
+
+def test_it_is_said_when_training_starts(
+    tagger: Make, loader: Make, trainer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = lrcompress.Factorize(keep=0.5, at=0.5, report_path=None)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        trainer(callback).fit(tagger(), loader(), loader())
+    (said,) = [r.getMessage() for r in caplog.records if "statistics will" in r.getMessage()]
+    assert "memory of a process, in GiB: weights 0.00, gradients 0.00, optimizer 0.00" in said
+    assert "checkpoint within the window" in said
+    assert "solving takes about 1 s" in said
