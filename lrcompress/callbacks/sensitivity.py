@@ -24,6 +24,9 @@ class DenseLayers:
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         self.layers = {name: module.get_submodule(name) for name in names}
         self.biases = _biases(self.layers)  # factored layers take the parameters over
+        # a point empties what it has replaced on an accelerator
+        every = [p for layer in self.layers.values() for p in layer.parameters()]
+        self.emptied = [(p, p.device, p.detach().cpu()) for p in every if p.device.type != "cpu"]
 
     @torch.no_grad()
     def loss_increases(
@@ -39,6 +42,9 @@ class DenseLayers:
         Returns:
             Layer name to change; empty where validation has no loss.
         """
+        for parameter, device, value in self.emptied:
+            if not parameter.numel():
+                parameter.data = value.to(device)
         new = {name: module.get_submodule(name) for name in self.layers}
         biases = _biases(new)
         found: dict[str, float] = {}

@@ -26,8 +26,9 @@ def all_or_nothing(
         optimizers: whose groups and state the block changes.
 
     Yields:
-        A function that moves what was replaced, its gradients and optimizer state to the CPU,
-        for names of layers that have been; what is still used elsewhere stays.
+        A function that moves what was replaced, its gradients and optimizer state to the CPU, for
+        names of layers that have been. What the model still uses elsewhere stays; other parameters
+        are empty from then on, unless the block fails.
     """
     layers = {name: model.get_submodule(name) for name in names}
     biases = [view(layer, table=True).bias for layer in layers.values()]
@@ -65,14 +66,16 @@ class _PutAway:
         self.parameter, self.states, self.device = parameter, states, parameter.device
         self.grad = None if parameter.grad is None else parameter.grad.cpu()
         parameter.grad = None
+        self.value = parameter.detach().cpu()
+        parameter.data = parameter.data.new_empty(0)  # others may still refer to it
         self._move_(torch.device("cpu"))
 
     def put_back_(self) -> None:
         self._move_(self.device)
+        self.parameter.data = self.value.to(self.device)
         self.parameter.grad = None if self.grad is None else self.grad.to(self.device)
 
     def _move_(self, device: torch.device) -> None:
-        self.parameter.data = self.parameter.data.to(device)
         for state in self.states:
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim:  # counts of steps are where they are
