@@ -87,6 +87,7 @@ class LoSparse(CompressionCallback):
             within), an index or a function of the batch. ``~key``: nonzero at padding, as in
             torch's ``key_padding_mask``. None if nothing is padded.
         offload: Device for the statistics; by default each layer's own.
+        deal: Let each process observe some of the layers only, as in ``Factorize``.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         validate: Run validation before splitting and after compacting, for the report.
         report_path: JSON file for the report, with a page of figures beside it; ``auto`` and None
@@ -144,6 +145,7 @@ class LoSparse(CompressionCallback):
         logits: str | None = None,
         mask: MaskSource = MASK,
         offload: str | None = None,
+        deal: bool | None = None,
         shrink: tuple[float, float] = (0.0, 0.1),
         validate: bool = True,
         report_path: str | None = AUTO,
@@ -182,6 +184,7 @@ class LoSparse(CompressionCallback):
             logits=logits,
             mask=mask,
             offload=offload,
+            deal=deal,
             owner=type(self).__name__,
         )
         self._given = {
@@ -379,6 +382,7 @@ class LoSparse(CompressionCallback):
             self.shares,
             optimizers=optimizers,
             processes=processes,
+            owner=self._observation.owner,
         )
         self._sync_structure(trainer, module)
         self._pruner = Pruner(

@@ -43,6 +43,7 @@ def split_(
     *,
     optimizers: Iterable[Optimizer] = (),
     processes: Processes = ONE_PROCESS,
+    owner: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Tensor], list[Quota]]:
     """Replace the targeted layers by factors plus all rows of the remainder, exactly.
 
@@ -57,6 +58,7 @@ def split_(
         shares: what will remain.
         optimizers: whose parameters and state follow.
         processes: those that do the same at the same time, each of which solves some layers.
+        owner: the process of each layer, where only that one has observed it.
 
     Returns:
         The mean input ``(in,)`` of every layer whose bias can take up what pruning takes away,
@@ -82,6 +84,7 @@ def split_(
         most=None if shares.start_rank is None else starts,
         keep_metric=shares.low_rank_share == AUTO,
         processes=processes,
+        owner=owner,
     )
     budget = _budget(sizes, shares)
     if shares.start_rank is None and shares.low_rank_share == AUTO:

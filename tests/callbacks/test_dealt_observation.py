@@ -67,6 +67,17 @@ def fit(name, ckpt_path=None, same=True):
 fit("same")
 fit("resumed", ckpt_path=f"{{root}}/same/step=7.ckpt")
 fit("parts", same=False)
+
+callback = lrcompress.LoSparse(keep=0.4, mask_every=2, init="kfac", at="epoch:1", every_n_steps=1,
+                               low_rank_share="auto", deal=True, verbose=False, report_path=None)
+torch.manual_seed(0)
+model = Tagger(dropout=0.0)
+run = L.Trainer(max_epochs=3, accelerator="cpu", devices=2, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    use_distributed_sampler=False, default_root_dir=root, strategy="ddp", callbacks=[callback])
+run.fit(model, Loader(sentences()), Loader(sentences()))
+torch.save({{"plan": lrcompress.Plan.of(model).to_dict(), "model": model.state_dict()}},
+           f"{{root}}/losparse {{number}}.pt")
 """
 
 
@@ -124,6 +135,29 @@ def test_dealt_statistics_are_those_of_one_process_that_sees_the_same_batches(
         alone.report.points[0].layers, callback.report.points[0].layers, strict=True
     ):
         assert mine.error == pytest.approx(theirs.error, rel=1e-3)
+
+    check_losparse(tagger, loader, trainer, tmp_path)
+
+
+def check_losparse(tagger: Make, loader: Make, trainer: Make, tmp_path: Path) -> None:
+    both = [torch.load(tmp_path / f"losparse {i}.pt") for i in range(2)]
+    sparse = lrcompress.LoSparse(
+        keep=0.4,
+        mask_every=2,
+        init="kfac",
+        at="epoch:1",
+        every_n_steps=1,
+        low_rank_share="auto",
+        verbose=False,
+        report_path=None,
+    )
+    torch.manual_seed(0)
+    pruned = tagger(dropout=0.0)
+    trainer(sparse).fit(pruned, loader(), loader())
+    assert both[0]["plan"] == both[1]["plan"] == lrcompress.Plan.of(pruned).to_dict()
+    for key, value in pruned.state_dict().items():
+        assert torch.equal(both[0]["model"][key], both[1]["model"][key]), key
+        torch.testing.assert_close(both[0]["model"][key], value, rtol=2e-3, atol=2e-4)
 
 
 def watched(deal: bool | None, index: int = 0, size: int = 2, sharded: bool = False) -> Observation:
