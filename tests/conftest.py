@@ -1,10 +1,11 @@
 """Fixtures that more than one folder of tests uses."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,23 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def free_port() -> Callable[[], str]:
+    return lambda: next(PORTS)
+
+
+def unused_ports() -> Iterator[str]:
+    """Each once; below those that the system hands out, in a thousand of this worker's own."""
+    first = 10_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in random.SystemRandom().sample(range(first, first + 1000), 1000):
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)):
+                yield str(port)
+
+
+PORTS = unused_ports()
+
+
+@pytest.fixture(scope="session")
 def launch() -> Callable[..., list[str]]:
     """Run a script in several processes of one group; return what each printed."""
     return run_processes
@@ -74,10 +92,7 @@ for process in started:
 
 def run_processes(script: Path, count: int, *codes: int) -> list[str]:
     """Run a script in ``count`` processes that end with these codes; by default all with 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": next(PORTS), "WORLD_SIZE": str(count)}
     group |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-W", "ignore", "-c", FORK, str(script), str(count)]
     for number in range(count):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,11 +83,9 @@ def end(running: subprocess.Popen[str]) -> int:
 
 
 def test_two_nodes_end_as_one_with_two_processes_that_is_killed_and_queued_again(
-    recipe: Path, tmp_path: Path
+    recipe: Path, free_port: Make, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     agent += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     fit = ["-m", "lrcompress", "fit", "--config", "recipe.yaml", "--trainer.strategy=ddp"]
