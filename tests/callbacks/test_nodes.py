@@ -34,10 +34,11 @@ class Save(L.Callback):
 # What srun does for a job script: the tasks of all nodes, each told by SLURM's variables which it
 # is. KILL=1: they are killed once there is a checkpoint of some steps.
 SRUN = """#!{python}
-import glob, os, runpy, signal, sys, time
+import gc, glob, os, runpy, signal, sys, time
 import lightning.pytorch.cli, lrcompress.callbacks, lrcompress.distill
 assert sys.argv[1:4] == ["python", "-m", "lrcompress"]
 tasks = []
+gc.freeze()  # a task that ends does not go through what was imported
 for number in range(2):
     tasks.append(os.fork())
     if not tasks[-1]:
