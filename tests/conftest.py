@@ -1,10 +1,13 @@
 """Fixtures that more than one folder of tests uses."""
 
+import functools
+import json
 import os
+import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,52 +50,80 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def launch() -> Callable[..., list[str]]:
-    """Run a script in several processes of one group; return what each printed."""
-    return run_processes
+def free_port() -> Callable[[], str]:
+    return lambda: next(PORTS)
 
 
-# One process imports everything, which takes longer than most scripts, and then becomes many.
+def unused_ports() -> Iterator[str]:
+    """Each once; below those that the system hands out, in a thousand of this worker's own."""
+    first = 10_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in random.SystemRandom().sample(range(first, first + 1000), 1000):
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)):
+                yield str(port)
+
+
+PORTS = unused_ports()
+
+
+# One process imports everything, which takes longer than most scripts, and then becomes many
+# for each script it is told of. Frozen objects are not gone through when one of those ends.
 FORK = """
-import os, runpy, sys
+import gc, json, os, runpy, sys
 import lightning.pytorch.cli, lrcompress.callbacks, lrcompress.distill
-script, count = sys.argv[1], int(sys.argv[2])
-started = []
-for number in range(count):
-    started.append(os.fork())
-    if not started[-1]:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{script}.{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
-        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
-        sys.argv[1:] = []
-        runpy.run_path(script, run_name="__main__")
-        sys.exit()
-for process in started:
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+gc.freeze()
+for line in sys.stdin:
+    script, count, environment = json.loads(line)
+    started = []
+    for number in range(count):
+        started.append(os.fork())
+        if not started[-1]:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for stream, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{script}.{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+            os.environ.clear()
+            os.environ.update(environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
+            os.chdir(os.path.dirname(script))
+            runpy.run_path(script, run_name="__main__")
+            sys.exit()
+    ended = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+    print(json.dumps(ended), flush=True)
 """
 
 
-def run_processes(script: Path, count: int, *codes: int) -> list[str]:
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Callable[..., list[str]]]:
+    """Run a script in several processes of one group; return what each printed."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [sys.executable, "-W", "ignore", "-c", FORK]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **streams) as server:
+        yield functools.partial(run_processes, server)
+
+
+def run_processes(
+    server: subprocess.Popen[str], script: Path, count: int, *codes: int
+) -> list[str]:
     """Run a script in ``count`` processes that end with these codes; by default all with 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": next(PORTS), "WORLD_SIZE": str(count)}
     group |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-W", "ignore", "-c", FORK, str(script), str(count)]
     for number in range(count):
         for name in ("out", "err"):
             Path(f"{script}.{number}.{name}").write_text("")
-    environment = os.environ | group
-    done = subprocess.run(
-        command, env=environment, cwd=script.parent, capture_output=True, text=True
-    )
+    assert server.stdin
+    assert server.stdout
+    server.stdin.write(json.dumps([str(script), count, os.environ | group]) + "\n")
+    server.stdin.flush()
+    ended = json.loads(server.stdout.readline())
     told, errors = (
         [Path(f"{script}.{number}.{name}").read_text() for number in range(count)]
         for name in ("out", "err")
     )
-    shown = "\n".join(error[-2500:] for error in (*errors, done.stderr))
-    assert [*map(int, done.stdout.split())] == [*(codes or [0] * count)], shown
+    shown = "\n".join(error[-2500:] for error in errors)
+    assert ended == [*(codes or [0] * count)], shown
     return told
 
 

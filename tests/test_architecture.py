@@ -4,6 +4,7 @@ import ast
 import itertools
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,14 @@ def unit_of(path: Path) -> str:
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(path.read_text()))]
+
+
 def imports(path: Path) -> Iterator[str]:
     """Every module that a file names in an import, wherever in the file it stands."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
             yield node.module or ""
@@ -74,8 +80,7 @@ def test_what_stands_beside_the_folders() -> None:
 
 @each_module
 def test_nothing_is_imported_within_a_function(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [n for n in nodes(path) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     inner = [node for function in functions for node in ast.walk(function)]
     assert not [ast.unparse(n) for n in inner if isinstance(n, ast.Import | ast.ImportFrom)]
 

@@ -130,8 +130,9 @@ def test_a_recipe_starts_with_its_command(path: Path) -> None:
 def test_plan_says_what_a_recipe_would_do(
     tiny_bert: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quickstart = str(RECIPES / "quickstart.yaml")
-    assert main(["plan", "--config", quickstart, f"--model.path={tiny_bert}"]) == 0
+    arguments = ["--config", str(RECIPES / "quickstart.yaml"), f"--model.path={tiny_bert}"]
+    rows = ["--data.train_size=96", "--data.val_size=12", "--data.test_size=12"]
+    assert main(["plan", *arguments, *rows]) == 0
     shown = capsys.readouterr().out
     assert "attention.self.query" in shown
     assert "targeted layers:" in shown

@@ -1,7 +1,6 @@
 """Real processes that train together: alike to the bit, equal to one, and resumed after a kill."""
 
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -448,13 +447,9 @@ print("lost three times")
 
 
 def test_a_process_that_dies_or_hangs_at_a_point_leaves_the_others_whole(
-    launch: Make, tmp_path: Path
+    launch: Make, free_port: Make, tmp_path: Path
 ) -> None:
-    ports = {}
-    for case in ("solving", "sharing", "hanging"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports[case] = str(free.getsockname()[1])
+    ports = {case: free_port() for case in ("solving", "sharing", "hanging")}
     script = write(tmp_path, LOST, cases=ports)
     told = launch(script, 2)
     assert [out.splitlines()[-1] for out in told] == ["lost three times"] * 2

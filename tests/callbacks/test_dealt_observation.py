@@ -73,7 +73,8 @@ callback = lrcompress.LoSparse(keep=0.4, mask_every=2, init="kfac", at="epoch:1"
 torch.manual_seed(0)
 model = Tagger(dropout=0.0)
 run = L.Trainer(max_epochs=3, accelerator="cpu", devices=2, logger=False,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    num_sanity_val_steps=0,
     use_distributed_sampler=False, default_root_dir=root, strategy="ddp", callbacks=[callback])
 run.fit(model, Loader(sentences()), Loader(sentences()))
 torch.save({{"plan": lrcompress.Plan.of(model).to_dict(), "model": model.state_dict()}},

@@ -179,7 +179,7 @@ def test_what_a_part_claims_beyond_the_file_is_refused(tmp_path: Path, original:
         ({1, 2}, r"asks for __builtin__\.set"),
         (Path("x"), r"asks for pathlib\.PosixPath; .* Take it out of the hyperparameters"),
     ],
-    ids=str,
+    ids=["mkdir", "bytearray", "tensor", "size of 65 axes", "size of 3", "set", "path"],
 )
 def test_what_would_run_or_take_memory_is_refused(
     value: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,8 +23,9 @@ def test_serves_texts_of_every_library(tiny_bert: Path) -> None:
 
 def test_the_default_libraries_have_enough(tiny_bert: Path) -> None:
     data = DocstringData(str(tiny_bert))
-    assert {split: len(data.read(split)) for split in data.sizes} == data.sizes
-    assert set(data.read("test")["label"]) == set(LIBRARIES)
+    texts = {split: data.read(split) for split in data.sizes}
+    assert {split: len(rows) for split, rows in texts.items()} == data.sizes
+    assert set(texts["test"]["label"]) == set(LIBRARIES)
 
 
 @pytest.mark.parametrize(
