@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -220,3 +221,27 @@ def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
         return L.Trainer(callbacks=held, **(defaults | kwargs))
 
     return make
+
+
+WAITS = {"nonzero", "_local_scalar_dense", "item", "is_nonzero", "masked_select", "equal"}
+WAITS |= {"_unique2", "unique_dim", "unique_consecutive", "bincount", "histc"}
+
+
+class NoWaits(TorchDispatchMode):
+    """Fails where an operation would have to wait for a GPU to know its result's size or value."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in WAITS, f"{name} waits for the device"
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            found = {index.dtype for index in args[1] if index is not None}
+            assert not found & {torch.bool, torch.uint8}, f"{name} by truth values waits"
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def no_waits() -> type[NoWaits]:
+    """A context that fails where a GPU would be waited for, forward and backward."""
+    return NoWaits

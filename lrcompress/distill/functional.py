@@ -1,4 +1,8 @@
-"""Distillation losses as pure functions of tensors, computed in float32."""
+"""Distillation losses as pure functions of tensors, computed in float32.
+
+None waits for the device: what a mask leaves out is set to zero, not cut out, for the number of
+tokens that are left would have to be known first. Where nothing is left, the loss is 0.
+"""
 
 import torch
 from torch import Tensor
@@ -34,16 +38,19 @@ def soft_kl_divergence(
         0.0
     """
     student, teacher = student.float(), teacher.float()
+    scores = student.ndim < 2 or student.shape[-1] == 1
+    count: Tensor | int = student.numel() // (1 if scores else student.shape[-1])
     if student.ndim == 3 and mask is not None and mask.shape == student.shape[:2]:
-        student, teacher = student[mask.bool()], teacher[mask.bool()]
-    if student.ndim < 2 or student.shape[-1] == 1:
-        return F.mse_loss(student, teacher)
+        real = _real(mask, student)
+        student, teacher = _blank(student, real), _blank(teacher, real)
+        count = real.sum().clamp_min(1)
+    if scores:
+        return (student - teacher).square().sum() / count
     log_student, log_teacher = (
-        (logits.reshape(-1, logits.shape[-1]) / temperature).log_softmax(-1)
-        for logits in (student, teacher)
+        (logits / temperature).log_softmax(-1) for logits in (student, teacher)
     )
-    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
-    return temperature**2 * divergence
+    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="sum")
+    return temperature**2 * divergence / count
 
 
 def relative_squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -72,7 +79,8 @@ def relative_squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None
                 f"the mask is {tuple(mask.shape)}, which does not fit the first two sizes of "
                 f"features of {tuple(student.shape)}; name the right one with mask="
             )
-        student, teacher = student[mask.bool()], teacher[mask.bool()]
+        real = _real(mask, student)
+        student, teacher = _blank(student, real), _blank(teacher, real)
     size = teacher.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
     return (student - teacher).square().sum() / size
 
@@ -109,26 +117,47 @@ def relation_kl_divergence(
         of pre-trained transformers", NeurIPS 2020, arXiv 2002.10957.
     """
     batch, tokens = student[0].shape[:2]
-    real = torch.ones(batch, tokens, device=student[0].device) if mask is None else mask
-    if real.shape != (batch, tokens):
+    if mask is not None and mask.shape != (batch, tokens):
         raise ShapeError(
-            f"the mask is {tuple(real.shape)}, which does not fit relations of "
+            f"the mask is {tuple(mask.shape)}, which does not fit relations of "
             f"{(batch, tokens)} positions; name the right one with mask="
         )
-    rows = real.bool()
-    log_student, log_teacher = (_relations(*pair, heads, rows) for pair in (student, teacher))
+    real = None if mask is None else _real(mask, student[0])
+    log_student, log_teacher = (_relations(*pair, heads, real) for pair in (student, teacher))
     each = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)  # (batch, heads, tokens)
-    return each.transpose(1, 2)[rows].mean()
+    if real is None:
+        return each.mean()
+    rows = torch.where(real[:, None, :], each, 0.0)
+    return rows.sum() / (heads[0] * real.sum()).clamp_min(1)
 
 
-def _relations(first: Tensor, second: Tensor, heads: tuple[int, int], real: Tensor) -> Tensor:
+def _relations(
+    first: Tensor, second: Tensor, heads: tuple[int, int], real: Tensor | None
+) -> Tensor:
     """Return the logarithms of relations, ``(batch, heads, tokens, tokens)``."""
     one, other = (
-        part.float().reshape(*part.shape[:2], count, -1).transpose(1, 2)
+        _blank(part.float(), real).reshape(*part.shape[:2], count, -1).transpose(1, 2)
         for part, count in zip((first, second), heads, strict=True)
     )
     other = other.repeat_interleave(heads[0] // heads[1], dim=1)
     scores = one @ other.mT / one.shape[-1] ** 0.5
-    # Not -inf: 0 · (−inf − −inf) is a NaN, where 0 · 0 is meant.
-    least = torch.finfo(scores.dtype).min
-    return F.log_softmax(scores.masked_fill(~real[:, None, None, :], least), dim=-1)
+    if real is not None:
+        # Not -inf: 0 · (−inf − −inf) is a NaN, where 0 · 0 is meant.
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~real[:, None, None, :], least)
+    return F.log_softmax(scores, dim=-1)
+
+
+def _real(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask as truth values on the device of ``like``."""
+    return mask.to(like.device, torch.bool, non_blocking=True)
+
+
+def _blank(x: Tensor, real: Tensor | None) -> Tensor:
+    """Return ``x`` ``(batch, tokens, ...)`` with zeros where no token is ``real``.
+
+    Not multiplied: what stands at padding may be a NaN or an infinity, and so may its gradient.
+    """
+    if real is None:
+        return x
+    return torch.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), x, 0.0)

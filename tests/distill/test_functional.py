@@ -1,6 +1,8 @@
 """Every formula against a slow loop over examples, heads and positions."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,3 +142,53 @@ def test_a_mask_of_another_shape_is_refused() -> None:
         relative_squared_error(features, features, MASK)
     with pytest.raises(ShapeError, match=r"mask is \(3, 5\), which does not fit .*\(3, 4\)"):
         relation_kl_divergence((features, features), (features, features), (1, 1), MASK)
+
+
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+LOSSES: dict[str, Loss] = {
+    "logits": lambda s, t, mask: soft_kl_divergence(s, t, 2.0, mask),
+    "scores": lambda s, t, mask: soft_kl_divergence(s[..., :1], t[..., :1], 2.0, mask),
+    "hidden_states": relative_squared_error,
+    "images": lambda s, t, mask: relative_squared_error(
+        s.unflatten(-1, (2, 2)), t.unflatten(-1, (2, 2)), mask
+    ),
+    "relations": lambda s, t, mask: relation_kl_divergence((s, s), (t, t), (2, 2), mask),
+}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@each_loss
+@pytest.mark.parametrize("mask", [None, MASK, MASK.bool(), MASK.float()])
+def test_nothing_waits_for_the_device(loss: Loss, mask: Tensor | None, no_waits: Any) -> None:
+    student = random(3, 5, 4).requires_grad_()
+    with no_waits():
+        loss(student, random(3, 5, 4, seed=1), mask).backward()
+    assert student.grad is not None
+
+
+@each_loss
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_stands_at_padding_leaks_nowhere(loss: Loss, bad: float) -> None:
+    padding = ~MASK.bool()[..., None]
+    found = []
+    for value in (0.0, bad):
+        student = random(3, 5, 4).masked_fill(padding, value).requires_grad_()
+        teacher = random(3, 5, 4, seed=1).masked_fill(padding, value)
+        one = loss(student, teacher, MASK)
+        one.backward()
+        assert student.grad is not None
+        found.append((one.detach(), student.grad))
+    (clean, expected), (value, gradient) = found
+    assert value == clean
+    assert torch.equal(gradient, expected)
+    assert float(gradient[padding.expand_as(gradient)].abs().sum()) == 0
+
+
+@each_loss
+def test_where_nothing_is_real_nothing_is_lost(loss: Loss) -> None:
+    student = random(3, 5, 4).requires_grad_()
+    value = loss(student, random(3, 5, 4, seed=1), torch.zeros_like(MASK))
+    value.backward()
+    assert value == 0
+    assert student.grad is not None
+    assert float(student.grad.abs().sum()) == 0

@@ -552,6 +552,30 @@ def test_a_barebones_run_logs_nothing(reader: Make, loader: Make) -> None:
     assert not same(module, reader())
 
 
+def test_a_step_does_not_wait_for_the_device(
+    reader: Make, loader: Make, no_waits: Any, tmp_path: Path
+) -> None:
+    steps = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.mode = no_waits()
+            self.mode.__enter__()
+
+        def on_after_backward(self, *_: Any) -> None:
+            self.mode.__exit__(None, None, None)
+            steps.append(1)
+
+        def on_exception(self, *_: Any) -> None:
+            self.mode.__exit__(None, None, None)
+
+    distilled = Distilled(reader(), teacher=reader(1), losses=everything())
+    run = L.Trainer(barebones=True, max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
+    run.callbacks.append(Watch())
+    run.fit(distilled, loader())
+    assert len(steps) == 4
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_compiled_model_gives_its_logits(
     in_place: bool, reader: Make, loader: Make, trainer: Make, start_at: Make
