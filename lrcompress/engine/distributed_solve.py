@@ -151,7 +151,6 @@ def solve_layers(
     *,
     refit_bias: bool,
     shrink: tuple[float, float],
-    keep_metric: bool = False,
     solver: Solver | None = None,
     processes: Processes = ONE_PROCESS,
 ) -> Solutions:
@@ -164,7 +163,6 @@ def solve_layers(
         method: a key of :data:`lrcompress.objective.METHODS`.
         refit_bias: let biases take up the mean error, where there are any.
         shrink: shares of their mean diagonal mixed into the input and the output metric.
-        keep_metric: keep the metrics themselves, the large part, too.
         solver: of a layer; by default all low-rank truncations.
         processes: the processes.
 
@@ -183,7 +181,7 @@ def solve_layers(
             if solver is None
             else solver(name, weight, metric)
         )
-        small = metric if keep_metric else replace(metric, output=None, input=None)
+        small = replace(metric, output=None, input=None)  # the large part is let go
         return SolvedLayer(truncation, small, weight)
 
     def of_turn(turn: Sequence[str]) -> tuple[dict[str, SolvedLayer], dict[str, LayerSummary]]:
