@@ -109,13 +109,11 @@ class SolvedLayer:
     Attributes:
         truncation: of its weight, of all ranks that may be asked for; None where no factors would
             be smaller.
-        metric: what it was measured in, as far as it is kept.
-        weight: ``(out, in)``, as it was solved; None where the metric is not kept.
+        metric: what it was measured in, without what is large.
     """
 
     truncation: Truncation | KroneckerSums | None
     metric: Metric
-    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,6 @@ def solve_layers(
     refit_bias: bool,
     shrink: tuple[float, float],
     most: Mapping[str, int] | None = None,
-    keep_metric: bool = False,
     solver: Solver | None = None,
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
@@ -165,7 +162,6 @@ def solve_layers(
         shrink: shares of their mean diagonal mixed into the input and the output metric.
         most: the greatest ranks that will be asked for; by default those up to which factors are
             smaller than a weight, and the rank of a layer that is factored already.
-        keep_metric: keep the metrics themselves, the large part, and the weights too.
         solver: of a layer; by default all low-rank truncations.
         processes: the processes.
         owner: which of them solves a layer; by default the work is shared out.
@@ -188,8 +184,6 @@ def solve_layers(
         refit = refit_bias and view(layer).bias is not None
         metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
         found = (solver or low_rank)(name, weight, metric)
-        if keep_metric:
-            return SolvedLayer(found, metric, weight)
         return SolvedLayer(found, replace(metric, output=None, input=None))
 
     def low_rank(name: str, weight: Tensor, metric: Metric) -> Truncation:

@@ -2,29 +2,29 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.budget import Candidate, allocate, allocate_ranks_and_rows
+from lrcompress.budget import Candidate, allocate
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.distributed_solve import (
     Found,
     Solutions,
-    SolvedLayer,
+    greatest_rank,
     install_factors_,
     solve_layers,
 )
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, SettingError
 from lrcompress.nn import LowRankSparseLinear, Replacement
-from lrcompress.objective import METHODS
+from lrcompress.objective import METHODS, Metric
 from lrcompress.pruning.budget import AUTO, LoSparseBudget, Quota
+from lrcompress.pruning.ranks_and_rows import allocate_ranks_and_rows
 from lrcompress.report.record import LayerRecord
 from lrcompress.solvers.row_errors import row_energies
-from lrcompress.solvers.truncation import Factors, Truncation
+from lrcompress.solvers.truncation import Factors, Truncation, truncate
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
@@ -73,7 +73,22 @@ def split_(
     check_dense(model, names)
     shares.check_method(settings.method)
     sizes = {name: view(model.get_submodule(name)).shape for name in names}
-    starts = {n: max(1, math.ceil((shares.start_rank or 0) * min(s))) for n, s in sizes.items()}
+    start = shares.start_rank
+    most = {
+        name: greatest_rank(model.get_submodule(name))
+        if start is None
+        else max(1, math.ceil(start * min(shape)))
+        for name, shape in sizes.items()
+    }
+    divides = shares.start_rank is None and shares.low_rank_share == AUTO
+    losses: dict[str, Tensor] = {}
+
+    def solve(name: str, weight: Tensor, metric: Metric) -> Truncation:
+        found = truncate(weight, metric.output, metric.input, most=most[name])
+        if divides:
+            losses[name] = _row_losses(weight, metric, found)
+        return found
+
     solutions = solve_layers(
         model,
         names,
@@ -81,14 +96,15 @@ def split_(
         settings.method,
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
-        most=None if shares.start_rank is None else starts,
-        keep_metric=shares.low_rank_share == AUTO,
+        solver=solve,
         processes=processes,
         owner=owner,
     )
     budget = _budget(sizes, shares)
-    if shares.start_rank is None and shares.low_rank_share == AUTO:
-        ranks = _divided(solutions, sizes, budget)
+    if divides:
+        units = {name: sum(shape) for name, shape in sizes.items()}
+        ranks = allocate_ranks_and_rows(losses, units, budget, processes)
+        losses.clear()
     else:
         ranks = processes.run_on_first(lambda: _ranks(solutions, settings, shares, sizes, budget))
     held = tuple(optimizers)
@@ -155,24 +171,11 @@ def _ranks(
     return {name: rank or 1 for name, rank in shared.items()}
 
 
-def _divided(solutions: Solutions, sizes: Sizes, budget: int) -> dict[str, int]:
-
-    def of_turn(own: Mapping[str, SolvedLayer]) -> dict[str, Tensor]:
-        losses = {}
-        for name, one in own.items():
-            most, metric = max(1, math.prod(sizes[name]) // sum(sizes[name])), one.metric
-            assert isinstance(one.truncation, Truncation)
-            assert one.weight is not None
-            rows = row_energies(one.weight, metric.output, metric.input, one.truncation, most)
-            losses[name] = (0.5 * (metric.loss_scale or 0.0) * rows).cpu()
-        return losses
-
-    losses: dict[str, Tensor] = {}
-    for found in solutions.processes.run_on_all(partial(of_turn, solutions.own)):
-        losses |= found
-    units = {name: sum(shape) for name, shape in sizes.items()}
-    ordered = {name: losses[name] for name in sizes}
-    return solutions.processes.run_on_first(lambda: allocate_ranks_and_rows(ordered, units, budget))
+def _row_losses(weight: Tensor, metric: Metric, truncation: Truncation) -> Tensor:
+    """Return the predicted loss by every row at every rank, ``(most + 1, out)``, on the CPU."""
+    most = max(1, weight.numel() // sum(weight.shape))
+    rows = row_energies(weight, metric.output, metric.input, truncation, most)
+    return (0.5 * (metric.loss_scale or 0.0) * rows).float().cpu()
 
 
 def _put(

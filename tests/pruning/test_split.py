@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lrcompress.budget import allocate_ranks_and_rows
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, SettingError
 from lrcompress.nn import LowRankSparseLinear
 from lrcompress.objective import LOW_RANK, METHODS, metric_of
 from lrcompress.pruning import LoSparseBudget, preview, split_
+from lrcompress.pruning.ranks_and_rows import allocate_ranks_and_rows
 from lrcompress.solvers.truncation import truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
