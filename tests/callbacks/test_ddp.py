@@ -19,18 +19,20 @@ from lrcompress.errors import PlatformError
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks")
 
 Make = Callable[..., Any]
+# A page of figures takes longer to draw than most runs take; the first run has one.
+QUIET: dict[str, Any] = {"verbose": False, "report_path": None}
 RUNS: dict[str, str] = {
     "one point": "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)",
     "two points": (
         "lrcompress.Factorize(keep=[0.6, 0.3], at=['epoch:1', 0.7], every_n_steps=1, "
-        "max_tokens=400, validate=False, verbose=False, allocation='uniform')"
+        "max_tokens=400, validate=False, **QUIET, allocation='uniform')"
     ),
     "losparse": (
         "lrcompress.LoSparse(keep=0.4, mask_every=2, init='kfac', at='epoch:1', "
-        "every_n_steps=1, verbose=False)"
+        "every_n_steps=1, **QUIET)"
     ),
     "kronecker": (
-        "lrcompress.Factorize(keep=0.5, at=0.5, method='kronecker', every_n_steps=2, verbose=False)"
+        "lrcompress.Factorize(keep=0.5, at=0.5, method='kronecker', every_n_steps=2, **QUIET)"
     ),
 }
 DISTILLED = {f"distilled {name}": RUNS[name] for name in ("one point", "losparse")}
@@ -49,6 +51,7 @@ from lrcompress.distill import Distilled, Logits
 from conftest import Loader, Tagger, sentences
 
 root, number = {root!r}, int(os.environ["RANK"])
+QUIET = dict(verbose=False, report_path=None)
 
 
 def parts(count=2, given=None):
@@ -313,8 +316,7 @@ import lrcompress.engine.distributed_solve
 
 def fails(message, model, given, *others, kind=PlatformError, make=None, ckpt_path=None):
     before = {{k: v.clone() for k, v in model.state_dict().items()}}
-    quiet = dict(verbose=False, report_path=None)
-    callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, **quiet)
+    callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, **QUIET)
     run = trainer(eval(make) if make else callback, *others)
     try:
         run.fit(model, Loader(given), ckpt_path=ckpt_path)
@@ -350,7 +352,7 @@ assert len(lrcompress.Plan.of(model)) == 0
 lrcompress.engine.distributed_solve.truncate = plain
 
 folder = f"{{root}}/saved"
-observing = "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=1, window=1 / 3, verbose=False)"
+observing = "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=1, window=1 / 3, **QUIET)"
 trainer(eval(observing), every_step=folder).fit(tagger(), Loader(parts()))
 for steps, message in [
     ((6, 5), "different checkpoints: observed [3, 109] in process 0, [2, 70] in process 1; keep"),
@@ -372,7 +374,7 @@ class Deaf(L.Callback):
         if number == 1:
             callback = trainer.callbacks[0]
             callback._observation.due = lambda *args: False
-callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False, report_path=None)
+callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, **QUIET)
 trainer(callback, Deaf()).fit(tagger(), Loader(parts()))
 assert len(callback.report.points) == 1 and callback.report.points[0].observed["tokens"] > 0
 print("seven refused, one went on")
@@ -382,7 +384,7 @@ print("seven refused, one went on")
 def test_what_is_wrong_in_one_process_ends_all(
     tagger: Make, loader: Make, trainer: Make, batches: Make, launch: Make, tmp_path: Path
 ) -> None:
-    callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=1, window=1 / 3, verbose=False)
+    callback = lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=1, window=1 / 3, **QUIET)
     trainer(callback, every_step=True).fit(tagger(), loader(), loader())
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches())
     told = launch(write(tmp_path, BAD, tokens=tokens), 2)

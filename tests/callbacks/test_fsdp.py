@@ -8,23 +8,24 @@ from typing import Any
 import torch
 
 Make = Callable[..., Any]
+# A page of figures takes longer to draw than most runs take; the first run has one.
 RUNS: dict[str, str] = {
     "one point": "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)",
     "two points": (
         "lrcompress.Factorize(keep=[0.6, 0.3], at=['epoch:1', 0.7], every_n_steps=1, "
-        "validate=False, verbose=False, allocation='uniform')"
+        "validate=False, **QUIET, allocation='uniform')"
     ),
     "losparse": (
         "lrcompress.LoSparse(keep=0.4, mask_every=2, init='kfac', low_rank_share='auto', "
-        "at='epoch:1', every_n_steps=1, verbose=False)"
+        "at='epoch:1', every_n_steps=1, **QUIET)"
     ),
     "kronecker": (
         "lrcompress.Factorize(keep=0.6, at=0.5, method='kronecker', every_n_steps=2, "
-        "shapes={'*up': [16, 16]}, verbose=False)"
+        "shapes={'*up': [16, 16]}, **QUIET)"
     ),
     "distilled": (  # and two backward passes in each observed step
         "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, fisher='model', "
-        "logits='model.head', verbose=False)"
+        "logits='model.head', **QUIET)"
     ),
 }
 PRELUDE = """
@@ -32,6 +33,8 @@ import gc, signal, weakref
 from sharded_runs import *
 import torch.distributed as dist
 from lrcompress.callbacks import fsdp as fsdp_module
+
+QUIET = dict(verbose=False, report_path=None)
 
 
 def made(name, checkpoint=None, **kwargs):

@@ -37,6 +37,10 @@ def pruned(**others: Any) -> PointRecord:
 
 @pytest.fixture
 def whole() -> Report:
+    return complete()
+
+
+def complete() -> Report:
     history = {"val_loss": ((20, 0.6), (90, 0.45)), "acc": ((20, 0.85), (90, 0.88))}
     seconds = {"dense": 0.3, "pruning": 0.25, "factored": 0.2}
     return Report([factorized(), pruned()], {"val_loss": 0.45, "acc": 0.88}, seconds, history)

@@ -13,7 +13,7 @@ from lrcompress.report.formatting import number
 from lrcompress.report.page import write_page
 from lrcompress.report.plots import COLOURS
 
-from .conftest import factorized
+from .conftest import complete, factorized
 
 Distinct = Callable[[Report], tuple[Report, list[float]]]
 VOID = {"meta", "br", "img", "link"}
@@ -51,6 +51,12 @@ def written(report: Report, folder: Path) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the whole report, drawn once."""
+    return written(complete(), tmp_path_factory.mktemp("page"))
+
+
 def test_every_figure_of_the_report_stands_in_the_page(
     whole: Report, distinct: Distinct, tmp_path: Path
 ) -> None:
@@ -66,8 +72,7 @@ def test_every_figure_of_the_report_stands_in_the_page(
         assert all(layer.note.split()[-1] in words for layer in point.layers if layer.note)
 
 
-def test_the_page_needs_no_network_and_has_no_scripts(whole: Report, tmp_path: Path) -> None:
-    text = written(whole, tmp_path)
+def test_the_page_needs_no_network_and_has_no_scripts(text: str) -> None:
     page = Page(text)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object"}
     for _, attributes in page.tags:
@@ -81,8 +86,7 @@ def test_the_page_needs_no_network_and_has_no_scripts(whole: Report, tmp_path: P
     assert "@import" not in text
 
 
-def test_figures_follow_the_colours_of_the_page(whole: Report, tmp_path: Path) -> None:
-    text = written(whole, tmp_path)
+def test_figures_follow_the_colours_of_the_page(text: str) -> None:
     figures = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
     assert len(figures) >= 9
     for figure in figures:
@@ -96,8 +100,8 @@ def test_figures_follow_the_colours_of_the_page(whole: Report, tmp_path: Path) -
         assert f"--{name}: " in dark
 
 
-def test_no_two_figures_share_an_id(whole: Report, tmp_path: Path) -> None:
-    ids = [held["id"] for _, held in Page(written(whole, tmp_path)).tags if held.get("id")]
+def test_no_two_figures_share_an_id(text: str) -> None:
+    ids = [held["id"] for _, held in Page(text).tags if held.get("id")]
     assert len(ids) == len(set(ids)) > 10
 
 
@@ -127,8 +131,8 @@ def test_the_folder_is_made_and_names_the_page(whole: Report, tmp_path: Path, pa
     assert f"<title>{title}</title>" in (tmp_path / path).read_text(encoding="utf-8")
 
 
-def test_products_say_how_large_their_factors_are(whole: Report, tmp_path: Path) -> None:
-    assert "first factor of a Kronecker" not in written(whole, tmp_path)
+def test_products_say_how_large_their_factors_are(text: str, whole: Report, tmp_path: Path) -> None:
+    assert "first factor of a Kronecker" not in text
     point = whole.points[0]
     products = [replace(layer, first=(7, 19)) for layer in point.layers if layer.rank]
     text = written(replace(whole, points=[replace(point, layers=products)]), tmp_path)
