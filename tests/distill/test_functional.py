@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from lrcompress.distill import functional
 from lrcompress.distill.functional import (
     relation_kl_divergence,
     relative_squared_error,
@@ -157,7 +159,14 @@ LOSSES: dict[str, Loss] = {
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
+@pytest.fixture(params=["whole", "chunks"])
+def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "chunks":  # two rows of logits each, the last of fewer
+        monkeypatch.setattr(functional, "CHUNK", 8)
+
+
 @each_loss
+@pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("mask", [None, MASK, MASK.bool(), MASK.float()])
 def test_nothing_waits_for_the_device(loss: Loss, mask: Tensor | None, no_waits: Any) -> None:
     student = random(3, 5, 4).requires_grad_()
@@ -167,6 +176,7 @@ def test_nothing_waits_for_the_device(loss: Loss, mask: Tensor | None, no_waits:
 
 
 @each_loss
+@pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_stands_at_padding_leaks_nowhere(loss: Loss, bad: float) -> None:
     padding = ~MASK.bool()[..., None]
@@ -185,6 +195,7 @@ def test_what_stands_at_padding_leaks_nowhere(loss: Loss, bad: float) -> None:
 
 
 @each_loss
+@pytest.mark.usefixtures("chunked")
 def test_where_nothing_is_real_nothing_is_lost(loss: Loss) -> None:
     student = random(3, 5, 4).requires_grad_()
     value = loss(student, random(3, 5, 4, seed=1), torch.zeros_like(MASK))
@@ -192,3 +203,57 @@ def test_where_nothing_is_real_nothing_is_lost(loss: Loss) -> None:
     assert value == 0
     assert student.grad is not None
     assert float(student.grad.abs().sum()) == 0
+
+
+@each_loss
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_chunks_of_any_size_give_the_same(
+    loss: Loss, mask: Tensor | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for chunk in (2**23, 1, 8, 31):
+        monkeypatch.setattr(functional, "CHUNK", chunk)
+        student = random(3, 5, 4).to(dtype).requires_grad_()
+        value = loss(student, random(3, 5, 4, seed=1).to(dtype), mask)
+        (1024 * value).backward()  # as a scaled loss: it must not be lost in half precision
+        assert value.dtype == torch.float32
+        assert student.grad is not None
+        assert student.grad.dtype == dtype
+        found.append((value.detach(), student.grad))
+    for value, gradient in found[1:]:
+        assert torch.allclose(value, found[0][0])
+        assert torch.allclose(gradient, found[0][1])
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """The most bytes that were allocated at once during a call, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    events = list(record.profiler.kineto_results.experimental_event_tree())
+    steps = []
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag.name == "Allocation":
+            steps.append((event.start_time_ns, event.typed[1].alloc_size))
+    assert steps
+    now = peak = 0
+    for _, size in sorted(steps, key=lambda step: step[0]):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["logits", "hidden_states"])
+def test_memory_is_that_of_the_gradient_and_of_a_chunk(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "CHUNK", 2**14)
+    student, teacher = (random(4, 64, 2048, seed=seed).to(dtype) for seed in (0, 1))
+    student.requires_grad_()
+    mask = torch.ones(4, 64, dtype=torch.int64)
+    loss = LOSSES[name]
+    peak = peak_memory(lambda: loss(student, teacher, mask).backward())
+    assert peak <= student.nbytes + 10 * 4 * functional.CHUNK
