@@ -329,7 +329,7 @@ def kept_share(candidates: Sequence[Candidate], ranks: Mapping[str, int | None])
 
 
 def kept_units(
-    scores: Mapping[Key, Tensor], costs: Mapping[Key, Tensor], budget: float
+    scores: Mapping[Key, Tensor], prices: Mapping[Key, int], budget: float
 ) -> dict[Key, Tensor]:
     """Return which units stay: the best of all layers whose parameters fit one budget.
 
@@ -339,36 +339,45 @@ def kept_units(
 
     Args:
         scores: ``(units,)`` of every layer, per parameter.
-        costs: ``(units,)`` of every layer, parameters of each unit.
+        prices: parameters of each unit of a layer.
         budget: parameters that may stay.
 
     Returns:
         ``(units,)`` bool of every layer.
 
     Cost:
-        One sort of all units; where all cost the same, one selection, in linear time.
+        One sort of all units; where all cost the same, one selection, in linear time, after one
+        wait for the device.
 
     Example:
         >>> scores = {"a": torch.tensor([0.5, 2.0]), "b": torch.tensor([1.0])}
-        >>> costs = {"a": torch.tensor([10, 10]), "b": torch.tensor([5])}
-        >>> {name: kept.tolist() for name, kept in kept_units(scores, costs, 16).items()}
+        >>> kept = kept_units(scores, {"a": 10, "b": 5}, 16)
+        >>> {name: units.tolist() for name, units in kept.items()}
         {'a': [False, True], 'b': [True]}
     """
     flat = torch.cat(list(scores.values()))
-    price = torch.cat(list(costs.values())).to(flat.device)
-    kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    whole = math.floor(budget)  # a float would be compared in float32, exact to 2²⁴ only
-    if len(flat) and price.min() == price.max():
-        first, able = int((flat == math.inf).sum()), int((flat > -math.inf).sum())
-        count = min(able, max(first, whole // int(price[0])))
-        if count:
-            least = flat.topk(count, sorted=False).values.min()
-            kept = flat > least
-            equal = (flat == least).nonzero().squeeze(1)  # topk takes any of them
-            kept[equal[: count - int(kept.sum())]] = True
-    else:
-        order = flat.argsort(descending=True, stable=True)
-        fits = (price[order].cumsum(0) <= whole) | (flat[order] == math.inf)
-        kept[order[fits & (flat[order] > -math.inf)]] = True
     sizes = [len(score) for score in scores.values()]
+    asked = {prices[name] for name, size in zip(scores, sizes, strict=True) if size}
+    whole = math.floor(budget)  # a float would be compared in float32, exact to 2²⁴ only
+    if len(asked) > 1:
+        order = flat.argsort(descending=True, stable=True)
+        price = torch.cat(
+            [torch.full_like(one, prices[n], dtype=torch.int64) for n, one in scores.items()]
+        )
+        fits = (price[order].cumsum(0) <= whole) | (flat[order] == math.inf)
+        kept = torch.zeros_like(fits)
+        kept[order] = fits & (flat[order] > -math.inf)
+    else:
+        kept = _best(flat, whole // max(asked, default=1))
     return dict(zip(scores, torch.split(kept, sizes), strict=True))
+
+
+def _best(flat: Tensor, count: int) -> Tensor:
+    first, able = torch.stack([(flat == math.inf).sum(), (flat > -math.inf).sum()]).tolist()
+    count = min(able, max(first, count))
+    if not count:
+        return torch.zeros_like(flat, dtype=torch.bool)
+    least = flat.topk(count, sorted=False).values.min()
+    equal = flat == least  # topk takes any of them
+    above = flat > least
+    return above | (equal & (equal.cumsum(0) <= count - above.sum()))

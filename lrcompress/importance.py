@@ -145,11 +145,15 @@ class Importance:
         """Whether a window has been closed."""
         return bool(self._mean)
 
+    def score(self, name: str) -> Tensor | None:
+        """Return the score ``(units,)`` of a layer; None if it never had one."""
+        mean = self._mean.get(name)
+        return mean if mean is None or self.beta2 == 1 else mean * self._spread[name]
+
     def scores(self) -> dict[str, Tensor]:
-        """Return the score ``(units,)`` of every layer."""
-        if self.beta2 < 1:
-            return {name: mean * self._spread[name] for name, mean in self._mean.items()}
-        return dict(self._mean)
+        """Return the scores of all layers that have one."""
+        found = {name: self.score(name) for name in self._mean}
+        return {name: score for name, score in found.items() if score is not None}
 
     def state_dict(self) -> dict[str, object]:
         """Return everything in plain types and tensors."""

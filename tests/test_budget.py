@@ -336,7 +336,7 @@ def test_shares_are_parameters_after_over_before() -> None:
 
 
 def taken(
-    scores: dict[str, Tensor], costs: dict[str, Tensor], budget: float
+    scores: dict[str, Tensor], prices: dict[str, int], budget: float
 ) -> dict[str, list[bool]]:
     """One unit after another, the best first, until one does not fit."""
     units = [
@@ -347,7 +347,7 @@ def taken(
     kept = {name: [False] * len(score) for name, score in scores.items()}
     spent, full = 0, False
     for falling, _, i, name in sorted(units):
-        price = int(costs[name][i])
+        price = prices[name]
         full = full or spent + price > budget
         if falling == -math.inf or (not full and falling < math.inf):
             kept[name][i] = True
@@ -376,22 +376,18 @@ def test_kept_units_are_the_best_that_fit_one_after_another(
 ) -> None:
     chance = random.Random(seed)
     scores = some_scores(chance, levels, infinite)
-    costs = {
-        name: torch.tensor([7 if alike else chance.randint(1, 9) for _ in score]).long()
-        for name, score in scores.items()
-    }
-    everything = sum(int(cost.sum()) for cost in costs.values())
+    prices = {name: 7 if alike else chance.randint(1, 9) for name in scores}
+    everything = sum(prices[name] * len(score) for name, score in scores.items())
     for budget in (0, 0.5, 6, 7, 7.5, everything / 3, everything / 2, everything - 1, everything):
-        found = kept_units(scores, costs, budget)
-        assert {n: kept.tolist() for n, kept in found.items()} == taken(scores, costs, budget)
+        found = kept_units(scores, prices, budget)
+        assert {n: kept.tolist() for n, kept in found.items()} == taken(scores, prices, budget)
 
 
 @pytest.mark.parametrize("prices", [(3, 3), (3, 5)], ids=["one_price", "prices"])
 def test_no_budget_keeps_what_is_beyond_price_and_no_more(prices: tuple[int, int]) -> None:
     scores = {"a": torch.tensor([1.0, math.inf]), "b": torch.tensor([math.inf, -math.inf, 2.0])}
-    costs = {"a": torch.full((2,), prices[0]), "b": torch.full((3,), prices[1])}
     for budget in (-4, 0, 1):
-        found = kept_units(scores, costs, budget)
+        found = kept_units(scores, {"a": prices[0], "b": prices[1]}, budget)
         assert found["a"].tolist() == [False, True]
         assert found["b"].tolist() == [True, False, False]
 
@@ -399,8 +395,7 @@ def test_no_budget_keeps_what_is_beyond_price_and_no_more(prices: tuple[int, int
 @pytest.mark.parametrize("prices", [(3, 3), (3, 5)], ids=["one_price", "prices"])
 def test_a_budget_of_everything_keeps_all_that_may_be(prices: tuple[int, int]) -> None:
     scores = {"a": torch.tensor([0.0, -1.0]), "b": torch.tensor([-math.inf, 2.0])}
-    costs = {"a": torch.full((2,), prices[0]), "b": torch.full((2,), prices[1])}
-    found = kept_units(scores, costs, 2 * sum(prices))
+    found = kept_units(scores, {"a": prices[0], "b": prices[1]}, 2 * sum(prices))
     assert found["a"].tolist() == [True, True]
     assert found["b"].tolist() == [False, True]
 
@@ -408,14 +403,18 @@ def test_a_budget_of_everything_keeps_all_that_may_be(prices: tuple[int, int]) -
 @pytest.mark.parametrize("alike", [False, True], ids=["prices", "one_price"])
 def test_budgets_that_float32_cannot_tell_apart_are_met_to_the_parameter(alike: bool) -> None:
     whole = 2**26
-    prices = [whole // 4 + 1] * 4 if alike else [whole - 4, 1, 1, 1, 1, 1]
-    scores = {"a": torch.arange(len(prices), 0, -1).float()}
-    costs = {"a": torch.tensor(prices)}
+    scores = {"a": torch.tensor([6.0]), "b": torch.arange(5, 0, -1).float()}
+    prices = {"a": whole - 4, "b": 1}
+    if alike:
+        scores, prices = {"a": torch.arange(4, 0, -1).float()}, {"a": whole // 4 + 1}
     for more in range(-3, 5):
-        kept = kept_units(scores, costs, float(whole + more))["a"]
-        assert kept.tolist() == taken(scores, costs, whole + more)["a"]
+        found = kept_units(scores, prices, float(whole + more))
+        assert {n: kept.tolist() for n, kept in found.items()} == taken(
+            scores, prices, whole + more
+        )
 
 
 def test_layers_without_units_are_no_obstacle() -> None:
     nothing = {"a": torch.zeros(0)}
-    assert kept_units(nothing, {"a": torch.zeros(0, dtype=torch.int64)}, 5)["a"].tolist() == []
+    assert kept_units(nothing, {"a": 3}, 5)["a"].tolist() == []
+    assert kept_units({**nothing, "b": torch.ones(2)}, {"a": 3, "b": 4}, 5)["b"].any()

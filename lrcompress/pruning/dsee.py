@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError, nearest
 from lrcompress.nn import LowRankUpdateLinear, Replacement
-from lrcompress.pruning.magnitude import largest
+from lrcompress.pruning.magnitude import Computed, largest
 from lrcompress.solvers.godec import godec
 from lrcompress.statistics.views import is_linear, view
 from lrcompress.structure.selection import select
@@ -214,18 +214,19 @@ def prune_(model: nn.Module, names: Sequence[str], keep: float, scope: str) -> N
         scope: over what magnitudes are compared; see :func:`largest`.
     """
     layers = {name: model.get_submodule(name) for name in names}
-    kept = largest({name: _magnitudes(x) for name, x in layers.items()}, keep, scope)
-    for name, layer in layers.items():
+    sizes = Computed(names, lambda name: _magnitudes(layers[name]))
+    for name, kept in largest(sizes, keep, scope):
+        layer = layers[name]
         if isinstance(layer, LowRankUpdateLinear):
-            layer.prune_(kept[name])
+            layer.prune_(kept)
         else:
-            view(layer).weight.masked_fill_(~kept[name], 0)
+            view(layer).weight.masked_fill_(~kept, 0)
 
 
 def _magnitudes(layer: nn.Module) -> Tensor:
     found = view(layer).weight.abs()
     if isinstance(layer, LowRankUpdateLinear) and layer.masked:
-        found[~layer.mask] = -1  # what is out must not come back before what is small
+        found.masked_fill_(~layer.mask, -1)  # what is out must not come back before what is small
     return found
 
 

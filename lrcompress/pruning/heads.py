@@ -136,7 +136,7 @@ def kept_heads(
     least = len(found) / sum(one.heads for one in found)
     if scope == "layer":
         least = max(1 / one.heads for one in found)
-    return largest(scores, max(keep, least), scope)
+    return dict(largest(scores, max(keep, least), scope))
 
 
 @torch.no_grad()

@@ -14,10 +14,12 @@ from lrcompress.distributed import ONE_PROCESS, Processes, local_rows
 from lrcompress.importance import ROW_SCORES, Importance, component, entries
 from lrcompress.nn import LowRankSparseLinear
 from lrcompress.pruning.budget import LoSparseBudget, Quota
+from lrcompress.pruning.magnitude import Computed, largest_entries
 from lrcompress.report.record import Curve, LayerRecord
 from lrcompress.statistics.views import view
 from lrcompress.structure.surgery import carry_kept, replace_, swap_parameters_
 
+_PARTS = ("components", "rows")
 _NAMES = ("inner.weight", "left.weight")
 _SHOWN = 25  # units of a layer whose scores are kept for the report
 
@@ -97,7 +99,7 @@ class Pruner:
                 continue
             (own, mine), (slope, _) = local_rows(inner), local_rows(inner.grad)
             first = max(0, layer.rank - mine.start)  # of the rows that are not the right factor's
-            rows = self._score(own[first:], slope[first:])
+            rows = self._measure(own[first:], slope[first:])
             changes = component(local_rows(left)[0], local_rows(left.grad)[0])
             parts[name] = torch.cat([changes, self._placed(layer, rows, mine.start + first)])
         if not parts:
@@ -123,8 +125,13 @@ class Pruner:
         return place
 
     @property
-    def _score(self) -> Callable[[Tensor, Tensor], Tensor]:
-        if self.shares.granularity == "entries":
+    def _single(self) -> bool:
+        """Whether single entries are pruned, not rows."""
+        return self.shares.granularity == "entries"
+
+    @property
+    def _measure(self) -> Callable[[Tensor, Tensor], Tensor]:
+        if self._single:
             return entries
         # beside components, which are scored as a whole, rows are too
         return ROW_SCORES["group" if self.shares.competes else self.shares.row_score]
@@ -139,68 +146,64 @@ class Pruner:
         """
         if not self.importance.known or self.done:
             return
-        scores, kept = self.importance.scores(), {}
-        for name, layer in self.layers.items():
-            kept[name] = self._units(name, layer)
-            if name not in scores:  # the loss never depended on it
-                scores[name] = torch.zeros(
-                    sum(map(len, kept[name].values())), device=layer.kept.device
-                )
-        self._rank_once(scores)
+        self._rank_once()
         chosen: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
         left = 0.0
         for quota in self.quotas:
             left += quota.at(share)
-            stays, spent = self._chosen(quota, left, scores, kept)
-            left -= spent  # what components leave over goes to rows
+            stays = self._chosen(quota, left)
+            # what components leave over goes to rows
+            left -= sum(self._price(*key) * int(units.sum()) for key, units in stays.items())
             for (part, name), units in stays.items():
                 chosen[name][part] = units
         for name, layer in self.layers.items():
-            parts = kept[name] | chosen[name]
+            parts = {part: self._kept(part, name) for part in _PARTS} | chosen[name]
             self._apply(name, layer, parts["components"], parts["rows"], tuple(optimizers))
 
-    def _rank_once(self, scores: Mapping[str, Tensor]) -> None:
+    def _rank_once(self) -> None:
         if self.ranking:
             return
-        for name, score in scores.items():
-            both = score.tensor_split([self.layers[name].rank])
-            self.ranking[name] = _ranking(both[int(self.shares.sparse)])
+        for name in self.layers:
+            self.ranking[name] = _ranking(
+                self._score("rows" if self.shares.sparse else "components", name)
+            )
 
-    def _units(self, name: str, layer: LowRankSparseLinear) -> dict[str, Tensor]:
-        rows = layer.kept[layer.rank :]
-        if self.shares.granularity == "entries":
-            rows = self.masks.get(name, rows.repeat_interleave(layer.in_features))
-        return {"components": layer.kept[: layer.rank], "rows": rows}
-
-    def _chosen(
-        self,
-        quota: Quota,
-        budget: float,
-        scores: Mapping[str, Tensor],
-        kept: Mapping[str, Mapping[str, Tensor]],
-    ) -> tuple[dict[tuple[str, str], Tensor], int]:
-        """Return which units of a quota stay, and the parameters they take."""
-        asked: dict[tuple[str, str], Tensor] = {}
-        costs: dict[tuple[str, str], Tensor] = {}
-        for name, layer in self.layers.items():
-            found = dict(zip(kept[name], scores[name].tensor_split([layer.rank]), strict=True))
-            for part in quota.parts:
-                score = found[part]
-                if part == "components" or not self.shares.revive:
-                    score = score.masked_fill(~kept[name][part], -math.inf)
-                if part == "components":
-                    score = score.index_fill(0, score.argmax(), math.inf)
-                asked[part, name] = score
-                costs[part, name] = self._costs(layer, part, score)
-        stays = kept_units(asked, costs, budget)
-        return stays, sum(int(costs[key][stays[key]].sum()) for key in stays)
-
-    def _costs(self, layer: LowRankSparseLinear, part: str, like: Tensor) -> Tensor:
+    def _kept(self, part: str, name: str) -> Tensor:
+        """Return which units of a part of a layer have not been pruned."""
+        layer = self.layers[name]
         if part == "components":
-            cost = _unit(layer)
-        else:
-            cost = 1 if self.shares.granularity == "entries" else layer.in_features
-        return torch.full(like.shape, cost, dtype=torch.int64, device=like.device)
+            return layer.kept[: layer.rank]
+        rows = layer.kept[layer.rank :]
+        if not self._single:
+            return rows
+        return self.masks[name] if name in self.masks else rows.repeat_interleave(layer.in_features)
+
+    def _price(self, part: str, name: str) -> int:
+        """Return the parameters of a unit."""
+        layer = self.layers[name]
+        return _unit(layer) if part == "components" else 1 if self._single else layer.in_features
+
+    def _score(self, part: str, name: str) -> Tensor:
+        """Return the score of every unit, 0 where the loss never depended on the layer."""
+        score, rank = self.importance.score(name), self.layers[name].rank
+        if score is None:
+            return torch.zeros(self._kept(part, name).shape, device=self.layers[name].kept.device)
+        return score[:rank] if part == "components" else score[rank:]
+
+    def _asked(self, key: tuple[str, str]) -> Tensor:
+        """Return scores, infinite where a unit stays or goes in any case."""
+        score = self._score(*key)
+        if key[0] == "components" or not self.shares.revive:
+            score = torch.where(self._kept(*key), score, -math.inf)
+        return score if key[0] == "rows" else score.index_fill(0, score.argmax(), math.inf)
+
+    def _chosen(self, quota: Quota, budget: float) -> dict[tuple[str, str], Tensor]:
+        """Return which units of a quota stay, by part and layer."""
+        keys = [(part, name) for name in self.layers for part in quota.parts]
+        if self._single and quota.parts == ("rows",):
+            return dict(largest_entries(Computed(keys, self._asked), math.floor(budget)))
+        asked = {key: self._asked(key) for key in keys}
+        return kept_units(asked, {key: self._price(*key) for key in keys}, budget)
 
     def _apply(
         self,
@@ -210,7 +213,7 @@ class Pruner:
         rows: Tensor,
         optimizers: Sequence[Optimizer],
     ) -> None:
-        if self.shares.granularity == "entries":
+        if self._single:
             self.masks[name] = rows
             rows = rows.view(layer.num_rows, -1).any(1)
         kept = torch.cat([components, rows])

@@ -1,5 +1,6 @@
 """A small model with layers of three kinds, its data, and an optimizer that decays weights."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from lrcompress.engine.compress import observe
@@ -131,3 +133,53 @@ def make() -> Callable[..., Bench]:
         return bench
 
     return make
+
+
+class Counting(TorchDispatchMode):
+    """Counts the bytes of tensors made under it that are alive, kernels, and waits of the host.
+
+    Not seen is ``tolist``, which on a device is one wait.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.waits = self.kernels = 0
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.waits += func.overloadpacket in WAITING or (
+            func.overloadpacket in INDEXING
+            and any(x is not None and x.dtype == torch.bool for x in args[1])
+        )
+        self.kernels += not func.is_view
+        for one in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(one, Tensor):
+                self._see(one, args)
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _see(self, made: Tensor, args: Any) -> None:
+        storage, nbytes = made.untyped_storage().data_ptr(), made.untyped_storage().nbytes()
+        old = [x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)]
+        if storage in self._held or storage not in old:
+            self.now += 0 if storage in self._held else nbytes
+            self._held[storage] = self._held.get(storage, 0) + 1
+            weakref.finalize(made, self._drop, storage, nbytes)
+
+    def _drop(self, storage: int, nbytes: int) -> None:
+        self._held[storage] -= 1
+        if not self._held[storage]:
+            del self._held[storage]
+            self.now -= nbytes
+
+
+_ATEN = torch.ops.aten
+WAITING = {_ATEN._local_scalar_dense, _ATEN.nonzero, _ATEN.masked_select, _ATEN.equal}
+INDEXING = {_ATEN.index, _ATEN.index_put, _ATEN.index_put_}
+
+
+@pytest.fixture
+def counting() -> type[Counting]:
+    """What counts memory, kernels and waits within a ``with`` block."""
+    return Counting

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lrcompress.engine.settings import Settings
 from lrcompress.importance import Importance
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear
-from lrcompress.pruning import LoSparseBudget, Pruner, Quota
+from lrcompress.pruning import LoSparseBudget, Pruner, Quota, split_
 from lrcompress.report.record import LayerRecord
 from lrcompress.schedules import Cubic
+from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
 
 EACH_SHARE: list[dict[str, Any]] = [
@@ -244,6 +246,33 @@ def test_components_that_have_to_stay_are_paid_by_rows(
     train_and_prune(bench, pruner)
     assert all(layer.kept[: layer.rank].sum() == 1 for layer in pruner.layers.values())
     assert keep * bench.dense - 32 < spent(pruner) <= keep * bench.dense
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_single_entries_are_chosen_layer_by_layer(
+    share: float, counting: Callable[[], Any]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(20)))
+    shares, settings = (
+        LoSparseBudget(keep=0.3, granularity="entries"),
+        Settings(method="svd", targets=["*"]),
+    )
+    _, quotas = split_(model, Statistics(), settings, shares)
+    importance = Importance(0.0, 1.0, 1)
+    pruner = Pruner(model, [f"{i}" for i in range(20)], quotas, shares, importance)
+    sizes = {name: layer.rank + 10_000 for name, layer in pruner.layers.items()}
+    scores = {name: (torch.rand(size) * 50).round() for name, size in sizes.items()}  # ties
+    importance.add(scores)
+    pruner.prune_(1.0)
+    flat = torch.cat([scores[n][layer.rank :] for n, layer in pruner.layers.items()])
+    with counting() as counted:
+        pruner.prune_(share)
+    kept = torch.cat(list(pruner.masks.values()))
+    place = flat.argsort(descending=True, stable=True)[: int(quotas[0].at(share))]
+    assert kept.equal(torch.zeros_like(kept).index_fill(0, place, True))
+    # a byte for every entry, which is what is remembered, and a few tensors of one layer
+    assert counted.peak < 20 * 10_000 + 10_000 * 4 * 3
 
 
 def test_without_scores_or_quotas_nothing_is_pruned(make: Make) -> None:
