@@ -82,8 +82,9 @@ class Factorize(CompressionCallback):
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         shared: Also factor layers used in several places, and untie tied weights.
         keep_measured: Leave layers as they are whose factors of the rank they would get are not
-            faster on this machine, measured at the point. The others then get lower ranks, so
-            that ``keep`` is met; where that cannot be, the report says what remains.
+            faster on this machine, measured at the point in the Trainer's precision. The others
+            then get lower ranks, so that ``keep`` is met; where that cannot be, the report says
+            what remains.
         measured_tokens: How many tokens layers read while they are measured; by default as many
             as in a training step, padding excluded.
         restart_steps: Steps after a point over which the learning rate rises again, as a number
@@ -299,9 +300,14 @@ class Factorize(CompressionCallback):
         before = trainer_state.run_validation(trainer) if self.validate else {}
         names = settings.select(module).names
         self._dense = DenseLayers(module, names) if self.measure_layers else None
-        optimizers, processes = trainer.optimizers, self._processes
         record = factor_(
-            module, statistics, settings, optimizers=optimizers, step=now, processes=processes
+            module,
+            statistics,
+            settings,
+            optimizers=trainer.optimizers,
+            step=now,
+            processes=self._processes,
+            forward_context=trainer.precision_plugin.forward_context,
         )
         self._sync_structure(trainer, module)
         record.metrics = {"before": before, "after": {}}

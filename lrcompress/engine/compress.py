@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.bench.latency_ranks import RankChoice, allocate_by_latency
+from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
 from lrcompress.budget import Candidate, allocate, match_bounds
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.distributed_solve import Found, LayerSummary, install_factors_, solve_layers
@@ -136,6 +136,7 @@ def factor_(
     optimizers: Iterable[Optimizer] = (),
     step: int | None = None,
     processes: Processes = ONE_PROCESS,
+    forward_context: Context = nullcontext,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -151,6 +152,7 @@ def factor_(
         processes: those that do the same at the same time, with the same model, statistics and
             settings. Each solves some of the layers; all end with the same values, bit for bit.
             Where each holds a part of the parameters, one layer at a time is unsharded.
+        forward_context: that the model runs in, such as autocast; layers are timed in it.
 
     Returns:
         What was done, layer by layer.
@@ -182,8 +184,9 @@ def factor_(
     )
     measured = solutions.measured
     asked = candidates(model, names, settings, measured)
+    seen = statistics.tokens / max(1, statistics.steps) / processes.size
     choice = processes.run_on_first(
-        lambda: _choose_ranks(model, asked, settings, statistics, processes)
+        lambda: _choose_ranks(model, asked, settings, seen, forward_context)
     )
     ranks = choice.ranks
     _keep_lower_ranks(model, ranks)
@@ -221,19 +224,13 @@ def factor_(
 
 
 def _choose_ranks(
-    model: nn.Module,
-    asked: Sequence[Candidate],
-    settings: Settings,
-    statistics: Statistics,
-    processes: Processes,
+    model: nn.Module, asked: Sequence[Candidate], settings: Settings, seen: float, context: Context
 ) -> RankChoice:
     budget = settings.keep, settings.spread, settings.align
     if not settings.keep_measured:
         return RankChoice(allocate(asked, *budget))
-    seen = statistics.tokens / max(1, statistics.steps) / processes.size
-    return allocate_by_latency(
-        model, asked, *budget, settings.measured_tokens or max(1, round(seen))
-    )
+    tokens = settings.measured_tokens or max(1, round(seen))
+    return allocate_by_latency(model, asked, *budget, tokens, context)
 
 
 def _keep_lower_ranks(model: nn.Module, ranks: dict[str, int | None]) -> None:

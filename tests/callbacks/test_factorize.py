@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcompress
 from lrcompress.errors import (
@@ -172,6 +173,25 @@ def test_layers_that_factors_do_not_make_faster_stay(
     assert sum("stays as it is: a rank of" in layer.note for layer in point.layers) >= 2
     assert lrcompress.Report.from_dict(json.loads(path.read_text())) == callback.report
     assert hooks(model) == 0
+
+
+def test_layers_are_measured_in_the_precision_of_the_trainer(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    dtypes = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func.overloadpacket.__name__ == "addmm" and len(args[1]) == 13:
+                dtypes.add(args[1].dtype)
+            return func(*args, **kwargs or {})
+
+    callback = factorize(keep_measured=True, measured_tokens=13)
+    with Products():
+        trainer(callback, precision="bf16-mixed").fit(tagger(), loader())
+    assert dtypes == {torch.bfloat16}
 
 
 def test_the_schedule_and_the_optimizer_object_stay(
