@@ -323,6 +323,18 @@ def swap_parameters_(
                     _raise_second_moments_(state, _options(optimizer, parameter), slice(end))
 
 
+def unknown_state(optimizer: Optimizer, old: Iterable[Tensor]) -> list[str]:
+    """Return the keys of state for which :func:`swap_parameters_` drops all state of ``old``."""
+    held = [(p, key, x) for p in old for key, x in optimizer.state.get(p, {}).items()]
+    return list(dict.fromkeys(key for p, key, x in held if not _is_understood(p, key, x)))
+
+
+def _is_understood(parameter: Tensor, key: str, value: object) -> bool:
+    if not isinstance(value, Tensor):
+        return not isinstance(value, list | dict | tuple)
+    return value.numel() == 1 or (key in _LINEAR | _SQUARED and value.shape == parameter.shape)
+
+
 def _options(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
     """Return the options of the group that holds a parameter, empty if none does."""
     groups = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))

@@ -1,7 +1,9 @@
 """The callback in real fits: what it leaves behind, and that it ends as it should."""
 
 import json
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,20 @@ def test_the_learning_rate_rises_again_after_a_point(
     run.fit(model, loader())
     assert seen[:6] == [1.0] * 6
     assert seen[6:12] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+
+
+def test_state_that_is_dropped_is_named_in_report_and_log(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    told = "Adamax keeps exp_inf, which no rule carries over .* start without state"
+    for name, known in (("AdamW", True), ("Adamax", False)):
+        model, callback = tagger(), factorize()
+        make = getattr(torch.optim, name)
+        model.configure_optimizers = lambda m=model, make=make: make(m.parameters())
+        with nullcontext() if known else pytest.warns(UserWarning, match=told):
+            trainer(callback).fit(model, loader())
+        (point,) = callback.report.points
+        assert point.note == "" if known else re.fullmatch(told, point.note)
 
 
 def test_two_points_factor_again_from_fresh_statistics(
