@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
+from lrcompress.linalg import full_precision
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear, Replacement
 from lrcompress.statistics.views import view
 
@@ -272,6 +273,7 @@ def carry_later(new: Sequence[Tensor]) -> Carry:
 
 
 @torch.no_grad()
+@full_precision()
 def swap_parameters_(
     optimizers: Iterable[Optimizer],
     old: Sequence[Tensor],
