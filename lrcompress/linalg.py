@@ -1,8 +1,11 @@
 """Matrix functions: Gram matrices, square roots, shrinkage, whitening, balanced factors."""
 
 import math
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor
 # narrower, for which products lose speed, and none wider, which would keep more of the other half.
 _BLOCKS = 6
 _NARROWEST, _WIDEST = 128, 512
+_lock = threading.Lock()
+_undo: list[Callable[[], None]] = []  # the same for every block of full_precision that is open
 
 
 def packed_shape(features: int) -> tuple[int, int]:
@@ -44,14 +49,86 @@ def _features(packed: Tensor) -> int:
     return bisect_left(range(math.isqrt(2 * size) + 1), size, key=lambda n: packed_shape(n)[1])
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply float32 matrices in float32 while the block runs.
+
+    ``torch.set_float32_matmul_precision`` and its kin may have allowed TF32 or bfloat16, which
+    round what is multiplied to 11 or 8 bits. What they set is there again after the block. As they
+    do, it counts in all threads, until the last of them has left its block.
+    """
+    with _lock:
+        _undo.append(_undo[0] if _undo else _set_full_precision())
+    try:
+        yield
+    finally:
+        with _lock:
+            undo = _undo.pop()
+            if not _undo:
+                undo()
+
+
+def _nothing() -> None:
+    """Undo nothing."""
+
+
+def _set_full_precision() -> Callable[[], None]:
+    """Set full precision for products of float32, and return what sets the state before again."""
+    places: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    held = [(x, x.fp32_precision) for x in places if hasattr(x, "fp32_precision")]  # torch 2.9
+    if held and all(value in ("none", "ieee") for _, value in held):
+        return _nothing
+    try:
+        whole = torch.get_float32_matmul_precision()
+    except RuntimeError:  # by backend alone: torch does not tell then that this is "highest"
+        whole = "highest"
+    if not held and whole == "highest":
+        return _nothing
+    # sets both, for torch refuses products where the old setting contradicts the newer ones
+    torch.set_float32_matmul_precision("highest")
+
+    def undo() -> None:
+        torch.set_float32_matmul_precision(whole)
+        for place, value in held:
+            if place.fp32_precision != value:
+                place.fp32_precision = value
+
+    return undo
+
+
+def for_gram(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype that :func:`add_gram_` is to get it in.
+
+    That is float32, or half precision where the device multiplies it exactly, on tensor cores, and
+    sums in float32.
+    """
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x if half and _sums_in_float32(x.device, x.dtype) else x.to(torch.float32)
+
+
+@cache
+def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether products of a half precision can be had in float32; tried once."""
+    if device.type != "cuda" or not hasattr(torch.ops.aten.addmm, "dtype"):  # torch 2.8
+        return False
+    x, total = (torch.eye(16, dtype=kind, device=device) for kind in (dtype, torch.float32))
+    try:
+        _add_product_(total, x.mT, x * (1 + 2**-7), 0.5)
+    except RuntimeError:  # a GPU, or a build, that cannot
+        return False
+    return total[0, 0].item() == 1.5 + 2**-8
+
+
 @torch.no_grad()
+@full_precision()
 def add_gram_(packed: Tensor, x: Tensor, scale: float = 1.0) -> None:
     """Add ``scale² xᵀ x`` to a symmetric sum, of which one triangle is kept.
 
     Args:
         packed: of the shape that :func:`packed_shape` gives, changed in place. It holds the block
             rows of the upper triangle, one after the other; read it through :func:`symmetric`.
-        x: ``(tokens, features)`` with the dtype and device of ``packed``.
+        x: ``(tokens, features)`` on the device of ``packed``, in its dtype, or as :func:`for_gram`
+            returns it.
         scale: of ``x``; a factor here costs nothing, a scaled copy of ``x`` would.
 
     Cost:
@@ -61,7 +138,15 @@ def add_gram_(packed: Tensor, x: Tensor, scale: float = 1.0) -> None:
     """
     features = x.shape[1]
     for start, stop, row in _blocks(packed, features):
-        row.addmm_(x[:, start:stop].mT, x[:, start:], alpha=scale * scale)
+        _add_product_(row, x[:, start:stop].mT, x[:, start:], scale * scale)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Add ``scale a b`` to ``total``, whose dtype may be float32 where theirs is half of it."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, alpha=scale)
+    else:
+        total.copy_(torch.addmm(total, a, b, out_dtype=total.dtype, alpha=scale))
 
 
 def packed(square: Tensor) -> Tensor:

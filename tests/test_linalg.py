@@ -1,21 +1,31 @@
 """Matrix mathematics against its definitions."""
 
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from threading import Barrier, Thread
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrcompress import linalg
 from lrcompress.linalg import (
     add_gram_,
     balanced,
+    for_gram,
+    full_precision,
     packed,
     packed_shape,
     root,
     shrunk,
     symmetric,
 )
+from lrcompress.nn.kronecker import carry_kronecker
+from lrcompress.solvers.kronecker import kronecker_sums, nearest_shape
+from lrcompress.statistics.moments import Sums, shapes
+from lrcompress.structure.surgery import carry_dense, swap_parameters_
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +46,196 @@ def test_add_gram_of_no_token_adds_nothing() -> None:
     total = torch.ones(packed_shape(4))
     add_gram_(total, torch.zeros(0, 4))
     assert symmetric(total).equal(torch.ones(4, 4))
+
+
+def products_in_float32(x: Tensor, half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The Gram matrix by the product that CUDA has, with what it computes in place of it."""
+
+    def addmm(
+        total: Tensor,
+        a: Tensor,
+        b: Tensor,
+        out_dtype: torch.dtype,
+        *,
+        beta: Any = 1,
+        alpha: Any = 1,
+    ) -> Tensor:
+        assert a.dtype == b.dtype == half
+        assert total.dtype == out_dtype == torch.float32
+        return beta * total + alpha * (a.to(out_dtype) @ b.to(out_dtype))
+
+    total = torch.ones(packed_shape(x.shape[1]))
+    monkeypatch.setattr(linalg, "_sums_in_float32", lambda *_: True)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("addmm.dtype", addmm, "CPU")
+        assert for_gram(x) is x
+        add_gram_(total, x, 0.5)
+    return symmetric(total)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.aten.addmm, "dtype"), reason="torch 2.8 has it")
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_products_of_halves_summed_in_float32_are_those_of_float32(
+    half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(9, 515).to(half)
+    assert for_gram(x).dtype == torch.float32  # a CPU has no such product
+    total = torch.ones(packed_shape(515))
+    add_gram_(total, for_gram(x), 0.5)
+    torch.testing.assert_close(products_in_float32(x, half, monkeypatch), symmetric(total))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_on_cuda_products_of_halves_are_those_of_float32(half: torch.dtype) -> None:
+    x = torch.randn(999, 515, device="cuda").to(half)
+    whole = x.double().mT @ x.double()
+    for given in (x, x.float()):
+        total = torch.zeros(packed_shape(515), device="cuda")
+        torch.set_float32_matmul_precision("high")
+        try:
+            add_gram_(total, for_gram(given))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        torch.testing.assert_close(symmetric(total).double(), whole, rtol=1e-5, atol=1e-3)
+
+
+BACKENDS = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+NEW = hasattr(BACKENDS[0], "fp32_precision")
+
+
+def precision() -> tuple[str, ...]:
+    """All that says how float32 is multiplied."""
+    try:
+        whole = torch.get_float32_matmul_precision()
+    except RuntimeError:  # where it was set by backend alone
+        whole = ""
+    return whole, *(one.fp32_precision for one in BACKENDS if NEW)  # type: ignore[union-attr]
+
+
+def lowered() -> bool:
+    return BACKENDS[0].fp32_precision == "tf32" if NEW else precision()[0] != "highest"  # type: ignore[union-attr]
+
+
+def lower(how: str) -> None:
+    if how != "backend":
+        torch.set_float32_matmul_precision(how)
+    elif NEW:
+        BACKENDS[0].fp32_precision = "tf32"  # type: ignore[union-attr]
+        BACKENDS[1].fp32_precision = "bf16"  # type: ignore[union-attr]
+    else:
+        BACKENDS[0].allow_tf32 = True  # type: ignore[union-attr]
+
+
+@pytest.fixture(params=["high", "medium", "backend"])
+def allowed(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = precision()
+    lower(request.param)
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for one, value in zip(BACKENDS, before[1:], strict=False):
+        one.fp32_precision = value  # type: ignore[union-attr]
+    assert precision() == before
+
+
+@pytest.mark.usefixtures("allowed")
+def test_full_precision_is_set_and_what_was_set_comes_back() -> None:
+    before = precision()
+    assert lowered()
+    with full_precision():
+        assert not lowered()
+        assert "bf16" not in precision()
+        with full_precision():
+            assert not lowered()
+        assert not lowered()
+    assert precision() == before
+    with pytest.raises(KeyboardInterrupt), full_precision():
+        raise KeyboardInterrupt
+    assert precision() == before
+
+
+def test_where_nothing_is_lowered_nothing_is_set() -> None:
+    before = precision()
+    with full_precision():
+        assert precision() == before
+    assert precision() == before
+
+
+@pytest.mark.usefixtures("allowed")
+def test_the_last_thread_to_leave_puts_back_what_was_set() -> None:
+    before, seen = precision(), []
+    entered, left = Barrier(2), Barrier(2)
+
+    def first() -> None:
+        with full_precision():
+            entered.wait()
+        left.wait()
+
+    other = Thread(target=first)
+    other.start()
+    with full_precision():
+        entered.wait()
+        left.wait()
+        seen.append(lowered())
+    other.join()
+    assert seen == [False]
+    assert precision() == before
+
+
+def weighted() -> None:
+    sums = Sums.zeros(shapes(["input_moment", "weighted_moment"], 6, 4))
+    x, g = torch.randn(5, 6), torch.randn(5, 4)
+    sums.add_inputs_(x)
+    sums.add_gradients_(g, 1)
+    sums.add_weighted_(x, g)
+
+
+def fisher() -> None:
+    for length in (2, 50):
+        sums = Sums.zeros(shapes(["input_fisher", "output_fisher"], 6, 4))
+        sums.add_fisher_(torch.randn(3, length, 6), torch.randn(3, length, 4))
+
+
+def carried() -> None:
+    for kronecker in (False, True):
+        weight = nn.Parameter(torch.randn(4, 6))
+        optimizer = torch.optim.Adam([weight])
+        weight.square().sum().backward()
+        optimizer.step()
+        new = (
+            [torch.randn(2, 2, 3), torch.randn(2, 2, 2)]
+            if kronecker
+            else [torch.randn(2, 6), torch.randn(4, 2)]
+        )
+        carry = carry_kronecker(*new, False) if kronecker else carry_dense(new[1], new[0], False)
+        swap_parameters_([optimizer], [weight], list(map(nn.Parameter, new)), carry)
+
+
+def kronecker() -> None:
+    x = torch.randn(50, 12)
+    metric = x.mT.double() @ x.double()
+    kronecker_sums(torch.randn(8, 12), (2, 3), None, metric.float()).factors(2)
+    nearest_shape(torch.randn(8, 12), 40, None, metric.float())
+
+
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.parametrize("work", [weighted, fisher, carried, kronecker])
+def test_statistics_and_carried_state_are_multiplied_in_full(work: Callable[[], None]) -> None:
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            name = func.overloadpacket.__name__
+            if name in ("mm", "addmm", "addmm_", "bmm") and args[0].dtype == torch.float32:
+                products.append((func, lowered()))
+            return func(*args, **kwargs or {})
+
+    with Products():
+        work()
+    assert products
+    assert not [func for func, low in products if low]
 
 
 @pytest.mark.parametrize("features", [1, 2, 128, 200, 800, 3200])

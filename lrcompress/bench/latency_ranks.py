@@ -1,7 +1,9 @@
 """Rank allocation by measured latency: layers that factors do not make faster stay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,6 +13,11 @@ from lrcompress.budget import Candidate, allocate, kept_share
 from lrcompress.errors import SettingError
 from lrcompress.nn import LowRankLinear
 from lrcompress.statistics.views import view
+
+# Makes a context that a forward pass runs in, such as that of autocast.
+Context = Callable[[], AbstractContextManager[object]]
+# Calls between two waits for an accelerator.
+_CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ def allocate_by_latency(
     allocation: str,
     align: int,
     tokens: int,
+    context: Context = nullcontext,
 ) -> RankChoice:
     """Allocate ranks, and leave layers as they are whose factors are not faster on this machine.
 
@@ -51,18 +59,20 @@ def allocate_by_latency(
         allocation: see ``keep``.
         align: see ``keep``.
         tokens: that a layer reads at once.
+        context: that the model runs in, such as autocast; layers are measured in it.
 
     Raises:
         SettingError: if ``keep`` cannot be met even before layers are measured.
 
     Cost:
-        Some 12 forward passes of every size of layer, at every rank that is tried.
+        Some 12 forward passes of every size of layer, at every rank that is tried; on an
+        accelerator 220.
     """
     first = ranks = allocate(asked, keep, allocation, align)
     free = [one for one in asked if one.rank is None and one.keep is None]
     times: dict[tuple[object, ...], float] = {}
     notes: dict[str, str] = {}
-    while new := _not_faster(model, free, ranks, tokens, times):
+    while new := _not_faster(model, free, ranks, tokens, times, context):
         notes |= new
         free = [one for one in free if one.name not in notes]
         held = [_candidate_as_is(one, model) if one.name in notes else one for one in asked]
@@ -86,6 +96,7 @@ def _not_faster(
     ranks: Mapping[str, int | None],
     tokens: int,
     times: dict[tuple[object, ...], float],
+    context: Context,
 ) -> dict[str, str]:
     """Return the layers that their ranks do not make faster, and why; fill up ``times``."""
     found = {}
@@ -95,7 +106,7 @@ def _not_faster(
             continue
         key = (one.out_features, one.in_features, getattr(layer, "rank", None), rank)
         if key not in times:
-            times[key] = relative_time(layer, rank, tokens)
+            times[key] = relative_time(layer, rank, tokens, context)
         if times[key] >= 1:
             found[one.name] = (
                 f"stays as it is: a rank of {rank} takes {times[key]:.2f} × its time at {tokens} "
@@ -113,11 +124,14 @@ def _candidate_as_is(one: Candidate, model: nn.Module) -> Candidate:
 
 
 @torch.no_grad()
-def relative_time(layer: nn.Module, rank: int, tokens: int, rounds: int = 11) -> float:
+def relative_time(
+    layer: nn.Module, rank: int, tokens: int, context: Context = nullcontext, rounds: int = 11
+) -> float:
     """Return the latency of factors of a rank / that of a layer like ``layer``.
 
-    Both are new, of its sizes, dtype and device, and applied to ``(tokens, in)`` in turns,
-    without gradients; the median over rounds. Random numbers that others draw are the same with
+    Both are new, of its sizes, dtype and device, and applied to ``(tokens, in)`` in turns within
+    ``context``, without gradients; the median over rounds. Autocast converts the weights in every
+    call, as it does in every step. Random numbers that others draw are the same with
     it and without.
     """
     old = view(layer)
@@ -132,5 +146,12 @@ def relative_time(layer: nn.Module, rank: int, tokens: int, rounds: int = 11) ->
             now = LowRankLinear(in_features, out_features, layer.rank, bias=bias)
         x = x.to(weight)
         new, now = (one.to(weight.device, weight.dtype) for one in (new, now))
-    taken = interleaved({"now": lambda: now(x), "new": lambda: new(x)}, rounds)
+
+    def call(layer: nn.Module) -> None:
+        torch.clear_autocast_cache()
+        layer(x)
+
+    with context():
+        work = {"now": partial(call, now), "new": partial(call, new)}
+        taken = interleaved(work, rounds, 1 if kind == "cpu" else _CALLS)
     return ratio(taken["new"], taken["now"])

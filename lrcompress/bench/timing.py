@@ -26,10 +26,18 @@ def one_thread() -> bool:
     return torch.get_num_threads() == 1 and not torch.accelerator.is_available()
 
 
-def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every call in every round; a round calls each of them once.
+def interleaved(
+    work: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1
+) -> dict[str, list[float]]:
+    """Return the seconds of every call in every round.
 
     Each is called once before to warm up, which is not counted.
+
+    Args:
+        work: what is called, by name.
+        rounds: in each of which all take a turn.
+        calls: in each turn, whose mean counts. An accelerator is waited for twice a turn, which
+            short calls would be measured with if there were one only.
 
     Raises:
         SettingError: if ``rounds`` is less than 1.
@@ -47,8 +55,9 @@ def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     for _ in range(rounds):
         for name, call in work.items():
             start = now()
-            call()
-            taken[name].append(now() - start)
+            for _ in range(calls):
+                call()
+            taken[name].append((now() - start) / calls)
     return taken
 
 

@@ -86,8 +86,9 @@ class Factorize(CompressionCallback):
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         shared: Also factor layers used in several places, and untie tied weights.
         keep_measured: Leave layers as they are whose factors of the rank they would get are not
-            faster on this machine, measured at the point. The others then get lower ranks, so
-            that ``keep`` is met; where that cannot be, the report says what remains.
+            faster on this machine, measured at the point in the Trainer's precision. The others
+            then get lower ranks, so that ``keep`` is met; where that cannot be, the report says
+            what remains.
         measured_tokens: How many tokens layers read while they are measured; by default as many
             as in a training step, padding excluded.
         restart_steps: Steps after a point over which the learning rate rises again, as a number
@@ -314,6 +315,7 @@ class Factorize(CompressionCallback):
             processes=self._processes,
             owner=self._observation.owner,
             track=reporting.solving_bar if self.verbose else iter,
+            forward_context=trainer.precision_plugin.forward_context,
         )
         self._sync_structure(trainer, module)
         record.metrics = {"before": before, "after": {}}

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console, RenderableType
+from torch import nn
 from tqdm import tqdm
 
 from lrcompress.callbacks import trainer_state
@@ -21,6 +22,7 @@ from lrcompress.report.formatting import printable
 from lrcompress.report.page import write_page
 from lrcompress.report.plots import Plot, pixels, plots
 from lrcompress.report.tables import WIDTH, point_table, summary_table
+from lrcompress.structure.surgery import unknown_state
 
 AUTO = "auto"
 
@@ -66,6 +68,21 @@ def warning_if_fails(what: str) -> Iterator[None]:
         rank_zero_warn(
             f"lrcompress could not {what}, and goes on without: {type(error).__name__}: {error}"
         )
+
+
+def dropped_state(trainer: pl.Trainer, module: nn.Module, names: Iterable[str]) -> str:
+    """Return, and warn, which optimizers' state is lost where layers are replaced; or ``""``."""
+    weights = [p for name in names for p in module.get_submodule(name).parameters() if p.ndim > 1]
+    kept = [(type(one).__name__, unknown_state(one, weights)) for one in trainer.optimizers]
+    told = [
+        f"{name} keeps {', '.join(keys)}, which no rule carries over to new parameters: these "
+        "start without state"
+        for name, keys in kept
+        if keys
+    ]
+    for one in told:
+        rank_zero_warn(f"lrcompress: {one}")
+    return "; ".join(told)
 
 
 def tell_point(trainer: pl.Trainer, record: PointRecord, whole: int, *, verbose: bool) -> None:

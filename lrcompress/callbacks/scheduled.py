@@ -345,7 +345,7 @@ class CompressionCallback(pl.Callback, ABC):
         ddp.check_layers(module, names, self._processes, type(self).__name__)
         if not self._stage:
             trainer_state.notify_compression_start(module)
-        told = len(self.report.points)
+        told, lost = len(self.report.points), reporting.dropped_state(trainer, module, names)
         self._change_model(trainer, module, now)
         self._stage += 1
         self._observation.reset()
@@ -353,6 +353,7 @@ class CompressionCallback(pl.Callback, ABC):
             self._prepare_observation(module)
         trainer_state.reset_best_scores(trainer)
         for record in self.report.points[told:]:  # all is done: what follows cannot undo it
+            record.note = "; ".join(filter(None, (record.note, lost)))
             self._validate_after(trainer, record)
             whole = self._run_report(trainer).points[0].model_before
             reporting.tell_point(trainer, record, whole, verbose=self.verbose)
@@ -419,10 +420,8 @@ class CompressionCallback(pl.Callback, ABC):
             )
         callbacks = self._compression_callbacks(trainer)
         if self is callbacks[-1]:  # all of them have ended
-            paths, verbose = [one._report_file for one in callbacks], [x.verbose for x in callbacks]
-            reporting.publish_report(
-                trainer, self._run_report(trainer), paths, verbose=any(verbose)
-            )
+            paths, verbose = [x._report_file for x in callbacks], any(x.verbose for x in callbacks)
+            reporting.publish_report(trainer, self._run_report(trainer), paths, verbose=verbose)
 
     def _run_report(self, trainer: pl.Trainer) -> Report:
         """Return the joint report of all callbacks that change the model."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.bench.latency_ranks import RankChoice, allocate_by_latency
+from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
 from lrcompress.budget import Candidate, allocate, match_bounds
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.distributed_solve import Found, LayerSummary, install_factors_, solve_layers
@@ -138,6 +138,7 @@ def factor_(
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
+    forward_context: Context = nullcontext,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -154,6 +155,7 @@ def factor_(
             some layers; all end with the same values, bit for bit. Sharded ones are unsharded then.
         owner: the process of each layer, where only that one has observed it.
         track: yields layers while they are solved, as a progress bar does.
+        forward_context: that the model runs in, such as autocast; layers are timed in it.
 
     Returns:
         What was done, layer by layer.
@@ -186,8 +188,10 @@ def factor_(
     )
     measured = solutions.measured
     asked = candidates(model, names, settings, measured)
+    observers = 1 if owner else processes.size
+    seen = statistics.tokens / max(1, statistics.steps) / observers
     choice = processes.run_on_first(
-        lambda: _choose_ranks(model, asked, settings, statistics, 1 if owner else processes.size)
+        lambda: _choose_ranks(model, asked, settings, seen, forward_context)
     )
     _keep_lower_ranks(model, ranks := choice.ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
@@ -224,19 +228,13 @@ def factor_(
 
 
 def _choose_ranks(
-    model: nn.Module,
-    asked: Sequence[Candidate],
-    settings: Settings,
-    statistics: Statistics,
-    observers: int,
+    model: nn.Module, asked: Sequence[Candidate], settings: Settings, seen: float, context: Context
 ) -> RankChoice:
     budget = settings.keep, settings.spread, settings.align
     if not settings.keep_measured:
         return RankChoice(allocate(asked, *budget))
-    seen = statistics.tokens / max(1, statistics.steps) / observers
-    return allocate_by_latency(
-        model, asked, *budget, settings.measured_tokens or max(1, round(seen))
-    )
+    tokens = settings.measured_tokens or max(1, round(seen))
+    return allocate_by_latency(model, asked, *budget, tokens, context)
 
 
 def _keep_lower_ranks(model: nn.Module, ranks: dict[str, int | None]) -> None:

@@ -122,7 +122,7 @@ class PointRecord:
         bytes_before: of the whole model's parameters just before; None in records of version 1.
         bytes_after: of the whole model's parameters now.
         budget: steps of gradual pruning and what was kept of the layers after them.
-        note: why ``keep`` was not met, or "".
+        note: why ``keep`` was not met, and what optimizer state was dropped; or "".
         trained: parameters that are trained from there on; None where that is all of them.
         effective: parameters of the whole model that are not zero, updates merged; None where it
             was not counted.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import SettingError, ShapeError
-from lrcompress.linalg import balanced, eigvalsh, whitening
+from lrcompress.linalg import balanced, eigvalsh, full_precision, whitening
 from lrcompress.solvers.alternating import Map, alternating_least_squares, alternating_minimization
 from lrcompress.solvers.truncation import FLOOR, check, descending, relative_error
 
@@ -80,6 +80,7 @@ class KroneckerSums:
         return sum(self._whitened.shape)
 
     @torch.no_grad()
+    @full_precision()
     def factors(self, terms: int) -> KroneckerFactors:
         """Return the best factors of that many terms, balanced, in the weight's own dtype.
 
@@ -223,6 +224,7 @@ def assembled(rows: Tensor, first: Sizes, shape: Sizes) -> Tensor:
     return rows.reshape(m1, n1, m // m1, n // n1).transpose(1, 2).reshape(m, n)
 
 
+@full_precision()
 def kronecker_sums(
     weight: Tensor, first: Sizes, output: Tensor | None = None, input: Tensor | None = None
 ) -> KroneckerSums:
@@ -315,6 +317,7 @@ def divisors(size: int) -> list[int]:
 
 
 @torch.no_grad()
+@full_precision()
 def nearest_shape(
     weight: Tensor,
     budget: int,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import CheckpointError, ObservationError, ShapeError, nearest
-from lrcompress.linalg import add_gram_, packed, packed_shape, symmetric
+from lrcompress.linalg import add_gram_, for_gram, full_precision, packed, packed_shape, symmetric
 
 INPUT_KINDS = ("input_moment", "input_abs")
 OUTPUT_KINDS = ("output_moment", "weighted_moment", "input_fisher", "output_fisher")
@@ -61,11 +61,11 @@ Added = TypeVar("Added", bound=Callable[..., None])
 
 
 def _in_full_precision(method: Added) -> Added:
-    """Add without the autocast that a backward pass may run in."""
+    """Add without the autocast that a backward pass may run in, and without TF32."""
 
     @wraps(method)
     def added(self: "Sums", x: Tensor, *args: Any, **kwargs: Any) -> None:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), full_precision():
             method(self, x, *args, **kwargs)
 
     return added  # type: ignore[return-value]
@@ -114,13 +114,12 @@ class Sums:
         features = self.values["input_sum"].shape[0]
         if x.ndim != 2 or x.shape[1] != features:
             raise ShapeError(f"expected tokens of shape (_, {features}), got {tuple(x.shape)}")
-        x = x.detach().to(torch.float32)  # low-precision sums stall
-        finite, x = _finite_or_zero(x)
+        finite, x = _finite_or_zero(for_gram(x.detach()))
         if "input_moment" in self.values:
             _add_gram(self.values["input_moment"], x)
         if "input_abs" in self.values:
-            self.values["input_abs"] += x.abs().sum(0).to(self.tokens.device)
-        self.values["input_sum"] += x.sum(0).to(self.tokens.device)
+            self.values["input_abs"] += _over_tokens(x.abs()).to(self.tokens.device)
+        self.values["input_sum"] += _over_tokens(x).to(self.tokens.device)
         self._count(finite, x.shape[0], 0)
 
     @_in_full_precision
@@ -134,10 +133,10 @@ class Sums:
             examples: how many examples the tokens are from.
             scale: see ``g``.
         """
-        finite, g = _finite_or_zero(g.to(torch.float32))
+        finite, g = _finite_or_zero(for_gram(g))
         total = self.values["output_moment"]
         if total.ndim == 1:
-            total += (scale * g).square_().sum(0).to(total.device)
+            total += (scale * g.float()).square_().sum(0).to(total.device)
         else:
             _add_gram(total, g, scale)
         self._count(finite, g.shape[0], examples)
@@ -272,10 +271,14 @@ def _dtype(name: str) -> torch.dtype:
 
 def _finite_or_zero(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return whether all of ``x`` is finite, and ``x`` or else zeros, without waiting for a GPU."""
-    finite = x.sum().isfinite()
+    finite = x.sum(dtype=torch.float32).isfinite()  # float16 would overflow
     if x.device.type == "cpu" and finite:
         return finite, x  # spared a copy
     return finite, torch.where(finite, x, 0.0)
+
+
+def _over_tokens(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=torch.float32)  # low-precision sums stall
 
 
 def _add_gram(total: Tensor, x: Tensor, scale: float = 1.0) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
+from lrcompress.linalg import full_precision
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear, Replacement
 from lrcompress.statistics.views import view
 
@@ -232,6 +233,7 @@ def carry_later(new: Sequence[Tensor]) -> Carry:
 
 
 @torch.no_grad()
+@full_precision()
 def swap_parameters_(
     optimizers: Iterable[Optimizer],
     old: Sequence[Tensor],
@@ -281,6 +283,18 @@ def swap_parameters_(
                 if not exact:
                     end = exact_from if parameter is new[0] else None
                     _raise_second_moments_(state, _options(optimizer, parameter), slice(end))
+
+
+def unknown_state(optimizer: Optimizer, old: Iterable[Tensor]) -> list[str]:
+    """Return the keys of state for which :func:`swap_parameters_` drops all state of ``old``."""
+    held = [(p, key, x) for p in old for key, x in optimizer.state.get(p, {}).items()]
+    return list(dict.fromkeys(key for p, key, x in held if not _is_understood(p, key, x)))
+
+
+def _is_understood(parameter: Tensor, key: str, value: object) -> bool:
+    if not isinstance(value, Tensor):
+        return not isinstance(value, list | dict | tuple)
+    return value.numel() == 1 or (key in _LINEAR | _SQUARED and value.shape == parameter.shape)
 
 
 def _options(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:

@@ -1,11 +1,15 @@
 """Layers that no factors make faster stay; the others pay for them, or keep is missed."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrcompress.bench.latency_ranks import allocate_by_latency, relative_time
 from lrcompress.budget import Candidate, allocate, kept_share
@@ -105,6 +109,50 @@ def test_a_layer_is_compared_with_what_stands_there(dtype: torch.dtype) -> None:
     assert relative_time(low, 512, TOKENS) > 2
     assert relative_time(tiny, 7, 1) > 1
     assert torch.get_rng_state().equal(state)
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "addmm"):
+            self.dtypes.append(args[-1].dtype)
+        return func(*args, **kwargs or {})
+
+
+def test_layers_are_measured_in_the_precision_that_the_model_runs_in() -> None:
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    layer, model = nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16))
+    for context, dtype in ((nullcontext, torch.float32), (autocast, torch.bfloat16)):
+        with Products() as seen:
+            relative_time(layer, 4, 8, context)
+            allocate_by_latency(model, asked(model), 0.5, "uniform", 1, TOKENS, context)
+        assert set(seen.dtypes) == {dtype}
+    with Products() as seen, autocast():  # of the caller
+        relative_time(layer, 4, 8)
+    assert set(seen.dtypes) == {torch.bfloat16}
+
+
+def test_autocast_converts_the_weights_in_every_call() -> None:
+    conversions = []
+
+    class Conversions(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func.overloadpacket.__name__ == "_to_copy" and args[0].shape == (16, 32):
+                conversions.append(kwargs)
+            return func(*args, **kwargs or {})
+
+    with Conversions():
+        relative_time(nn.Linear(32, 16), 4, 8, partial(torch.autocast, "cpu", torch.bfloat16), 3)
+    assert len(conversions) == 4  # three rounds and one before
 
 
 def test_one_process_decides_for_all(launch: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -21,6 +21,17 @@ def test_calls_take_turns_after_one_that_is_not_counted() -> None:
         interleaved(work, 0)
 
 
+def test_a_turn_of_several_calls_gives_their_mean() -> None:
+    called: list[str] = []
+    work: dict[str, Callable[[], object]] = {n: (lambda n=n: called.append(n)) for n in "ab"}
+    assert len(interleaved(work, 2, calls=3)["a"]) == 2
+    assert "".join(called) == "ab" + "aaabbb" * 2
+    one, three = (
+        sum(interleaved({"": lambda: sum(range(20_000))}, 5, calls=n)[""]) for n in (1, 3)
+    )
+    assert 0.3 < three / one < 3
+
+
 def test_one_thread_is_timed_by_its_own_work_several_by_what_passes() -> None:
     threads = torch.get_num_threads()
     try:

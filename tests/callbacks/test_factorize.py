@@ -1,7 +1,9 @@
 """The callback in real fits: what it leaves behind, and that it ends as it should."""
 
 import json
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcompress
 from lrcompress.errors import (
@@ -174,6 +177,25 @@ def test_layers_that_factors_do_not_make_faster_stay(
     assert hooks(model) == 0
 
 
+def test_layers_are_measured_in_the_precision_of_the_trainer(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    dtypes = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func.overloadpacket.__name__ == "addmm" and len(args[1]) == 13:
+                dtypes.add(args[1].dtype)
+            return func(*args, **kwargs or {})
+
+    callback = factorize(keep_measured=True, measured_tokens=13)
+    with Products():
+        trainer(callback, precision="bf16-mixed").fit(tagger(), loader())
+    assert dtypes == {torch.bfloat16}
+
+
 def test_the_schedule_and_the_optimizer_object_stay(
     tagger: Make, loader: Make, trainer: Make
 ) -> None:
@@ -208,6 +230,20 @@ def test_the_learning_rate_rises_again_after_a_point(
     run.fit(model, loader())
     assert seen[:6] == [1.0] * 6
     assert seen[6:12] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+
+
+def test_state_that_is_dropped_is_named_in_report_and_log(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    told = "Adamax keeps exp_inf, which no rule carries over .* start without state"
+    for name, known in (("AdamW", True), ("Adamax", False)):
+        model, callback = tagger(), factorize()
+        make = getattr(torch.optim, name)
+        model.configure_optimizers = lambda m=model, make=make: make(m.parameters())
+        with nullcontext() if known else pytest.warns(UserWarning, match=told):
+            trainer(callback).fit(model, loader())
+        (point,) = callback.report.points
+        assert point.note == "" if known else re.fullmatch(told, point.note)
 
 
 def test_two_points_factor_again_from_fresh_statistics(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from lrcompress.errors import NoMatchError, ObservationError, SettingError
+from lrcompress.statistics import fisher
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsCapture, drawn_loss
 
@@ -50,6 +51,78 @@ def test_labels_are_drawn_as_often_as_the_model_says(generator: torch.Generator)
     (slope,) = torch.autograd.grad(drawn_loss(logits, generator), logits)
     drawn = (slope < 0).float().mean(0)  # p − e_y is negative at the label alone
     torch.testing.assert_close(drawn, logits[0].softmax(-1), rtol=0, atol=0.02)
+
+
+def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The labels that a loss was taken of."""
+    logits = logits.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(drawn_loss(logits, generator), logits)
+    return slope.argmin(-1)  # p − e_y is negative at the label alone
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 64, 1000])
+def test_counts_of_labels_pass_a_chi_square_test(classes: int, generator: torch.Generator) -> None:
+    logits = 1.5 * torch.randn(classes)
+    logits[classes // 2] = -float("inf")
+    labels = drawn(logits.expand(DRAWS, classes), generator)
+    counts = torch.bincount(labels, minlength=classes).double()
+    expected = DRAWS * logits.double().softmax(-1)
+    assert counts[classes // 2] == 0
+    order = expected.argsort(descending=True)
+    groups = (expected[order].cumsum(0) / 20).long()  # of rare classes together: 20 or more each
+    groups = groups.unique(return_inverse=True)[1]
+    seen, due = (
+        torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, x[order])
+        for x in (counts, expected)
+    )
+    square, freedom = float(((seen - due).square() / due.clamp_min(1)).sum()), len(seen) - 1
+    assert abs(square - freedom) < 4 * (2 * freedom) ** 0.5 + 4
+
+
+def test_over_a_vocabulary_labels_are_those_of_exact_sums(generator: torch.Generator) -> None:
+    chances = torch.cat([torch.randn(8, 128_256), 12 * torch.randn(8, 128_256)]).softmax(-1)
+    sums = chances.double().cumsum(1)
+    numbers = torch.rand(16, generator=generator, dtype=torch.float64)
+    numbers[:2] = torch.tensor([0, 1 - 2**-53])
+    expected = torch.searchsorted(sums, (numbers * sums[:, -1])[:, None], right=True).squeeze(1)
+    expected = expected.clamp(max=128_255)
+    labels = fisher._labels(chances, numbers)
+    assert torch.equal(labels, expected)
+    assert bool((chances.gather(1, labels[:, None]) > 0).all())
+
+
+@pytest.mark.parametrize("number", [0.0, 0.25, 0.5, 0.75, 1 - 2**-53])
+def test_classes_without_a_chance_are_never_drawn(number: float) -> None:
+    chances = torch.tensor([[0, 0.5, 0, 0, 0.5, 0], [0, 0, 0, 0, 0, 1.0], [1.0, 0, 0, 0, 0, 0]])
+    labels = fisher._labels(chances, torch.full((3,), number, dtype=torch.float64))
+    assert labels.tolist() == [1 if number < 0.5 else 4, 5, 0]
+
+
+def test_draws_do_not_depend_on_how_many_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, found = torch.randn(50, 40), []
+    for chunk in (2**23, 1, 120):
+        monkeypatch.setattr(fisher, "_CHUNK", chunk)
+        found.append(drawn(logits, torch.Generator().manual_seed(0)))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_draw_waits_for_no_device_and_is_deterministic(
+    generator: torch.Generator, no_waits: Any
+) -> None:
+    logits = torch.randn(5, 40, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with no_waits():
+            drawn_loss(logits, generator).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert logits.grad is not None
+
+
+def test_logits_that_are_no_numbers_give_a_loss_that_is_none(generator: torch.Generator) -> None:
+    loss = drawn_loss(torch.full((2, 5), float("nan")), generator)
+    assert loss.isnan()
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3, 3)])

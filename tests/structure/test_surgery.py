@@ -19,6 +19,7 @@ from lrcompress.structure.surgery import (
     carry_sparse,
     replace_,
     swap_parameters_,
+    unknown_state,
 )
 
 from .test_selection import Model
@@ -273,6 +274,16 @@ def test_state_of_an_unknown_kind_is_dropped(make: Any) -> None:
     assert run.model[0].weight in run.optimizer.state
 
 
+@pytest.mark.parametrize("make", (OPTIMIZERS | UNKNOWN).values(), ids=OPTIMIZERS | UNKNOWN)
+def test_state_that_will_be_dropped_is_named(make: Any) -> None:
+    run = Trained(make)
+    assert unknown_state(make(run.model.parameters()), run.model.parameters()) == []
+    named, held = unknown_state(run.optimizer, [run.model[1].weight]), len(run.optimizer.state)
+    assert set(named) <= run.optimizer.state[run.model[1].weight].keys()
+    new = run.factor()
+    assert bool(named) == (held > 0 and new.left.weight not in run.optimizer.state)
+
+
 class Strange(torch.optim.SGD):
     """Keeps a list, a tensor of one entry and a word, beside what is known."""
 
@@ -293,6 +304,8 @@ class Strange(torch.optim.SGD):
 def test_plain_values_are_copied_and_others_dropped(extra: Any, carried: bool) -> None:
     Strange.extra = extra
     run = Trained(lambda groups: Strange(groups, lr=0.1))
+    named = unknown_state(run.optimizer, [run.model[1].weight])
+    assert named == ([] if carried else list(extra))
     new = run.factor()
     assert (new.left.weight in run.optimizer.state) == carried
     if carried:
