@@ -11,6 +11,14 @@ _BLOCKS = 6
 _NARROWEST = 128
 
 
+_WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices
+
+
+def double(x: Tensor) -> Tensor:
+    """Return ``x`` in float64, on the CPU if its device has none (MPS)."""
+    return (x.cpu() if x.device.type in _WITHOUT_FLOAT64 else x).double()
+
+
 @torch.no_grad()
 def add_gram_(total: Tensor, x: Tensor, scale: float = 1.0) -> None:
     """Add ``scale² xᵀ x`` to the upper triangle of ``total``; what is below is left undefined.

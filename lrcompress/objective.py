@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, nearest
-from lrcompress.linalg import shrunk
+from lrcompress.linalg import double, shrunk
 from lrcompress.statistics.moments import Statistics
 
 
@@ -155,7 +155,7 @@ def metric_of(
     if not chosen.kinds:
         return Metric()
     sums = statistics.of(layer, chosen.kinds)
-    values = {kind: sums.moment(kind).double() for kind in chosen.kinds}
+    values = {kind: double(sums.moment(kind)) for kind in chosen.kinds}
     for kind, value in values.items():
         if not value.sum().isfinite() and not value.isfinite().all():
             raise NotFiniteError(f"{kind} of layer {layer!r} holds a NaN or an infinity")
@@ -169,7 +169,7 @@ def metric_of(
         inner = inner / max(tokens, torch.finfo(torch.float32).tiny)
         spread = inner.diagonal().sum()
         if refit_bias:
-            mean = sums.moment(total).double() / max(tokens, torch.finfo(torch.float32).tiny)
+            mean = double(sums.moment(total)) / max(tokens, torch.finfo(torch.float32).tiny)
             inner = inner - torch.outer(mean, mean)
             inner *= inner.diagonal().sum() > 1e-5 * spread  # less is a constant's rounding
     if outer is not None:

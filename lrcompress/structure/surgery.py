@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
+from lrcompress.linalg import double
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear, Replacement
 from lrcompress.statistics.views import view
 
@@ -197,7 +198,7 @@ def carry_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Car
     Returns:
         ``carry([state of right, state of left], squared) -> the same of the new factors``.
     """
-    (left, right), (left_new, right_new) = (tuple(f.double() for f in pair) for pair in (old, new))
+    (left, right), (left_new, right_new) = (tuple(map(double, pair)) for pair in (old, new))
     t = torch.linalg.pinv(left) @ left_new
     s = right_new @ torch.linalg.pinv(right)
 
@@ -205,8 +206,8 @@ def carry_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Car
         of_right, of_left = state
         a, b = (t.square(), s.square()) if squared else (t, s)
         return [
-            (a.mT @ of_right.double()).to(of_right),
-            (of_left.double() @ b.mT).to(of_left),
+            (a.mT @ double(of_right)).to(of_right),
+            (double(of_left) @ b.mT).to(of_left),
         ]
 
     return carry
