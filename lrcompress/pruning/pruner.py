@@ -117,10 +117,11 @@ class Pruner:
             parts = dict(
                 zip(parts, torch.split(flat, [len(part) for part in parts.values()]), strict=True)
             )
-        for name, part in parts.items():
-            rank = self.layers[name].rank
-            part[:rank] = part[:rank].abs() / _unit(self.layers[name])
-            part *= scale
+        components = [part[: self.layers[name].rank] for name, part in parts.items()]
+        torch._foreach_abs_(components)
+        torch._foreach_div_(components, [float(_unit(self.layers[name])) for name in parts])
+        if scale != 1:
+            torch._foreach_mul_(list(parts.values()), scale)
         self.importance.add(parts)
 
     def _placed(self, layer: LowRankSparseLinear, rows: Tensor, start: int) -> Tensor:

@@ -310,6 +310,19 @@ def test_a_mask_waits_as_often_for_many_layers_as_for_few_and_other_steps_never_
     assert max(waits[9]) <= (1 if given.get("granularity") == "entries" else 0)
 
 
+@each_share
+def test_a_step_has_few_kernels_a_layer(given: dict[str, Any], counting: Callable[[], Any]) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(20)))
+    shares, settings = LoSparseBudget(keep=0.4, **given), Settings(method="svd", targets=["*"])
+    _, quotas = split_(model, Statistics(), settings, shares)
+    pruner = Pruner(model, [f"{i}" for i in range(20)], quotas, shares, Importance())
+    model(torch.randn(8, 16)).square().sum().backward()
+    pruner.observe()
+    with counting() as counted:
+        pruner.observe(0.5)
+    assert counted.kernels < 13 * 20, "it was 19 to 21 a layer"
+
+
 def test_without_scores_or_quotas_nothing_is_pruned(make: Make) -> None:
     bench = make()
     pruner = bench.pruner(LoSparseBudget(keep=KEEP), Importance(0.85, 1.0, 3))
