@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import SettingError
+from lrcompress.linalg import double
 
 Key = TypeVar("Key")
 
@@ -243,7 +244,7 @@ def _tails(candidate: Candidate) -> list[float]:
     """Return what is lost at each rank from 0 on, up to the one that stands for dense."""
     assert candidate.energies is not None
     tails = [0.0]
-    for energy in reversed(candidate.energies.double().tolist()):
+    for energy in reversed(double(candidate.energies).tolist()):
         tails.append(tails[-1] + energy)
     return [*tails[::-1][: candidate.useful + 1], 0.0]
 

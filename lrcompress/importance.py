@@ -9,6 +9,7 @@ al., "PLATON" (ICML 2022, arXiv 2206.12562); Li et al., "LoSparse" (ICML 2023, a
 Zhang et al., "AdaLoRA" (2023).
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -114,15 +115,15 @@ class Importance:
     @torch.no_grad()
     def add(self, scores: Mapping[str, Tensor]) -> None:
         """Add one step's scores, ``(units,)`` of each layer, and close the window if it is full."""
-        for name, score in scores.items():
-            score = score.float()
-            finite = score.isfinite().all()  # kept on the device, so that nothing waits for it
-            score = torch.where(finite, score, 0.0)
+        largest = torch._foreach_norm(list(scores.values()), math.inf) if scores else ()
+        for (name, score), most in zip(scores.items(), largest, strict=True):
+            lost = (most < math.inf).logical_not()  # on the device, so that nothing waits for it
+            score = score.float().masked_fill(lost, 0.0)
             if name in self._open:
                 self._open[name] += score
-                self._skipped[name] += ~finite
+                self._skipped[name] += lost
             else:
-                self._open[name], self._skipped[name] = score, (~finite).float()
+                self._open[name], self._skipped[name] = score, lost.float()
         self.steps += 1
         if self.steps >= self.every_n_steps:
             self.close()

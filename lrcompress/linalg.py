@@ -119,6 +119,25 @@ def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return total[0, 0].item() == 1.5 + 2**-8
 
 
+_WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices
+
+
+def double(x: Tensor) -> Tensor:
+    """Return ``x`` in float64, on the CPU if its device has none (MPS)."""
+    return converted(x, torch.float64)
+
+
+def converted(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return ``x`` in a dtype, by default its own; on the CPU if its device has none."""
+    return where_it_is(x, dtype).to(dtype or x.dtype)
+
+
+def where_it_is(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return ``x`` as it is, on the CPU if its device does not have the dtype."""
+    lacks = dtype == torch.float64 and x.device.type in _WITHOUT_FLOAT64
+    return x.cpu() if lacks else x
+
+
 @torch.no_grad()
 @full_precision()
 def add_gram_(packed: Tensor, x: Tensor, scale: float = 1.0) -> None:
@@ -127,8 +146,8 @@ def add_gram_(packed: Tensor, x: Tensor, scale: float = 1.0) -> None:
     Args:
         packed: of the shape that :func:`packed_shape` gives, changed in place. It holds the block
             rows of the upper triangle, one after the other; read it through :func:`symmetric`.
-        x: ``(tokens, features)`` on the device of ``packed``, in its dtype, or as :func:`for_gram`
-            returns it.
+        x: ``(tokens, features)`` in the dtype of ``packed``, or as :func:`for_gram` returns it. Of
+            a sum on another device, the product is made where ``x`` is.
         scale: of ``x``; a factor here costs nothing, a scaled copy of ``x`` would.
 
     Cost:
@@ -137,8 +156,11 @@ def add_gram_(packed: Tensor, x: Tensor, scale: float = 1.0) -> None:
         ``features / 512`` above.
     """
     features = x.shape[1]
-    for start, stop, row in _blocks(packed, features):
+    total = packed if packed.device == x.device else torch.zeros_like(packed, device=x.device)
+    for start, stop, row in _blocks(total, features):
         _add_product_(row, x[:, start:stop].mT, x[:, start:], scale * scale)
+    if total is not packed:
+        packed += total.to(packed.device)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
@@ -170,7 +192,7 @@ def symmetric(packed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         >>> symmetric(sums).tolist()
         [[1.0, 2.0], [2.0, 4.0]]
     """
-    n = _features(packed)
+    n, packed = _features(packed), where_it_is(packed, dtype)
     result = packed.new_empty((n, n), dtype=dtype)
     for start, stop, row in _blocks(packed, n):
         result[start:stop, start:] = row

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, nearest
-from lrcompress.linalg import shrunk
+from lrcompress.linalg import double, shrunk
 from lrcompress.statistics.moments import Statistics
 
 
@@ -169,7 +169,7 @@ def metric_of(
         inner /= max(tokens, torch.finfo(torch.float32).tiny)
         spread = inner.diagonal().sum()
         if refit_bias:
-            mean = sums.moment(total).double() / max(tokens, torch.finfo(torch.float32).tiny)
+            mean = double(sums.moment(total)) / max(tokens, torch.finfo(torch.float32).tiny)
             inner.addr_(mean, mean, alpha=-1)
             inner *= inner.diagonal().sum() > 1e-5 * spread  # less is a constant's rounding
     if outer is not None:

@@ -1,7 +1,9 @@
 """Matrix mathematics against its definitions."""
 
+import ast
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
 
@@ -31,6 +33,31 @@ from lrcompress.structure.surgery import carry_dense, swap_parameters_
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+PACKAGE = Path(linalg.__file__).parent
+OTHERS = {"linalg.py", "solvers/kronecker.py"}  # there, also of what was in float64 before
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
+def test_float64_is_asked_for_where_the_device_is_looked_at(path: Path) -> None:
+    """By :func:`~lrcompress.linalg.double`: some devices have none."""
+    calls = [
+        node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+    ]
+    found = [call for call in calls if isinstance(call, ast.Attribute) and call.attr == "double"]
+    assert not found or path.relative_to(PACKAGE).as_posix() in OTHERS
+
+
+def test_float64_is_on_the_host_where_a_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2, dtype=torch.bfloat16)
+    assert linalg.double(x).dtype == torch.float64
+    with torch.device("meta"):
+        there = torch.ones(2)
+    assert linalg.double(there).is_meta
+    monkeypatch.setattr(linalg, "_WITHOUT_FLOAT64", {"meta"})
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        linalg.double(there)  # it would have been copied to the host
 
 
 @pytest.mark.parametrize("features", [1, 5, 127, 129, 515, 768, 1030, 3100])

@@ -17,6 +17,7 @@ from lrcompress.distributed import Processes
 from lrcompress.errors import CheckpointError, nearest
 from lrcompress.schedules import StepsPerEpoch
 from lrcompress.structure.plan import Plan
+from lrcompress.structure.surgery import start_state_
 
 FSDP2 = "ModelParallelStrategy"
 TEACHER = "lrcompress_teacher"  # what a checkpoint says of the teacher of a distilled run
@@ -283,6 +284,8 @@ def regroup_parameters_(
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for parameter in [p for p in optimizer.state if id(p) not in held]:
             del optimizer.state[parameter]
+        for group in optimizer.param_groups:
+            start_state_(optimizer, group["params"])
 
 
 def rng_state() -> dict[str, Any]:

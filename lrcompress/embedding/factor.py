@@ -31,6 +31,7 @@ from lrcompress.structure.surgery import (
     carry_dense,
     carry_factors,
     replace_,
+    start_state_,
     swap_parameters_,
 )
 from lrcompress.structure.tied_weights import tie_factors_, update_tied_weights_keys_
@@ -168,6 +169,7 @@ def _put(
     for parameter in parameters[2:]:  # of a layer that is new: it starts afresh
         for optimizer in optimizers:
             optimizer.state.pop(parameter, None)
+            start_state_(optimizer, [parameter])
 
 
 def _set_(new: FactoredEmbedding, layer: nn.Module, factors: Factors) -> tuple[Carry, list[str]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrcompress.embedding.settings import EmbeddingSettings, EmbeddingTable
 from lrcompress.errors import NotFiniteError, ObservationError
-from lrcompress.linalg import shrunk
+from lrcompress.linalg import double, shrunk
 from lrcompress.solvers.embedding import truncate_embedding
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.moments import Statistics
@@ -50,13 +50,13 @@ def metric_of(table: EmbeddingTable, statistics: Statistics, settings: Embedding
                 f"embedding {table.name!r} was never read in {statistics.steps} observed steps; "
                 "leave it out with exclude=, or observe steps that use it"
             )
-        counts = torch.stack([one["token_count"] for one in read]).sum(0).double()
+        counts = double(torch.stack([one["token_count"] for one in read]).sum(0))
         if table.padding is not None:
             counts[table.padding] = 0
         rows = counts
         if settings.weighting == "fisher":
             sums = [statistics.outputs[x] for x in table.embeddings if x in statistics.outputs]
-            fisher = sum((one.values["token_fisher"].double() for one in sums), 0 * counts)
+            fisher = sum((double(one.values["token_fisher"]) for one in sums), 0 * counts)
             rows = fisher if fisher.any() else counts
             if not fisher.any():
                 notes.append("no gradient reached it: rows count by frequency")
@@ -76,7 +76,7 @@ def _columns(
     if not seen:
         notes.append("its head was never called: it does not count")
         return None
-    moments = [statistics.of(x, ["input_moment"]).moment("input_moment").double() for x in seen]
+    moments = [double(statistics.of(x, ["input_moment"]).moment("input_moment")) for x in seen]
     moment = torch.stack(moments).sum(0)
     if not moment.isfinite().all():
         raise NotFiniteError(f"input_moment of head {seen[0]!r} holds a NaN or an infinity")

@@ -23,6 +23,7 @@ from lrcompress.engine.kronecker_shapes import (
 )
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError
+from lrcompress.linalg import double
 from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
 from lrcompress.nn.kronecker import carry_kronecker
 from lrcompress.objective import METHODS, Metric, method_named
@@ -275,7 +276,7 @@ def _set_factors_(
     for parameter, value in zip(new.factors, factors.values, strict=True):
         parameter.copy_(value)
     if metric.mean is not None and old.bias is not None:
-        lost = old.weight.double() - factors.product()
+        lost = double(old.weight) - factors.product()
         old.bias.add_((lost @ metric.mean.to(lost)).to(old.bias))
     if isinstance(factors, KroneckerFactors):
         return carry_kronecker(factors.first, factors.second, old.transposed)

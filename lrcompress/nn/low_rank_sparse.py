@@ -1,6 +1,6 @@
 """Linear layer as low rank plus sparse rows (LoSparse)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Self
 
@@ -194,14 +194,7 @@ class LowRankSparseLinear(LeftFactoredLinear):
             ShapeError: if ``kept`` is not bool or has another shape.
             SettingError: if no rank would be left; one has to stay.
         """
-        alive = self.kept & self._checked(kept)
-        if not alive[: self.rank].any():
-            raise SettingError(f"all {self.rank} ranks would be pruned; keep at least one")
-        self.kept.copy_(alive)
-        inner, mine = local_rows(self.inner.weight)
-        inner.masked_fill_(~alive[mine, None], 0)
-        local_rows(self.left.weight)[0].masked_fill_(~alive[: self.rank], 0)
-        self._look()
+        prune_layers_([self], [kept])
         return self
 
     @torch.no_grad()
@@ -340,7 +333,11 @@ class LowRankSparseLinear(LeftFactoredLinear):
 
     def _look(self) -> None:
         """Read from ``kept`` what is alive: the wait for the device is here and not in forward."""
-        self._alive = None if self.kept.is_meta or self.kept.all() else _Alive(self)
+        if not self.kept.is_meta:
+            self._set_alive(*_num_alive([self], [self.kept])[0])
+
+    def _set_alive(self, ranks: int, rows: int) -> None:
+        self._alive = None if ranks + rows == len(self.kept) else _Alive(self, ranks, rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -352,8 +349,56 @@ class LowRankSparseLinear(LeftFactoredLinear):
         self._look()
 
 
+@torch.no_grad()
+def prune_layers_(
+    layers: Sequence[LowRankSparseLinear], kept: Sequence[Tensor], *, revive: bool = False
+) -> None:
+    """Prune several layers as :meth:`LowRankSparseLinear.prune_`, with one wait for the device.
+
+    Args:
+        layers: changed in place; none is if one cannot be.
+        kept: ``(rank + rows,)`` bool of each.
+        revive: bring components that are in ``kept`` back where they were pruned.
+
+    Raises:
+        ShapeError: if a mask is not bool or has another shape.
+        SettingError: if no rank of a layer would be left; one has to stay.
+    """
+    masks = [layer._checked(mask) for layer, mask in zip(layers, kept, strict=True)]
+    if not revive:
+        masks = [layer.kept & mask for layer, mask in zip(layers, masks, strict=True)]
+    counts = _num_alive(layers, masks)
+    for layer, (ranks, _) in zip(layers, counts, strict=True):
+        if not ranks:
+            raise SettingError(f"all {layer.rank} ranks would be pruned; keep at least one")
+    for layer, alive, count in zip(layers, masks, counts, strict=True):
+        layer.kept.copy_(alive)
+        inner, mine = local_rows(layer.inner.weight)
+        inner.masked_fill_(~alive[mine, None], 0)
+        local_rows(layer.left.weight)[0].masked_fill_(~alive[: layer.rank], 0)
+        layer._set_alive(*count)
+
+
+def _num_alive(
+    layers: Sequence[LowRankSparseLinear], masks: Sequence[Tensor]
+) -> list[tuple[int, int]]:
+    """Return how many ranks and rows of each layer a mask leaves, after one wait."""
+    parts = [
+        part.count_nonzero().to(masks[0].device)
+        for layer, mask in zip(layers, masks, strict=True)
+        for part in mask.tensor_split([layer.rank])
+    ]
+    counts = torch.stack(parts).tolist() if parts else []
+    return list(zip(counts[::2], counts[1::2], strict=True))
+
+
 class _Alive:
     """The components of a pruned layer that are alive, as indices on its device.
+
+    Args:
+        layer: that is pruned.
+        num_ranks: of its ranks that are alive.
+        num_rows: of its rows.
 
     Attributes:
         components: of all, and then the first one again to a multiple of ``_ALIGN``.
@@ -361,12 +406,12 @@ class _Alive:
         index: the output of each row that is alive.
     """
 
-    def __init__(self, layer: LowRankSparseLinear) -> None:
-        ranks, rows = torch.split(layer.kept, [layer.rank, layer.num_rows])
-        alive = layer.kept.nonzero().squeeze(1)
+    def __init__(self, layer: LowRankSparseLinear, num_ranks: int, num_rows: int) -> None:
+        # nonzero would wait to know how many there are
+        alive = (~layer.kept).int().argsort(stable=True)[: num_ranks + num_rows]
         self.components = torch.cat([alive, alive[:1].expand(-len(alive) % _ALIGN)])
-        self.ranks = ranks.nonzero().squeeze(1)
-        self.index = layer.index[rows]
+        self.ranks, rows = alive.tensor_split([num_ranks])
+        self.index = layer.index[rows - layer.rank]
         self._least = min(_MANY, _COPY * len(alive) // max(1, len(layer.kept) - len(alive)))
 
     def pays(self, num_tokens: int) -> bool:

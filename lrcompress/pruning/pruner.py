@@ -13,6 +13,7 @@ from lrcompress.budget import kept_units
 from lrcompress.distributed import ONE_PROCESS, Processes, local_rows
 from lrcompress.importance import ROW_SCORES, Importance, component, entries
 from lrcompress.nn import LowRankSparseLinear
+from lrcompress.nn.low_rank_sparse import prune_layers_
 from lrcompress.pruning.budget import LoSparseBudget, Quota
 from lrcompress.pruning.magnitude import Computed, largest_entries
 from lrcompress.report.record import Curve, LayerRecord
@@ -77,13 +78,19 @@ class Pruner:
     def keep(self) -> float:
         """Parameters that remain now / parameters of the dense layers."""
         dense = sum(layer.out_features * layer.in_features for layer in self.layers.values())
-        kept = 0
-        for name, layer in self.layers.items():
-            components, rows = layer.kept.tensor_split([layer.rank])
-            mask = self.masks.get(name)
-            sparse = rows.sum() * layer.in_features if mask is None else mask.sum()
-            kept += int(components.sum() * _unit(layer) + sparse)
-        return kept / dense
+        return self._parameters({key: self._kept(*key) for key in self._keys(_PARTS)}) / dense
+
+    def _keys(self, parts: Iterable[str]) -> list[tuple[str, str]]:
+        return [(part, name) for name in self.layers for part in parts]
+
+    def _parameters(self, kept: Mapping[tuple[str, str], Tensor]) -> int:
+        """Return the parameters that units take, after one wait for the device."""
+        counts: list[Tensor] = []
+        for units in kept.values():
+            counts.append(units.count_nonzero())
+            counts[-1] = counts[-1].to(counts[0].device)
+        numbers = torch.stack(counts).tolist()
+        return sum(self._price(*key) * num for key, num in zip(kept, numbers, strict=True))
 
     @torch.no_grad()
     def observe(self, scale: float = 1.0) -> None:
@@ -110,10 +117,11 @@ class Pruner:
             parts = dict(
                 zip(parts, torch.split(flat, [len(part) for part in parts.values()]), strict=True)
             )
-        for name, part in parts.items():
-            rank = self.layers[name].rank
-            part[:rank] = part[:rank].abs() / _unit(self.layers[name])
-            part *= scale
+        components = [part[: self.layers[name].rank] for name, part in parts.items()]
+        torch._foreach_abs_(components)
+        torch._foreach_div_(components, [float(_unit(self.layers[name])) for name in parts])
+        if scale != 1:
+            torch._foreach_mul_(list(parts.values()), scale)
         self.importance.add(parts)
 
     def _placed(self, layer: LowRankSparseLinear, rows: Tensor, start: int) -> Tensor:
@@ -147,26 +155,21 @@ class Pruner:
         if not self.importance.known or self.done:
             return
         self._rank_once()
-        chosen: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
+        asked = {part for quota in self.quotas for part in quota.parts}
+        chosen = {key: self._kept(*key) for key in self._keys(_PARTS) if key[0] not in asked}
         left = 0.0
         for quota in self.quotas:
             left += quota.at(share)
             stays = self._chosen(quota, left)
-            # what components leave over goes to rows
-            left -= sum(self._price(*key) * int(units.sum()) for key, units in stays.items())
-            for (part, name), units in stays.items():
-                chosen[name][part] = units
-        for name, layer in self.layers.items():
-            parts = {part: self._kept(part, name) for part in _PARTS} | chosen[name]
-            self._apply(name, layer, parts["components"], parts["rows"], tuple(optimizers))
+            chosen |= stays
+            if quota is not self.quotas[-1]:  # what components leave over goes to rows
+                left -= self._parameters(stays)
+        self._apply(chosen, tuple(optimizers))
 
     def _rank_once(self) -> None:
-        if self.ranking:
-            return
-        for name in self.layers:
-            self.ranking[name] = _ranking(
-                self._score("rows" if self.shares.sparse else "components", name)
-            )
+        if not self.ranking:
+            part = "rows" if self.shares.sparse else "components"
+            self.ranking = _rankings({name: self._score(part, name) for name in self.layers})
 
     def _kept(self, part: str, name: str) -> Tensor:
         """Return which units of a part of a layer have not been pruned."""
@@ -199,33 +202,31 @@ class Pruner:
 
     def _chosen(self, quota: Quota, budget: float) -> dict[tuple[str, str], Tensor]:
         """Return which units of a quota stay, by part and layer."""
-        keys = [(part, name) for name in self.layers for part in quota.parts]
+        keys = self._keys(quota.parts)
         if self._single and quota.parts == ("rows",):
             return dict(largest_entries(Computed(keys, self._asked), math.floor(budget)))
         asked = {key: self._asked(key) for key in keys}
         return kept_units(asked, {key: self._price(*key) for key in keys}, budget)
 
     def _apply(
-        self,
-        name: str,
-        layer: LowRankSparseLinear,
-        components: Tensor,
-        rows: Tensor,
-        optimizers: Sequence[Optimizer],
+        self, chosen: Mapping[tuple[str, str], Tensor], optimizers: Sequence[Optimizer]
     ) -> None:
-        if self._single:
-            self.masks[name] = rows
-            rows = rows.view(layer.num_rows, -1).any(1)
-        kept = torch.cat([components, rows])
-        mean = self.means.get(name)
-        if mean is not None and layer.bias is not None:
-            local_rows(layer.bias)[0].add_(self._lost(name, layer, kept, mean))
-        if self.shares.revive:
-            layer.revive_(kept & ~layer.kept)
-        layer.prune_(kept)
+        kept: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            rows = chosen["rows", name]
+            if self._single:
+                self.masks[name] = rows
+                rows = rows.view(layer.num_rows, -1).any(1)
+            kept[name] = torch.cat([chosen["components", name], rows])
+            mean = self.means.get(name)
+            if mean is not None and layer.bias is not None:
+                local_rows(layer.bias)[0].add_(self._lost(name, layer, kept[name], mean))
+        layers = tuple(self.layers.values())
+        prune_layers_(layers, tuple(kept.values()), revive=self.shares.revive)
         for optimizer in optimizers:
-            _forget(optimizer, layer, kept)
-        self.hold_(optimizers, (name,))
+            for layer, units in zip(layers, kept.values(), strict=True):
+                _forget(optimizer, layer, units)
+        self.hold_(optimizers)
 
     def _lost(self, name: str, layer: LowRankSparseLinear, kept: Tensor, mean: Tensor) -> Tensor:
         """Return the loss of output for an input ``(in,)``, in the rows that this process has."""
@@ -354,12 +355,24 @@ class Pruner:
         return pruner
 
 
-def _ranking(scores: Tensor) -> Curve:
-    """Return the ranking curve of scores: ``(units scored at least so high, score)`` pairs."""
-    ordered = scores.sort(descending=True).values.cpu()
-    steps = max(1, min(_SHOWN, len(ordered)) - 1)
-    places = sorted({i * (len(ordered) - 1) // steps for i in range(steps + 1)})
-    return tuple((place + 1, float(f"{ordered[place]:.6g}")) for place in places)
+def _rankings(scores: Mapping[str, Tensor]) -> dict[str, Curve]:
+    """Return the ranking curve of each layer: ``(units scored at least so high, score)`` pairs."""
+    steps = {name: max(1, min(_SHOWN, len(one)) - 1) for name, one in scores.items()}
+    shown: list[Tensor] = []
+    for name, one in scores.items():
+        places = torch.arange(steps[name] + 1, device=one.device) * (len(one) - 1) // steps[name]
+        shown.append(one.sort(descending=True).values[places])
+        shown[-1] = shown[-1].to(shown[0].device)
+    values = iter(torch.cat(shown).tolist())  # one wait for all
+    return {
+        name: tuple(
+            {
+                i * (len(one) - 1) // steps[name] + 1: float(f"{next(values):.6g}")
+                for i in range(steps[name] + 1)
+            }.items()
+        )
+        for name, one in scores.items()
+    }
 
 
 def _unit(layer: LowRankSparseLinear) -> int:
@@ -379,6 +392,6 @@ def _moments(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]
 def _forget(optimizer: Optimizer, layer: LowRankSparseLinear, kept: Tensor) -> None:
     for value in _moments([optimizer], layer.inner.weight):
         own, mine = local_rows(value)
-        own[~kept[mine]] = 0
+        own.masked_fill_(~kept[mine, None], 0)
     for value in _moments([optimizer], layer.left.weight):
-        local_rows(value)[0][:, ~kept[: layer.rank]] = 0
+        local_rows(value)[0].masked_fill_(~kept[: layer.rank], 0)

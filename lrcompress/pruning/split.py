@@ -18,6 +18,7 @@ from lrcompress.engine.distributed_solve import (
 )
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, SettingError
+from lrcompress.linalg import double
 from lrcompress.nn import LowRankSparseLinear, Replacement
 from lrcompress.objective import METHODS, Metric
 from lrcompress.pruning.budget import AUTO, LoSparseBudget, Quota
@@ -115,9 +116,9 @@ def split_(
         _put(model, name, factors, ranks[name], shares, held)
 
     install_factors_(model, solutions, ranks, put, held)
-    device = {name: view(model.get_submodule(name)).parameters[0].device for name in names}
+    like = {name: view(model.get_submodule(name)).parameters[0] for name in names}
     known = {name: one.mean for name, one in solutions.measured.items()}
-    means = {name: mean.to(device[name]) for name, mean in known.items() if mean is not None}
+    means = {name: mean.to(like[name]) for name, mean in known.items() if mean is not None}
     return means, _quotas(sizes, ranks, shares)
 
 
@@ -196,7 +197,7 @@ def _put(
         new.left.weight.copy_(factors.left)
         new.right.copy_(factors.right)
         if shares.sparse:
-            new.rows.copy_(old.weight.double() - factors.left.double() @ factors.right.double())
+            new.rows.copy_(double(old.weight) - double(factors.left) @ double(factors.right))
         carry = carry_sparse(factors.left, factors.right, old.transposed, rows=shares.sparse)
     replace_(model, name, new)
     tied = any(parameter is old.parameters[0] for parameter in model.parameters())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.linalg import add_gram_, balanced, eigh, packed_shape, symmetric
+from lrcompress.linalg import add_gram_, balanced, double, eigh, packed_shape, symmetric
 from lrcompress.solvers.truncation import Factors, relative_error
 
 _ROWS = 8192  # that are in float64 at a time
@@ -45,7 +45,7 @@ class EmbeddingTruncation:
         )
         for rows, part in _parts(self._table):
             left[rows] = (part @ self._basis[:, :rank]).to(left)
-        left, right = balanced(left, self._back[:rank].to(left))
+        left, right = (x.to(self._table) for x in balanced(left, self._back[:rank].to(left)))
         error, lost = relative_error(self.energies, rank), float(self.energies[rank:].sum())
         return Factors(left.contiguous(), right.contiguous(), error, lost)
 
@@ -86,9 +86,9 @@ def truncate_embedding(
         tensor([[0., 1.]])
     """
     _check(table, rows, columns)
-    weights = None if rows is None or not rows.any() else rows.double() / rows.double().max()
+    weights = None if rows is None or not rows.any() else double(rows) / double(rows).max()
     width = table.shape[1]
-    sums = torch.zeros(packed_shape(width), dtype=torch.float64, device=table.device)
+    sums = double(table[:0].detach()).new_zeros(packed_shape(width))
     for place, part in _parts(table):
         add_gram_(sums, part if weights is None else weights[place, None].to(part).sqrt() * part)
     moment = symmetric(sums)
@@ -102,7 +102,7 @@ def truncate_embedding(
 def _parts(table: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(table), _ROWS):
         rows = slice(start, start + _ROWS)
-        yield rows, table[rows].detach().double()
+        yield rows, double(table[rows].detach())
 
 
 def _root(columns: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

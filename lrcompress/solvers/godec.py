@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, ShapeError
+from lrcompress.linalg import double
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def godec(
         ([3], True)
     """
     _check(weight, rank, entries)
-    w = weight.double().contiguous()
+    w = double(weight).contiguous()
     out_features, in_features = w.shape
     generator = torch.Generator().manual_seed(seed)
     right = torch.randn(rank, in_features, generator=generator, dtype=w.dtype).to(w.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import SettingError, ShapeError
-from lrcompress.linalg import balanced, eigvalsh, full_precision, whitening
+from lrcompress.linalg import balanced, double, eigvalsh, full_precision, whitening
 from lrcompress.solvers.alternating import Map, alternating_least_squares, alternating_minimization
 from lrcompress.solvers.truncation import FLOOR, check, descending, relative_error
 
@@ -51,7 +51,7 @@ class KroneckerFactors:
     def product(self) -> Tensor:
         """Return what stands for the weight, ``(out, in)`` float64."""
         (_, m1, n1), (terms, m2, n2) = self.first.shape, self.second.shape
-        rows = self.first.view(terms, -1).mT.double() @ self.second.view(terms, -1).double()
+        rows = double(self.first.view(terms, -1).mT) @ double(self.second.view(terms, -1))
         return assembled(rows, (m1, n1), (m1 * m2, n1 * n2))
 
 
@@ -107,7 +107,7 @@ class KroneckerSums:
         second = _back(second, output.second, input.second)
         left, right = balanced(first.reshape(-1, terms), second.reshape(-1, terms).mT)
         first, second = left.mT.view(terms, m1, n1), right.view(terms, m // m1, n // n1)
-        own = self._weight.dtype
+        own = self._weight
         return KroneckerFactors(
             first.to(own).contiguous(), second.to(own).contiguous(), error, lost, sweeps
         )
@@ -133,7 +133,7 @@ class KroneckerSums:
             return None
         # the metric's own coordinates on its side, along the second axis of every factor
         there = (none, rest) if rows else (rest, none)
-        target = _whitened(self._weight.double(), self.shape, *there)
+        target = _whitened(double(self._weight), self.shape, *there)
         a, b = x.view(m1, n1, terms), y.mT.reshape(m // m1, n // n1, terms)
         if rows:
             target, a, b = target.permute(2, 3, 0, 1), a.transpose(0, 1), b.transpose(0, 1)
@@ -263,7 +263,7 @@ def kronecker_sums(
     check(weight, output, input)
     m, n = weight.shape
     check_divides(first, (m, n))
-    (m1, n1), w = first, weight.detach().double()
+    (m1, n1), w = first, double(weight.detach())
     g, c = (
         None if side is None or not side.any() else side.to(w.device) for side in (output, input)
     )

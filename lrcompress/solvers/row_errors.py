@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lrcompress.linalg import double
 from lrcompress.solvers.truncation import Truncation
 
 
@@ -25,22 +26,20 @@ def row_energies(
         most: the greatest rank requested.
 
     Returns:
-        ``(most + 1, out)`` float64.
+        ``(most + 1, out)`` float64, on the CPU.
 
     Cost:
         ``O(out·in²)`` for ``W C`` and ``O(out·in·most)`` for the components.
     """
-    w = weight.double()
+    w = double(weight)
     wc = w if input is None else (w * input.to(w) if input.ndim == 1 else w @ input.to(w))
-    total = (wc * w).sum(1)
+    total = (wc * w).sum(1).cpu()
+    result = total[None]
     if most:
-        basis = truncation.basis(most).to(w)
-        taken = (basis.square() * truncation.energies[:most].to(w)).cumsum(1).mT
-        rest = (total - taken).clamp(min=0)
-        result = torch.cat([total[None], rest])
-    else:
-        result = total[None]
+        # on the CPU: sums along an axis are not deterministic on GPUs in older versions of torch
+        parts = truncation.basis(most).to(w).square() * truncation.energies[:most].to(w)
+        result = torch.cat([result, (total - parts.cpu().cumsum(1).mT).clamp(min=0)])
     if output is None:
         return result
     heights = output if output.ndim == 1 else output.diagonal()
-    return result * heights.to(w).clamp(min=0)
+    return result * heights.to(total).clamp(min=0)

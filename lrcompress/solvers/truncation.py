@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.linalg import balanced, eigh, root, whitening
+from lrcompress.linalg import balanced, double, eigh, root, whitening
 
 # Keeps the inverse of an output metric bounded: the least of its eigenvalues, of the largest.
 FLOOR = 1e-10
@@ -38,7 +38,7 @@ class Factors:
 
     def product(self) -> Tensor:
         """Return what stands for the weight, ``(out, in)`` float64."""
-        return self.left.double() @ self.right.double()
+        return double(self.left) @ double(self.right)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Truncation:
 
     def basis(self, rank: int) -> Tensor:
         """Return ``P⁻¹U``, the leading output directions, ``(out, rank)`` float64."""
-        return self.left[:, :rank].double()
+        return double(self.left[:, :rank])
 
     def error(self, rank: int) -> float:
         """Return the relative error of the best truncation to ``rank``."""
@@ -150,7 +150,7 @@ def truncate(
         [0.5976, 0.2673, 0.0]
     """
     check(weight, output, input)
-    w = weight.double()
+    w = double(weight)
     g, c = (None if side is None or not side.any() else side.to(w) for side in (output, input))
     solve = _on_output_side if weight.shape[0] <= weight.shape[1] else _on_input_side
     full = min(weight.shape)

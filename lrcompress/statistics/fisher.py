@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrcompress.errors import NoMatchError, ObservationError, SettingError, nearest
+from lrcompress.linalg import double, where_it_is
 
 # Chances that are computed at once, 32 MiB in float32.
 _CHUNK = 2**23
@@ -45,10 +46,12 @@ def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Return a label for each row of ``logits``, ``(rows, classes)`` in float32."""
     numbers = torch.rand(len(logits), generator=generator, dtype=torch.float64)
+    device, logits = logits.device, where_it_is(logits, torch.float64)
     numbers = numbers.to(logits.device, non_blocking=True)
     rows = max(1, _CHUNK // logits.shape[1])
     chunks = zip(torch.split(logits, rows), torch.split(numbers, rows), strict=True)
-    return torch.cat([_labels(part.softmax(-1), number) for part, number in chunks])
+    labels = [_labels(part.softmax(-1), number) for part, number in chunks]
+    return torch.cat(labels).to(device)
 
 
 def _labels(chances: Tensor, numbers: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def _labels(chances: Tensor, numbers: Tensor) -> Tensor:
     blocks = F.pad(chances, (0, -chances.shape[1] % width)).reshape(len(chances), -1, width)
     block, numbers = _first_above(blocks.sum(-1, dtype=torch.float64), numbers)
     inside = blocks.take_along_dim(block[:, None, None], 1).squeeze(1)
-    return block * width + _first_above(inside.double(), numbers)[0]
+    return block * width + _first_above(double(inside), numbers)[0]
 
 
 def _first_above(chances: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:

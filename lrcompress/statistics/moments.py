@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import CheckpointError, ObservationError, ShapeError, nearest
-from lrcompress.linalg import add_gram_, for_gram, full_precision, packed, packed_shape, symmetric
+from lrcompress.linalg import (
+    add_gram_,
+    converted,
+    for_gram,
+    full_precision,
+    packed,
+    packed_shape,
+    symmetric,
+)
 
 INPUT_KINDS = ("input_moment", "input_abs")
 OUTPUT_KINDS = ("output_moment", "weighted_moment", "input_fisher", "output_fisher")
@@ -116,7 +124,7 @@ class Sums:
             raise ShapeError(f"expected tokens of shape (_, {features}), got {tuple(x.shape)}")
         finite, x = _finite_or_zero(for_gram(x.detach()))
         if "input_moment" in self.values:
-            _add_gram(self.values["input_moment"], x)
+            add_gram_(self.values["input_moment"], x)
         if "input_abs" in self.values:
             self.values["input_abs"] += _over_tokens(x.abs()).to(self.tokens.device)
         self.values["input_sum"] += _over_tokens(x).to(self.tokens.device)
@@ -138,7 +146,7 @@ class Sums:
         if total.ndim == 1:
             total += (scale * g.float()).square_().sum(0).to(total.device)
         else:
-            _add_gram(total, g, scale)
+            add_gram_(total, g, scale)
         self._count(finite, g.shape[0], examples)
 
     @_in_full_precision
@@ -155,7 +163,7 @@ class Sums:
         norm = scale * g.float().norm(dim=1, keepdim=True)
         finite, scaled = _finite_or_zero(x.float() * norm)
         norm = torch.where(finite, norm, 0.0)
-        _add_gram(self.values["weighted_moment"], scaled)
+        add_gram_(self.values["weighted_moment"], scaled)
         device = self.tokens.device
         self.values["weighted_sum"] += (norm.mT @ scaled).squeeze(0).to(device)
         self.values["weight"] += norm.square().sum().to(device)
@@ -231,9 +239,9 @@ class Sums:
             mine += theirs.to(mine)
 
     def moment(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return one sum, a symmetric one with both its triangles, by default as it is held."""
+        """Return one sum as it is held, or in a dtype; a symmetric one with both triangles."""
         value = self.values[name]
-        return symmetric(value, dtype) if value.ndim == 2 else value.to(dtype or value.dtype)
+        return symmetric(value, dtype) if value.ndim == 2 else converted(value, dtype)
 
     @property
     def nbytes(self) -> int:
@@ -279,15 +287,6 @@ def _finite_or_zero(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _over_tokens(x: Tensor) -> Tensor:
     return x.sum(0, dtype=torch.float32)  # low-precision sums stall
-
-
-def _add_gram(total: Tensor, x: Tensor, scale: float = 1.0) -> None:
-    if total.device == x.device:
-        add_gram_(total, x, scale)
-        return
-    part = torch.zeros_like(total, device=x.device)  # offloaded: multiply where the tokens are
-    add_gram_(part, x, scale)
-    total += part.to(total.device)
 
 
 def _per_example_squares(x: Tensor, g: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adagrad, Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
-from lrcompress.linalg import full_precision
+from lrcompress.linalg import double, full_precision
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear, Replacement
 from lrcompress.statistics.views import view
 
@@ -158,7 +158,7 @@ def carry_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Car
     Returns:
         ``carry([state of right, state of left], squared) -> the same of the new factors``.
     """
-    (left, right), (left_new, right_new) = (tuple(f.double() for f in pair) for pair in (old, new))
+    (left, right), (left_new, right_new) = (tuple(map(double, pair)) for pair in (old, new))
     t = torch.linalg.pinv(left) @ left_new
     s = right_new @ torch.linalg.pinv(right)
 
@@ -166,8 +166,8 @@ def carry_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Car
         of_right, of_left = state
         a, b = (t.square(), s.square()) if squared else (t, s)
         return [
-            (a.mT @ of_right.double()).to(of_right),
-            (of_left.double() @ b.mT).to(of_left),
+            (a.mT @ double(of_right)).to(of_right),
+            (double(of_left) @ b.mT).to(of_left),
         ]
 
     return carry
@@ -283,6 +283,28 @@ def swap_parameters_(
                 if not exact:
                     end = exact_from if parameter is new[0] else None
                     _raise_second_moments_(state, _options(optimizer, parameter), slice(end))
+        start_state_(optimizer, new)
+
+
+@torch.no_grad()
+def start_state_(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Give parameters without state what the optimizer's step expects of those that come later.
+
+    Fused SGD takes momentum buffers of all parameters of a group or of none: zeros, where others
+    have some. Adagrad makes its state when it is built, and in some versions never again.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for parameter in parameters:
+        group = groups.get(id(parameter))
+        if group is None or optimizer.state.get(parameter):
+            continue
+        if type(optimizer) is Adagrad:
+            made = Adagrad([parameter], **{key: group[key] for key in optimizer.defaults})
+            optimizer.state[parameter] = made.state[parameter]
+        elif isinstance(optimizer, SGD) and group["fused"]:
+            held = (optimizer.state.get(p, {}) for p in group["params"])
+            if any(state.get("momentum_buffer") is not None for state in held):
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
 
 def unknown_state(optimizer: Optimizer, old: Iterable[Tensor]) -> list[str]:

@@ -568,3 +568,14 @@ def test_a_checkpoint_goes_on_with_what_it_was_made_with(
 def test_says_which_argument_is_wrong(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         dsee(**options)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
+def test_fused_optimizers_go_on_with_updates(
+    kind: type[Any], tagger: Make, loader: Make, trainer: Make
+) -> None:
+    model, more = tagger(), {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    model.configure_optimizers = lambda: kind(model.parameters(), lr=0.01, fused=True, **more)
+    callback = dsee(at="epoch:1")
+    trainer(callback).fit(model, loader(), loader())
+    assert callback.report.points

@@ -547,3 +547,15 @@ def test_two_processes_end_alike_resume_and_count_as_one(
     assert torch.equal(ours[key[0]][key[1]][key[2]], theirs[key[0]][key[1]][key[2]])
     fisher = [x["outputs"]["embed"]["token_fisher"] for x in (ours, theirs)]
     torch.testing.assert_close(*fisher)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_fused_sgd_goes_on_with_another_table(
+    method: str, tagger: Make, loader: Make, trainer: Make
+) -> None:
+    model = tagger()
+    model.configure_optimizers = lambda: torch.optim.SGD(
+        model.parameters(), lr=0.01, momentum=0.9, fused=True
+    )
+    trainer(embedding(method=method)).fit(model, loader(), loader())
+    assert isinstance(model.embed, KINDS[method])

@@ -275,6 +275,54 @@ def test_single_entries_are_chosen_layer_by_layer(
     assert counted.peak < 20 * 10_000 + 10_000 * 4 * 3
 
 
+@each_share
+@pytest.mark.parametrize("revive", [False, True])
+def test_a_mask_waits_as_often_for_many_layers_as_for_few_and_other_steps_never_do(
+    given: dict[str, Any], revive: bool, counting: Callable[[], Any]
+) -> None:
+    waits = {}
+    for num_layers in (3, 9):
+        torch.manual_seed(0)
+        layers = [nn.Linear(16, 16) for _ in range(num_layers)]
+        model = nn.Sequential(*layers)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        shares = LoSparseBudget(keep=0.4, revive=revive, **given)
+        settings = Settings(method="svd", targets=["*"])
+        _, quotas = split_(model, Statistics(), settings, shares, optimizers=[optimizer])
+        names = [f"{i}" for i in range(num_layers)]
+        means = {name: torch.rand(16) for name in names}
+        pruner = Pruner(model, names, quotas, shares, Importance(0.85, 0.9, 1), means)
+        found = []
+        for share in (0.8, 0.5, 0.2, 0.0):
+            model(torch.randn(8, 16)).square().sum().backward()
+            with counting() as step:
+                pruner.observe()
+                pruner.hold_([optimizer])
+            assert step.waits == 0
+            optimizer.step()
+            with counting() as update:
+                pruner.prune_(share, [optimizer])
+                assert pruner.keep > 0
+            found.append(update.waits)
+        waits[num_layers] = found
+    assert waits[3] == waits[9]
+    # what is left are entries that are equal, of one layer
+    assert max(waits[9]) <= (1 if given.get("granularity") == "entries" else 0)
+
+
+@each_share
+def test_a_step_has_few_kernels_a_layer(given: dict[str, Any], counting: Callable[[], Any]) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(20)))
+    shares, settings = LoSparseBudget(keep=0.4, **given), Settings(method="svd", targets=["*"])
+    _, quotas = split_(model, Statistics(), settings, shares)
+    pruner = Pruner(model, [f"{i}" for i in range(20)], quotas, shares, Importance())
+    model(torch.randn(8, 16)).square().sum().backward()
+    pruner.observe()
+    with counting() as counted:
+        pruner.observe(0.5)
+    assert counted.kernels < 13 * 20, "it was 19 to 21 a layer"
+
+
 def test_without_scores_or_quotas_nothing_is_pruned(make: Make) -> None:
     bench = make()
     pruner = bench.pruner(LoSparseBudget(keep=KEEP), Importance(0.85, 1.0, 3))

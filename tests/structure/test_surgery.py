@@ -534,3 +534,38 @@ def test_carried_second_moments_fit_the_first_ones(
         if "betas" in optimizer.param_groups[0]:
             moved = (parameter - old * (1 - 1e-5)).abs().max()
             assert moved <= 1.5e-3, "no entry moves by much more than the rate"
+
+
+IMPLEMENTATIONS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    f"{kind.__name__}{options}": (kind, options)
+    for kind, options in (
+        *((torch.optim.SGD, {"momentum": 0.9, way: True}) for way in ("fused", "foreach")),
+        *((torch.optim.SGD, {"momentum": m, "fused": True}) for m in (0.0, 0.5)),
+        *((torch.optim.Adam, {"amsgrad": True, way: True}) for way in ("fused", "foreach")),
+        *((torch.optim.AdamW, {way: True}) for way in ("fused", "foreach")),
+        *((torch.optim.Adagrad, {way: True}) for way in ("fused", "foreach")),
+        (torch.optim.Adagrad, {"initial_accumulator_value": 0.25}),
+        (torch.optim.RMSprop, {"momentum": 0.9, "centered": True, "foreach": True}),
+    )
+}
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(("kind", "options"), IMPLEMENTATIONS.values(), ids=list(IMPLEMENTATIONS))
+def test_new_parameters_without_state_are_trained_beside_others(
+    kind: Any, options: dict[str, Any], steps: int
+) -> None:
+    stays, old, new, alone = (parameter(4, 3) for _ in range(4))
+    start = new.detach().clone()
+    alone.data.copy_(new)
+    gradient = torch.randn(4, 3)
+    optimizer = stepped(
+        kind([stays, old], lr=0.01, **options), [{stays: gradient, old: gradient}] * steps
+    )
+    swap_parameters_([optimizer], [old], [new], None)
+    if "initial_accumulator_value" in options:
+        assert optimizer.state[new]["sum"].eq(0.25).all()
+    stepped(optimizer, [{stays: gradient, new: gradient}] * 2)
+    stepped(kind([alone], lr=0.01, **options), [{alone: gradient}] * 2)
+    assert new.equal(alone)
+    assert not new.equal(start)
