@@ -354,8 +354,8 @@ def kept_units(
         >>> {name: kept.tolist() for name, kept in kept_units(scores, costs, 16).items()}
         {'a': [False, True], 'b': [True]}
     """
-    flat = torch.cat(list(scores.values()))
-    price = torch.cat(list(costs.values())).to(flat.device)
+    device = next((score.device for score in scores.values()), None)  # of several, the first
+    flat, price = (torch.cat([x.to(device) for x in of.values()]) for of in (scores, costs))
     kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
     whole = math.floor(budget)  # a float would be compared in float32, exact to 2²⁴ only
     if len(flat) and price.min() == price.max():
@@ -371,7 +371,8 @@ def kept_units(
         fits = (price[order].cumsum(0) <= whole) | (flat[order] == math.inf)
         kept[order[fits & (flat[order] > -math.inf)]] = True
     sizes = [len(score) for score in scores.values()]
-    return dict(zip(scores, torch.split(kept, sizes), strict=True))
+    parts = zip(scores.items(), torch.split(kept, sizes), strict=True)
+    return {name: part.to(score.device) for (name, score), part in parts}
 
 
 def allocate_ranks_and_rows(

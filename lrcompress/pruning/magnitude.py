@@ -40,9 +40,11 @@ def largest(scores: Mapping[str, Tensor], keep: float, scope: str) -> dict[str, 
     """
     if scope == "layer":
         return {name: _largest(one.flatten(), keep).view_as(one) for name, one in scores.items()}
-    stays = _largest(torch.cat([one.flatten() for one in scores.values()]), keep)
+    device = next(iter(scores.values())).device  # of several, the first
+    stays = _largest(torch.cat([one.flatten().to(device) for one in scores.values()]), keep)
     parts = torch.split(stays, [one.numel() for one in scores.values()])
-    return {n: part.view_as(scores[n]) for n, part in zip(scores, parts, strict=True)}
+    pairs = zip(scores.items(), parts, strict=True)
+    return {name: part.view_as(one).to(one.device) for (name, one), part in pairs}
 
 
 def _largest(flat: Tensor, keep: float) -> Tensor:
