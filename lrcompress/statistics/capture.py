@@ -4,6 +4,7 @@ Hooks are attached for one step and always removed. A step that is not observed 
 it would without this package, ``torch.compile`` included; an observed one runs eagerly.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class _Pass:
     decoder_mask: Mask | None
     missing: str | None  # why there is no mask, where one was expected
     trial: bool  # nothing is added
+    outputs: list[Tensor] | None  # if they are asked for
     encoded: Tensor | None = None  # what a decoder was given of its encoder, once it runs
     decoding: set[str] = field(default_factory=set)  # layers that read what a decoder made
     # The tensors that a layer reads in turn -> the first layer that does. They are held, or their
@@ -58,7 +60,6 @@ class _Pass:
     calls: dict[str, int] = field(default_factory=dict)
     forward: set[str] = field(default_factory=set)  # called before any backward pass
     parts: dict[str, list[_Part]] = field(default_factory=dict)
-    outputs: list[Tensor] = field(default_factory=list)
     tokens: int = 0  # of the layer that read most
     counted: int = 0  # of these, in the statistics already
     committed: bool = False
@@ -151,12 +152,9 @@ class Recorder:
     @property
     def nbytes(self) -> int:
         """Bytes the sums will take at most, if no two layers read the same tensor."""
-        every = (shape for named in self.shapes.values() for shape in named.values())
-        tables = (
-            named["token_count"][0] for named in self.shapes.values() if "token_count" in named
-        )
-        # counts are whole numbers of 8 bytes
-        return 4 * (sum(torch.Size(shape).numel() for shape in every) + sum(tables))
+        every = [shape for named in self.shapes.values() for shape in named.values()]
+        wide = [x["token_count"] for x in self.shapes.values() if "token_count" in x]  # int64
+        return 4 * sum(map(math.prod, every + wide))
 
     @property
     def observing(self) -> bool:
@@ -171,6 +169,7 @@ class Recorder:
         decoder_mask: Tensor | None = None,
         missing: str | None = None,
         trial: bool = False,
+        keep_outputs: bool = False,
     ) -> Iterator[None]:
         """Observe what runs inside the block, and only that.
 
@@ -185,6 +184,7 @@ class Recorder:
                 A decoder is called with ``encoder_hidden_states=``, which have that of ``mask``.
             missing: without a mask, the error to raise when a layer reads sequences.
             trial: add nothing, and raise what observing such a step would.
+            keep_outputs: for :attr:`outputs`; under checkpointing nothing else holds them.
 
         Raises:
             ShapeError: if a mask has another number of axes.
@@ -193,7 +193,7 @@ class Recorder:
                 a mask does not fit what a layer reads, or has padding and tokens the wrong way.
         """
         own, decoders = (None if one is None else Mask(one) for one in (mask, decoder_mask))
-        self._pass = _Pass(own, decoders, missing, trial)
+        self._pass = _Pass(own, decoders, missing, trial, [] if keep_outputs else None)
         with ExitStack() as stack:
             stack.callback(self._forget)
             stack.enter_context(_EAGER.held())
@@ -255,12 +255,13 @@ class Recorder:
     @property
     def outputs(self) -> list[Tensor]:
         """The layers' outputs in this pass, for ``torch.autograd.grad`` in place of ``.grad``."""
-        assert self._pass is not None, "outputs outside of step"
-        return self._pass.outputs
+        kept = None if self._pass is None else self._pass.outputs
+        assert kept is not None, "outputs are kept within step(keep_outputs=True)"
+        return kept
 
     def _forget(self) -> None:
         assert self._pass is not None
-        self._pass.outputs.clear()  # whose hooks hold the pass, and this: a cycle
+        self._pass.outputs = None  # whose hooks hold the pass, and this: a cycle
         self._pass = None
 
     def _saw(
@@ -282,7 +283,8 @@ class Recorder:
         if not _in_backward():
             if current.committed:  # a second forward pass in the same step: manual optimization
                 self._add_gradients(*current.parts)
-                current.committed, current.calls, current.outputs = False, {}, []
+                current.committed, current.calls = False, {}
+                current.outputs = None if current.outputs is None else []
                 current.tokens = current.counted = 0
             current.forward.add(name)
         if not (_in_backward() and name in current.forward):  # not a checkpoint's second run
@@ -290,7 +292,7 @@ class Recorder:
             self._take_inputs(name, x.detach(), tokens)
         wanted = bool(self.shapes[name].keys() - _OF_INPUTS) and not current.trial
         if output.requires_grad and (wanted or self._padding.wants(tokens)):
-            if wanted and not _in_backward():
+            if wanted and current.outputs is not None and not _in_backward():
                 current.outputs.append(output)
             kept = x.detach() if _WITH_INPUTS & self.shapes[name].keys() else None
             hook = partial(self._took_gradient, current, name, kept, tokens)
