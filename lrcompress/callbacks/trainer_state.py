@@ -286,16 +286,33 @@ def regroup_parameters_(
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of torch's random number generators, in tensors."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    """Return the random state of the CPU and of this process's own accelerator, in tensors.
+
+    Other accelerators of the machine are other processes' own.
+    """
+    own = _accelerator()
+    held = {} if own is None else {own: torch.get_device_module(own).get_rng_state()}
+    return {"cpu": torch.get_rng_state(), **held}
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Set torch's random number generators to a state from :func:`rng_state`."""
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Set torch's random number generators to a state from :func:`rng_state`.
+
+    An accelerator of which it holds nothing stays as it is.
+    """
     torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+    own = _accelerator()
+    held = state.get(own) if own else None
+    if isinstance(held, list):  # files of earlier versions hold those of all that were visible
+        held = dict(enumerate(held)).get(torch.accelerator.current_device_index())
+    if own is not None and held is not None:
+        torch.get_device_module(own).set_rng_state(held.cpu())
+
+
+def _accelerator() -> str | None:
+    """Return the type of the machine's accelerator, if it has one."""
+    found = torch.accelerator.current_accelerator()
+    return found.type if found is not None and torch.accelerator.is_available() else None
 
 
 def restore_rng(
