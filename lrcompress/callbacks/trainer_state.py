@@ -171,6 +171,16 @@ def notify_compression_start(module: pl.LightningModule) -> None:
         hear()
 
 
+def drop_gradients(module: pl.LightningModule) -> None:
+    """Drop the last step's gradients, so that they take no memory at a point.
+
+    Points lie between steps, so the next one would clear them. Under manual optimization it may
+    not, and they stay.
+    """
+    if module.automatic_optimization:
+        module.zero_grad(set_to_none=True)
+
+
 def warn_of_lost_teacher(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Warn if a run with distillation is resumed with a module without it."""
     if TEACHER in checkpoint and not hasattr(module, "on_compression_start"):
