@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lrcompress.callbacks import fsdp
+from lrcompress.callbacks.compiled import keep_compiled
 from lrcompress.callbacks.trainer_state import steps_done, uses_fsdp2
 from lrcompress.distributed import ONE_PROCESS, Processes, checksums
 from lrcompress.errors import PlatformError
@@ -140,6 +141,7 @@ def sync_structure_(trainer: pl.Trainer, module: nn.Module, processes: Processes
     """
     check_same_parameters(module, processes)
     rebuild_ddp_(trainer)
+    keep_compiled(module)
 
 
 def rebuild_ddp_(trainer: pl.Trainer) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrcompress.callbacks.compiled import keep_compiled
 from lrcompress.distributed import Processes
 from lrcompress.errors import CheckpointError, nearest
 from lrcompress.schedules import StepsPerEpoch
@@ -198,6 +199,7 @@ def match_checkpoint_structure(module: pl.LightningModule, stack: ExitStack) -> 
 
 def _match(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
     Plan.matching(module, state, prefix).apply_(module)
+    keep_compiled(module)
 
 
 def reset_best_scores(trainer: pl.Trainer) -> None:
