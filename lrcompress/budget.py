@@ -356,21 +356,22 @@ def kept_units(
         >>> {name: units.tolist() for name, units in kept.items()}
         {'a': [False, True], 'b': [True]}
     """
-    flat = torch.cat(list(scores.values()))
+    device = next((score.device for score in scores.values()), None)  # of several, the first
+    flat = torch.cat([score.to(device) for score in scores.values()])
     sizes = [len(score) for score in scores.values()]
     asked = {prices[name] for name, size in zip(scores, sizes, strict=True) if size}
     whole = math.floor(budget)  # a float would be compared in float32, exact to 2²⁴ only
     if len(asked) > 1:
         order = flat.argsort(descending=True, stable=True)
-        price = torch.cat(
-            [torch.full_like(one, prices[n], dtype=torch.int64) for n, one in scores.items()]
-        )
+        each = [torch.full((size,), prices[n]) for n, size in zip(scores, sizes, strict=True)]
+        price = torch.cat(each).to(flat.device)
         fits = (price[order].cumsum(0) <= whole) | (flat[order] == math.inf)
         kept = torch.zeros_like(fits)
         kept[order] = fits & (flat[order] > -math.inf)
     else:
         kept = _best(flat, whole // max(asked, default=1))
-    return dict(zip(scores, torch.split(kept, sizes), strict=True))
+    parts = zip(scores.items(), torch.split(kept, sizes), strict=True)
+    return {name: part.to(score.device) for (name, score), part in parts}
 
 
 def _best(flat: Tensor, count: int) -> Tensor:

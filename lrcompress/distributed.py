@@ -55,9 +55,16 @@ class Processes:
     @property
     def device(self) -> torch.device:
         """The device that tensors must be on to be sent."""
-        if self.size > 1 and "nccl" in dist.get_backend(self.group):
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        own = torch.accelerator.current_accelerator() if self.size > 1 else None
+        # nccl of CUDA, xccl of XPU, ...; beside it gloo may serve the CPU
+        if own is None or dist.get_default_backend_for_device(own) not in self._backends:
+            return torch.device("cpu")
+        return torch.device(own.type, torch.accelerator.current_device_index())
+
+    @property
+    def _backends(self) -> str:
+        """What the group communicates with, as in ``cpu:gloo,cuda:nccl``."""
+        return str(dist.get_backend_config(self.group))
 
     def all_gather(self, value: T) -> list[T]:
         """Return the picklable objects ``value`` of all processes, in their order."""

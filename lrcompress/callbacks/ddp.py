@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lrcompress.callbacks import fsdp
+from lrcompress.callbacks.compiled import keep_compiled
 from lrcompress.callbacks.trainer_state import steps_done, uses_fsdp2
 from lrcompress.distributed import ONE_PROCESS, Processes, checksums
 from lrcompress.errors import PlatformError
@@ -132,6 +133,17 @@ def _structure_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from child.named_buffers(prefix)
 
 
+def sync_structure_(trainer: pl.Trainer, module: nn.Module, processes: Processes) -> None:
+    """Check that a structure is new in all processes alike, and adapt DDP and Dynamo to it.
+
+    Raises:
+        PlatformError: naming the first parameter that differs between processes.
+    """
+    check_same_parameters(module, processes)
+    rebuild_ddp_(trainer)
+    keep_compiled(module)
+
+
 def rebuild_ddp_(trainer: pl.Trainer) -> None:
     """Rebuild DDP's wrapper after a change of structure, with the strategy's own settings.
 
@@ -143,6 +155,7 @@ def rebuild_ddp_(trainer: pl.Trainer) -> None:
     if not isinstance(wrapper, DistributedDataParallel):
         return
     wrapper._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+    del wrapper  # and its buckets, as large as the model, before others are allocated
     module = strategy.model = strategy.lightning_module
     for parameter in module.parameters():
         parameter.grad = None

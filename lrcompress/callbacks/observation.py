@@ -254,9 +254,12 @@ class Observation:
         mask, missing = batch_mask(batch, self.sampling.mask, self.sampling.owner)
         self._terms = batch_terms(batch)
         decoder = None if self.sampling.mask is None else batch_decoder_mask(batch)
-        watching = self._watching.step(mask, decoder_mask=decoder, missing=missing, trial=trial)
+        tapped = self._tap is not None and not trial  # gradients of another loss are asked for
+        watching = self._watching.step(
+            mask, decoder_mask=decoder, missing=missing, trial=trial, keep_outputs=tapped
+        )
         self._step.enter_context(watching)
-        if self._tap is not None and not trial:
+        if self._tap is not None and tapped:
             self._step.enter_context(self._tap.listening())
 
     def before_backward(self, finite: bool, factor: float) -> None:

@@ -337,6 +337,7 @@ class CompressionCallback(pl.Callback, ABC):
                     one._run_point(trainer, pl_module, one._next_step)
 
     def _run_point(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
+        trainer_state.drop_gradients(module)
         if self._observes(self._stage):
             self._observation.merge_()
             self._observation.check(self.points[self._stage])
@@ -365,9 +366,8 @@ class CompressionCallback(pl.Callback, ABC):
             record.metrics["after"] = trainer_state.run_validation(trainer)
 
     def _sync_structure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Check that all processes have the same structure, and rebuild DDP for it."""
-        ddp.check_same_parameters(module, self._processes)
-        ddp.rebuild_ddp_(trainer)
+        """Check that all processes have the same structure, and adapt what runs it."""
+        ddp.sync_structure_(trainer, module, self._processes)
 
     def _warm_up(self, steps: float, scale: float) -> None:
         """Start a learning-rate warmup over a number or a fraction of all steps.

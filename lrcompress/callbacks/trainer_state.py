@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrcompress.callbacks.compiled import keep_compiled
 from lrcompress.distributed import Processes
 from lrcompress.errors import CheckpointError, nearest
 from lrcompress.schedules import StepsPerEpoch
@@ -172,6 +173,16 @@ def notify_compression_start(module: pl.LightningModule) -> None:
         hear()
 
 
+def drop_gradients(module: pl.LightningModule) -> None:
+    """Drop the last step's gradients, so that they take no memory at a point.
+
+    Points lie between steps, so the next one would clear them. Under manual optimization it may
+    not, and they stay.
+    """
+    if module.automatic_optimization:
+        module.zero_grad(set_to_none=True)
+
+
 def warn_of_lost_teacher(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Warn if a run with distillation is resumed with a module without it."""
     if TEACHER in checkpoint and not hasattr(module, "on_compression_start"):
@@ -189,6 +200,7 @@ def match_checkpoint_structure(module: pl.LightningModule, stack: ExitStack) -> 
 
 def _match(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
     Plan.matching(module, state, prefix).apply_(module)
+    keep_compiled(module)
 
 
 def reset_best_scores(trainer: pl.Trainer) -> None:
@@ -289,16 +301,33 @@ def regroup_parameters_(
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of torch's random number generators, in tensors."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    """Return the random state of the CPU and of this process's own accelerator, in tensors.
+
+    Other accelerators of the machine are other processes' own.
+    """
+    own = _accelerator()
+    held = {} if own is None else {own: torch.get_device_module(own).get_rng_state()}
+    return {"cpu": torch.get_rng_state(), **held}
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Set torch's random number generators to a state from :func:`rng_state`."""
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Set torch's random number generators to a state from :func:`rng_state`.
+
+    An accelerator of which it holds nothing stays as it is.
+    """
     torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+    own = _accelerator()
+    held = state.get(own) if own else None
+    if isinstance(held, list):  # files of earlier versions hold those of all that were visible
+        held = dict(enumerate(held)).get(torch.accelerator.current_device_index())
+    if own is not None and held is not None:
+        torch.get_device_module(own).set_rng_state(held.cpu())
+
+
+def _accelerator() -> str | None:
+    """Return the type of the machine's accelerator, if it has one."""
+    found = torch.accelerator.current_accelerator()
+    return found.type if found is not None and torch.accelerator.is_available() else None
 
 
 def restore_rng(

@@ -422,7 +422,7 @@ def _observe_batch(
 ) -> None:
     found, missing = batch_mask(batch, mask, "compress")
     decoder = None if mask is None else batch_decoder_mask(batch)
-    with recorder.step(found, decoder_mask=decoder, missing=missing):
+    with recorder.step(found, decoder_mask=decoder, missing=missing, keep_outputs=True):
         value = loss(model, batch)
         finite = bool(value.isfinite())
         recorder.commit(float(count), terms=count, finite=finite)

@@ -50,6 +50,7 @@ class _Pass:
     decoder_mask: Mask | None
     missing: str | None  # why there is no mask, where one was expected
     trial: bool  # nothing is added
+    outputs: list[Tensor] | None  # if they are asked for
     encoded: Tensor | None = None  # what a decoder was given of its encoder, once it runs
     decoding: set[str] = field(default_factory=set)  # layers that read what a decoder made
     # The tensors that a layer reads in turn -> the first layer that does. They are held, or their
@@ -59,7 +60,6 @@ class _Pass:
     calls: dict[str, int] = field(default_factory=dict)
     forward: set[str] = field(default_factory=set)  # called before any backward pass
     parts: dict[str, list[_Part]] = field(default_factory=dict)
-    outputs: list[Tensor] = field(default_factory=list)
     tokens: int = 0  # of the layer that read most
     counted: int = 0  # of these, in the statistics already
     committed: bool = False
@@ -172,6 +172,7 @@ class Recorder:
         decoder_mask: Tensor | None = None,
         missing: str | None = None,
         trial: bool = False,
+        keep_outputs: bool = False,
     ) -> Iterator[None]:
         """Observe what runs inside the block, and only that.
 
@@ -186,6 +187,7 @@ class Recorder:
                 A decoder is called with ``encoder_hidden_states=``, which have that of ``mask``.
             missing: without a mask, the error to raise when a layer reads sequences.
             trial: add nothing, and raise what observing such a step would.
+            keep_outputs: for :attr:`outputs`; under checkpointing nothing else holds them.
 
         Raises:
             ShapeError: if a mask has another number of axes.
@@ -194,7 +196,7 @@ class Recorder:
                 a mask does not fit what a layer reads, or has padding and tokens the wrong way.
         """
         own, decoders = (None if one is None else Mask(one) for one in (mask, decoder_mask))
-        self._pass = _Pass(own, decoders, missing, trial)
+        self._pass = _Pass(own, decoders, missing, trial, [] if keep_outputs else None)
         with ExitStack() as stack:
             stack.callback(self._forget)
             stack.enter_context(_EAGER.held())
@@ -256,12 +258,13 @@ class Recorder:
     @property
     def outputs(self) -> list[Tensor]:
         """The layers' outputs in this pass, for ``torch.autograd.grad`` in place of ``.grad``."""
-        assert self._pass is not None, "outputs outside of step"
-        return self._pass.outputs
+        kept = None if self._pass is None else self._pass.outputs
+        assert kept is not None, "outputs are kept within step(keep_outputs=True)"
+        return kept
 
     def _forget(self) -> None:
         assert self._pass is not None
-        self._pass.outputs.clear()  # whose hooks hold the pass, and this: a cycle
+        self._pass.outputs = None  # whose hooks hold the pass, and this: a cycle
         self._pass = None
 
     def _saw(
@@ -283,7 +286,8 @@ class Recorder:
         if not _in_backward():
             if current.committed:  # a second forward pass in the same step: manual optimization
                 self._add_gradients(*current.parts)
-                current.committed, current.calls, current.outputs = False, {}, []
+                current.committed, current.calls = False, {}
+                current.outputs = None if current.outputs is None else []
                 current.tokens = current.counted = 0
             current.forward.add(name)
         if not (_in_backward() and name in current.forward):  # not a checkpoint's second run
@@ -291,7 +295,7 @@ class Recorder:
             self._take_inputs(name, x.detach(), tokens)
         wanted = bool(self.shapes[name].keys() - _OF_INPUTS) and not current.trial
         if output.requires_grad and (wanted or self._padding.wants(tokens)):
-            if wanted and not _in_backward():
+            if wanted and current.outputs is not None and not _in_backward():
                 current.outputs.append(output)
             kept = x.detach() if _WITH_INPUTS & self.shapes[name].keys() else None
             hook = partial(self._took_gradient, current, name, kept, tokens)
@@ -374,15 +378,8 @@ class Recorder:
 
     def _add_inputs(self, name: str, reads: list[tuple[Tensor, Tokens]]) -> None:
         tokens = joined(reads)
-        sums = self.statistics.inputs.get(name)
-        if sums is None:
-            kept = {k: v for k, v in self.shapes[name].items() if k in _OF_INPUTS}
-            sums = Sums.zeros(kept, self._device(tokens))
-            self.statistics.inputs[name] = sums
-        if "token_count" in sums.values:
-            sums.add_rows_(tokens)
-        else:
-            sums.add_inputs_(tokens)
+        sums = self._sums(self.statistics.inputs, name, tokens)
+        (sums.add_rows_ if "token_count" in sums.values else sums.add_inputs_)(tokens)
 
     def _entered(self, _decoder: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
         if self._pass is not None and not _in_backward():
@@ -412,11 +409,7 @@ class Recorder:
         for name in names:
             parts = self._pass.parts.pop(name)
             g = max((g for _, g, _ in parts), key=len)  # a use of position embeddings is one row
-            sums = self.statistics.outputs.get(name)
-            if sums is None:
-                kept = {k: v for k, v in self.shapes[name].items() if k not in _OF_INPUTS}
-                sums = Sums.zeros(kept, self._device(g))
-                self.statistics.outputs[name] = sums
+            sums = self._sums(self.statistics.outputs, name, g)
             scale, terms = self._pass.scale, self._pass.terms
             terms = len(g) if terms is None else terms
             gave = [(g, tokens) for _, g, tokens in parts]
@@ -433,8 +426,13 @@ class Recorder:
                     sums.add_fisher_(x, of_examples, scale, examples=terms)
                     terms = 0
 
-    def _device(self, like: Tensor) -> torch.device:
-        return torch.device(self.offload) if self.offload else like.device
+    def _sums(self, held: dict[str, Sums], name: str, like: Tensor) -> Sums:
+        """Return a layer's sums of inputs or of outputs, zeros at the first look."""
+        if name not in held:
+            inputs = held is self.statistics.inputs
+            kept = {k: s for k, s in self.shapes[name].items() if (k in _OF_INPUTS) == inputs}
+            held[name] = Sums.zeros(kept, torch.device(self.offload or like.device))
+        return held[name]
 
 
 def _in_backward() -> bool:

@@ -1,17 +1,91 @@
-"""What a point takes of the stand-in device's memory."""
+"""What watching costs on the stand-in device: waits of ordinary steps, bytes of observed ones."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lrcompress.engine.compress import factor_
 from lrcompress.engine.settings import Settings
 from lrcompress.objective import METHODS
 from lrcompress.statistics.capture import Recorder
 
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
 WIDTH, INNER = 128, 344  # in the ratio of Llama-2-7B
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize(
+    "name", ["kfac", "weighted_kfac", "dsee", "embedding low_rank", "losparse", "distilled"]
+)
+def test_steps_that_are_not_observed_wait_for_nothing(
+    device: SimpleNamespace, tmp_path: Path, name: str, precision: str
+) -> None:
+    def waits(name: str, *callbacks: L.Callback) -> list[tuple[int, int]]:
+        found = []
+
+        class Count(L.Callback):
+            def on_train_batch_end(self, *_: object) -> None:
+                found.append(device.counts(reset=True)[2:])
+
+        run = device.trainer(
+            *callbacks, Count(), precision=precision, default_root_dir=tmp_path, max_steps=12
+        )
+        run.fit(device.tagger(name, tmp_path), device.Loader(device.sentences(12)))
+        return found
+
+    watched, plain = waits(name, *device.callbacks(name, window="step:2")), waits("")
+    assert len(watched) == len(plain) == 12
+    # the first is looked at, 2 and 3 are observed, 4 begins with the point
+    ordinary = [step for step in range(12) if step not in (0, 2, 3, 4)]
+    if name == "losparse":  # a new mask at 6; at 7 rows are dropped
+        ordinary = [step for step in ordinary if step not in (6, 7)]
+        assert watched[6][0] - plain[6][0] <= 3
+    assert [watched[step] for step in ordinary] == [plain[step] for step in ordinary]
+
+
+class Checkpointed(nn.Module):
+    """Blocks under activation checkpointing, and a head with more outputs than they have."""
+
+    def __init__(self, num: int = 4, width: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            for _ in range(num)
+        )
+        self.head = nn.Linear(width, 12 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=False)
+        return self.head(x).square().mean()
+
+
+@pytest.mark.parametrize("method", ["kfac", "row_fisher"])
+def test_an_observed_step_holds_little_more_than_a_plain_one(
+    device: SimpleNamespace, method: str
+) -> None:
+    model = Checkpointed().to(device.DEVICE)
+    x = torch.randn(64, 32, 32, device=device.DEVICE)
+    names = [name for name, layer in model.blocks.named_modules() if isinstance(layer, nn.Linear)]
+    recorder = Recorder(model.blocks, names, METHODS[method].kinds)
+
+    def plain() -> None:
+        model.zero_grad()
+        model(x).backward()
+
+    def observed() -> None:
+        with recorder.step():
+            plain()
+
+    plain(), observed()  # what stays is there from now on
+    most, least = device.peak_bytes(observed), device.peak_bytes(plain)
+    assert recorder.statistics.steps == 2
+    assert most <= 1.3 * least
 
 
 class Block(nn.Module):

@@ -204,3 +204,13 @@ def test_two_callbacks_for_one_layer_are_refused_at_the_start(
     apart = lrcompress.Factorize(0.6, "epoch:1", targets=["*.up"], **QUIET)
     trainer(apart, other).fit(tagger(), loader())
     assert [len(x.report.points) for x in (apart, other)] == [1, 1]
+
+
+def test_gradients_of_the_last_step_take_no_memory_at_a_point(
+    trainer: Make, tagger: Make, loader: Make
+) -> None:
+    model, seen = tagger(), []
+    model.on_compression_start = lambda: seen.append([p.grad for p in model.parameters()])
+    callback = lrcompress.Factorize(0.5, at="step:2", method="svd", **QUIET)
+    trainer(callback, accumulate_grad_batches=2, max_steps=4).fit(model, loader())
+    assert seen == [[None] * len(list(tagger().parameters()))]

@@ -673,7 +673,7 @@ def test_gradients_count_only_while_armed() -> None:
     """Labels drawn from the model in place of those of the data: the latter go by."""
     model, batch = Net(), a_batch()
     recorder = Recorder(model, LAYERS, KINDS)
-    with recorder.step(batch[1]):
+    with recorder.step(batch[1], keep_outputs=True):
         loss = loss_of(model, batch)
         recorder.commit(len(batch[0]), armed=False)
         (7 * loss).backward(retain_graph=True)

@@ -29,7 +29,7 @@ def generator() -> torch.Generator:
 def test_the_mean_of_drawn_gradients_is_the_exact_fisher(generator: torch.Generator) -> None:
     model, x = nn.Sequential(nn.Linear(3, 4)), torch.randn(3)
     recorder = Recorder(model, ["0"], ("output_moment", "input_fisher", "output_fisher"))
-    with recorder.step():
+    with recorder.step(keep_outputs=True):
         logits = model(x.expand(DRAWS, 3))
         recorder.commit(DRAWS)
         torch.autograd.grad(drawn_loss(logits, generator), recorder.outputs)

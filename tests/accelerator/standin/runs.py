@@ -35,7 +35,7 @@ def callbacks(name: str, **kwargs: Any) -> list[L.Callback]:
     given = {"init": "kfac", "mask_every": 2, **seen}
     given |= {"low_rank_share": "auto"} if option == "auto" else {}
     given |= {"granularity": "entries"} if option == "entries" else {}
-    return [lrcompress.LoSparse(keep=0.5, fix_at="step:7", **given, **QUIET)]
+    return [lrcompress.LoSparse(keep=0.5, prune_until="step:7", fix_at="step:7", **given, **QUIET)]
 
 
 def tagger(name: str, folder: Path, number: int = 0, **kwargs: Any) -> L.LightningModule:

@@ -1,0 +1,102 @@
+"""Models whose layers lie on several devices, as ``device_map`` loads them, without a trainer."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrcompress
+from lrcompress.budget import kept_units
+from lrcompress.objective import METHODS
+from lrcompress.pruning.magnitude import largest
+
+
+class Spread(nn.Module):
+    """An embedding, two blocks and a head, on as many devices as are given, in turn."""
+
+    def __init__(self, *devices: torch.device, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        places = [devices[i * len(devices) // 4] for i in range(4)]
+        self.embed = nn.Embedding(20, width).to(places[0])
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+            for _ in range(2)
+        )
+        for block, place in zip(self.blocks, places[1:3], strict=True):
+            block.to(place)
+        self.head = nn.Linear(width, 3).to(places[3])
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        x = self.embed(batch["input_ids"].to(self.embed.weight.device))
+        for block in self.blocks:
+            x = x.to(block[0].bias.device)
+            x = x + block(x)
+        x = x.to(self.head.weight.device)
+        mask = batch["attention_mask"].unsqueeze(-1).to(x.device)
+        return self.head((x * mask).sum(1) / mask.sum(1))
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    found = model(batch)
+    return nn.functional.cross_entropy(found, batch["labels"].to(found.device))
+
+
+def batches(device: SimpleNamespace, where: torch.device) -> list[dict[str, Tensor]]:
+    return [{k: v.to(where) for k, v in batch.items()} for batch in device.sentences(4)]
+
+
+@pytest.mark.parametrize(
+    ("method", "keep_measured"), [*((method, False) for method in METHODS), ("kfac", True)]
+)
+def test_a_model_on_two_devices_is_compressed_as_on_one(
+    device: SimpleNamespace, method: str, keep_measured: bool
+) -> None:
+    found = []
+    for places in ([device.DEVICE, device.OTHER], [torch.device("cpu")]):
+        model = Spread(*places)
+        before = {name: p.device for name, p in model.named_parameters()}
+        given = batches(device, places[0])
+        record = lrcompress.compress(
+            model, given, loss, method=method, keep=0.5, keep_measured=keep_measured
+        )
+        for name, layer in model.named_modules():
+            if layer._parameters and name.count("."):
+                home = before[".".join(name.split(".")[:3]) + ".bias"]
+                assert {p.device for p in layer.parameters()} == {home}
+        assert bool(loss(model, given[0]).isfinite())
+        found.append([(layer.name, layer.rank, layer.error) for layer in record.layers])
+    if not keep_measured:
+        for one, other in zip(*found, strict=True):
+            assert one[:2] == other[:2]
+            assert one[2] == pytest.approx(other[2], rel=1e-4)
+
+
+def test_statistics_lie_beside_their_layers(device: SimpleNamespace) -> None:
+    model = Spread(device.DEVICE, device.OTHER)
+    kinds = lrcompress.objective.METHODS["row_fisher"].kinds
+    with lrcompress.observe(model, kinds=kinds) as recorder:
+        for batch in batches(device, device.OTHER):
+            with recorder.step(batch["attention_mask"]):
+                loss(model, batch).backward()
+    for name in ("blocks.0.0", "blocks.1.0"):
+        home = model.get_submodule(name).weight.device
+        for held in (recorder.statistics.inputs, recorder.statistics.outputs):
+            for value in held[name].values.values() if name in held else ():
+                assert value.device == home
+
+
+def test_units_of_layers_on_several_devices_are_compared(device: SimpleNamespace) -> None:
+    one, other = torch.tensor([3.0, 1.0]), torch.tensor([4.0, 2.0, 0.5])
+    spread = {"a": one.to(device.DEVICE), "b": other.to(device.OTHER)}
+    for price in (2, 3):  # alike, and not
+        prices = {"a": 2, "b": price}
+        wanted = kept_units({"a": one, "b": other}, prices, 6)
+        for name, kept in kept_units(spread, prices, 6).items():
+            assert kept.device == spread[name].device
+            assert kept.tolist() == wanted[name].tolist()
+    entries = dict(largest({"a": one, "b": other}, 0.6, "global"))
+    for name, kept in largest(spread, 0.6, "global"):
+        assert kept.device == spread[name].device
+        assert kept.tolist() == entries[name].tolist()
