@@ -108,7 +108,7 @@ class SolvedLayer:
 
     Attributes:
         truncation: of its weight, of all ranks that may be asked for; None where no factors would
-            be smaller.
+            be smaller, and where only :class:`LayerSummary` was kept.
         metric: what it was measured in, without what is large.
     """
 
@@ -125,12 +125,15 @@ class Solutions:
         owner: which of them solves a layer.
         own: the layers that this process has solved. They are taken out as they are replaced.
         measured: all layers.
+        solve: solves a layer of that name and weight once more: nothing of sums of Kronecker
+            products is kept, which need the metric to be cut.
     """
 
     processes: Processes
     owner: Mapping[str, int]
     own: dict[str, SolvedLayer]
     measured: Mapping[str, LayerSummary]
+    solve: Callable[[str, Tensor], SolvedLayer]
 
     def rounds(self, names: Iterable[str]) -> list[list[str]]:
         """Return layers round by round, in each at most one of every process."""
@@ -197,15 +200,17 @@ def solve_layers(
         solved: dict[str, LayerSummary] = {}
         for name in track(list(weights)):
             weight = weights.pop(name)()
-            own[name] = of_layer(name, weight)
-            solved[name] = _summary(own[name], weight.numel())
+            one = of_layer(name, weight)
+            solved[name] = _summary(one, weight.numel())
+            kept = isinstance(one.truncation, Truncation)
+            own[name] = one if kept else replace(one, truncation=None)
         return solved
 
     # rounds wait for each other: only where layers have to be gathered, one of each process
     for turn in processes.rounds(owner) if processes.sharded else [names]:
         for part in processes.run_on_all(partial(work, _weights(model, turn, owner, processes))):
             found |= part
-    return Solutions(processes, owner, own, {name: found[name] for name in names})
+    return Solutions(processes, owner, own, {name: found[name] for name in names}, of_layer)
 
 
 def _weights(
@@ -282,15 +287,10 @@ def install_factors_(
     guard = None if processes.sharded else all_or_nothing(model, ranks, optimizers)
     with guard or nullcontext() as put_away:
         for turn in solutions.rounds(ranks):
+            again = [name for name in turn if solutions.measured[name].first]
+            weights = _weights(model, again, solutions.owner, processes)
             found: dict[str, Found] = {}
-
-            def work(turn: list[str] = turn, found: dict[str, Found] = found) -> dict[str, Any]:
-                for name in solutions.own.keys() & set(turn):
-                    one = solutions.own.pop(name)
-                    assert one.truncation is not None, "it has been left dense"
-                    found[name] = (one.truncation.factors(ranks[name]), one.metric)
-                return {name: (one.error, one.lost) for name, (one, _) in found.items()}
-
+            work = partial(_cut, solutions, turn, ranks, weights, found)
             for part_reached in processes.run_on_all(work):
                 reached |= part_reached
             for part in [[name] for name in turn] if processes.sharded else [turn]:
@@ -303,6 +303,23 @@ def install_factors_(
             if put_away is not None:
                 put_away(turn)
     return reached
+
+
+def _cut(
+    solutions: Solutions,
+    turn: Iterable[str],
+    ranks: Mapping[str, int],
+    weights: dict[str, Callable[[], Tensor]],
+    found: dict[str, Found],
+) -> dict[str, tuple[float, float]]:
+    """Put the factors of this process's layers of a turn into ``found``, and return the errors."""
+    for name in solutions.own.keys() & set(turn):
+        one = solutions.own.pop(name)
+        if name in weights:
+            one = solutions.solve(name, weights.pop(name)())
+        assert one.truncation is not None, "it has been left dense"
+        found[name] = (one.truncation.factors(ranks[name]), one.metric)
+    return {name: (one.error, one.lost) for name, (one, _) in found.items()}
 
 
 @torch.no_grad()

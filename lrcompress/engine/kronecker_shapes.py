@@ -88,6 +88,7 @@ class KroneckerShapes:
         for name, first in self._given.items():
             check_divides(first, self._sizes[name], f"shapes: layer {name!r}: ")  # type: ignore[arg-type]
             self._check_saves(name)
+        self._found: dict[str, Sizes | None] = {}  # of layers that have been solved
         free = [n for n in names if n not in self._given and self._keeps[n] is None]
         if free:
             raise SettingError(
@@ -114,7 +115,9 @@ class KroneckerShapes:
 
     def __call__(self, name: str, weight: Tensor, metric: Metric) -> KroneckerSums | None:
         """Return all sums of the layer's shape; None where no terms are smaller than the weight."""
-        first = self.first(name, weight, metric)
+        if name not in self._found:
+            self._found[name] = self.first(name, weight, metric)
+        first = self._found[name]
         return first and kronecker_sums(weight, first, metric.output, metric.input)
 
     def first(self, name: str, weight: Tensor, metric: Metric) -> Sizes | None:

@@ -28,7 +28,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 def observed(model: nn.Module, batches: list[Tensor]) -> Statistics:
     with observe(model, kinds=KINDS) as recorder:
         for batch in batches:
-            with recorder.step(None):
+            with recorder.step(keep_outputs=True):
                 value = loss(model, batch)
                 recorder.commit(float(len(batch)))
                 torch.autograd.grad(value, recorder.outputs)
