@@ -54,8 +54,7 @@ class _ObserveOnly(pl.Callback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        finite = bool(loss.isfinite())
-        self.observation.before_backward(finite, trainer_state.loss_factor(trainer))
+        self.observation.before_backward(loss, trainer_state.loss_factor(trainer))
 
     @override
     def on_before_optimizer_step(

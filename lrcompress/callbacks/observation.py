@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import CheckpointError, ObservationError, SettingError, nearest
-from lrcompress.statistics.batches import batch_terms
+from lrcompress.statistics.batches import batch_terms, labelled_terms, loss_terms
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsCapture, drawn_loss
 from lrcompress.statistics.masks import MaskSource, batch_decoder_mask, batch_mask, check_mask
@@ -101,7 +101,7 @@ class Observation:
         self._device: torch.device | str = "cpu"
         self._folded = (0, 0)  # steps and tokens of all processes, which the first holds
         self._step = ExitStack()
-        self._terms = 1
+        self._terms, self._labelled = 1, False
         self._trial = False
         self._held: set[str] | None = None  # the kinds that a checkpoint has brought
         self._loaded: Mapping[str, Any] | None = None  # its statistics, until layers are known
@@ -252,7 +252,8 @@ class Observation:
         """
         self._trial = trial
         mask, missing = batch_mask(batch, self.sampling.mask, self.sampling.owner)
-        self._terms = batch_terms(batch)
+        # now, for a training step may take its labels out of a batch
+        self._terms, self._labelled = batch_terms(batch), labelled_terms(batch) is not None
         decoder = None if self.sampling.mask is None else batch_decoder_mask(batch)
         tapped = self._tap is not None and not trial  # gradients of another loss are asked for
         watching = self._watching.step(
@@ -262,20 +263,23 @@ class Observation:
         if self._tap is not None and tapped:
             self._step.enter_context(self._tap.listening())
 
-    def before_backward(self, finite: bool, factor: float) -> None:
+    def before_backward(self, loss: Tensor, factor: float) -> None:
         """Add the inputs of the forward pass, and observe gradients from here on.
 
         Args:
-            finite: whether the loss is.
+            loss: of the step.
             factor: what the mean loss is multiplied by before its backward pass.
 
         Raises:
             ObservationError: if labels are to be drawn and no logits were found.
         """
+        finite = bool(loss.isfinite())
         if self._trial:
             self._watching.commit(finite=finite)
             return
         assert self._recorder is not None
+        if not self._labelled:
+            self._terms = loss_terms(loss) or self._terms
         logits = self._tap.take() if self._tap is not None and finite else None
         # labels are drawn wherever there are logits, also where nothing is to be predicted
         terms = self._terms if logits is None or logits.ndim < 3 else logits[..., 0].numel()

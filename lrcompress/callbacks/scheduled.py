@@ -312,8 +312,7 @@ class CompressionCallback(pl.Callback, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         if self._observation.observing:
-            finite = bool(loss.isfinite())
-            self._observation.before_backward(finite, trainer_state.loss_factor(trainer))
+            self._observation.before_backward(loss, trainer_state.loss_factor(trainer))
 
     @override
     def on_train_batch_end(

@@ -403,7 +403,7 @@ def compress(
     if method.kinds:
         with _observable(model, names, method.needs_gradients):
             for batch in batches:
-                _observe_batch(recorder, model, batch, loss, mask, (examples or batch_terms)(batch))
+                _observe_batch(recorder, model, batch, loss, mask, examples)
         if not recorder.statistics.steps:
             raise ObservationError(
                 f"nothing to learn from: {recorder.statistics.skipped} batches, "
@@ -418,13 +418,14 @@ def _observe_batch(
     batch: Any,
     loss: Loss,
     mask: MaskSource,
-    count: int,
+    examples: Callable[[Any], int] | None,
 ) -> None:
     found, missing = batch_mask(batch, mask, "compress")
     decoder = None if mask is None else batch_decoder_mask(batch)
     with recorder.step(found, decoder_mask=decoder, missing=missing, keep_outputs=True):
         value = loss(model, batch)
         finite = bool(value.isfinite())
+        count = batch_terms(batch, value) if examples is None else examples(batch)
         recorder.commit(float(count), terms=count, finite=finite)
         if finite and recorder.outputs and value.requires_grad:
             torch.autograd.grad(value, recorder.outputs, allow_unused=True)

@@ -9,6 +9,9 @@ from torch import Tensor
 from lrcompress.errors import ObservationError
 from lrcompress.statistics.masks import IGNORED
 
+_DEPTH, _BREADTH = 12, 16  # steps from a loss back to its cross-entropy, and branches
+_MEAN = 1  # of torch's reductions
+
 
 def batch_examples(batch: Any) -> int:
     """Return how many examples a batch holds: the leading size of its first tensor.
@@ -28,11 +31,12 @@ def batch_examples(batch: Any) -> int:
     return next((tensor.shape[0] for tensor in found if tensor.ndim), 1)
 
 
-def batch_terms(batch: Any) -> int:
+def batch_terms(batch: Any, loss: Tensor | None = None) -> int:
     """Return how many terms a mean loss of this batch averages: its tokens, or examples.
 
-    Where its ``labels`` are whole numbers ``(examples, length)``, those that are not -100 count,
-    else the examples.
+    Where its ``labels`` are whole numbers ``(examples, length)``, those that are not -100 count;
+    without them what a cross-entropy in ``loss`` has averaged, as :func:`loss_terms` finds it; else
+    the examples.
 
     Raises:
         ObservationError: if the examples are to be counted and there is no tensor in the batch.
@@ -41,10 +45,48 @@ def batch_terms(batch: Any) -> int:
         >>> batch_terms({"labels": torch.tensor([[7, 8], [9, -100]])})
         3
     """
+    found = labelled_terms(batch)
+    if found is None and loss is not None:
+        found = loss_terms(loss)
+    return batch_examples(batch) if found is None else found
+
+
+def labelled_terms(batch: Any) -> int | None:
+    """Return how many tokens a batch has labels for; None where it has no labels of tokens."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor) and labels.ndim == 2 and labels.dtype == torch.int64:
         return max(1, int((labels != IGNORED).sum()))
-    return batch_examples(batch)
+    return None
+
+
+def loss_terms(loss: Tensor) -> int | None:
+    """Return how many terms the cross-entropy in a loss is the mean of, from its autograd graph.
+
+    None where there is none within a few steps of the end, where classes have weights, where it is
+    a sum, and where there are several of different numbers. Waits for the device.
+
+    Example:
+        >>> logits, labels = torch.zeros(2, 3, requires_grad=True), torch.tensor([1, -100])
+        >>> loss_terms(torch.nn.functional.cross_entropy(logits, labels) / 4)
+        1
+    """
+    found: set[int | None] = set()
+    nodes: list[Any] = [loss.grad_fn]
+    for _ in range(_DEPTH):
+        behind: list[Any] = []
+        for node in filter(None, nodes):
+            if node.name().startswith("NllLoss"):
+                found.add(_averaged(node))
+            else:
+                behind += [next_node for next_node, _ in node.next_functions]
+        nodes = behind[:_BREADTH]
+    return found.pop() if len(found) == 1 else None
+
+
+def _averaged(node: Any) -> int | None:
+    if node._saved_reduction != _MEAN or node._saved_weight is not None:
+        return None
+    return max(1, int(node._saved_total_weight))
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -196,3 +196,36 @@ def test_statistics_that_a_checkpoint_lacks_are_said_before_training(
         trainer(factorize("kfac"), steps).fit(tagger(), loader(), ckpt_path=path)
     assert steps.taken == 0
     trainer(factorize("kfac")).fit(tagger(), loader(), ckpt_path=str(tmp_path / "step=2.ckpt"))
+
+
+class NextTokens(L.LightningModule):
+    """A language model of three linear layers, which makes its labels from the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 20)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        ids = batch["ids"] if isinstance(batch, dict) else batch[0]
+        logits = self.head(self.down(self.up(self.embed(ids)).relu()))
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def test_a_language_models_loss_is_predicted_without_labels_in_its_batches(
+    trainer: Make, loader: Make
+) -> None:
+    tokens = [torch.randint(0, 20, (4, 25)) for _ in range(6)]
+    found = []
+    for data in ([(x,) for x in tokens], [{"ids": x, "labels": x[:, 1:]} for x in tokens]):
+        factorize = lrcompress.Factorize(
+            0.5, "step:6", every_n_steps=1, mask=None, targets=["up", "down"], **QUIET
+        )
+        torch.manual_seed(0)
+        trainer(factorize, max_epochs=2).fit(NextTokens(), loader(data))
+        found.append([layer.predicted_loss for layer in factorize.report.points[0].layers])
+    without, labelled = found
+    assert without == labelled  # 24 times too low, the length, where examples were counted

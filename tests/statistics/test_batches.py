@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import BatchEncoding
 
 from lrcompress.errors import ObservationError
-from lrcompress.statistics.batches import batch_examples, batch_terms
+from lrcompress.statistics.batches import batch_examples, batch_terms, loss_terms
 
 FOUR = torch.zeros(4, 7)
 
@@ -49,3 +50,32 @@ def test_a_loss_is_the_mean_of_its_predicted_tokens_or_of_its_examples() -> None
     for labels in (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)):
         assert batch_terms({"labels": labels}) == 2, "several labels an example, or one"
     assert batch_terms((FOUR,)) == 4
+
+
+def test_without_labels_the_terms_are_those_that_the_cross_entropy_has_averaged() -> None:
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    labels = torch.randint(0, 7, (2, 5))
+    labels[0, :2] = -100
+    tokens = torch.ones(2, 5, dtype=torch.int64)
+    by_class = F.cross_entropy(logits.mT, labels)
+    flat = F.cross_entropy(logits.view(-1, 7), labels.view(-1), label_smoothing=0.1)
+    for loss in (by_class, by_class / 4, flat, flat + 0.01 * logits.square().mean()):
+        assert loss_terms(loss) == batch_terms((tokens, labels), loss) == 8
+    assert batch_terms({"labels": tokens}, by_class) == 10  # labels say it
+    ends = F.cross_entropy(logits[:, 0], labels[:, 3]) + F.cross_entropy(logits[:, 1], labels[:, 4])
+    assert loss_terms(ends) == 2  # of a question's answer
+
+
+def test_where_a_cross_entropy_does_not_say_how_many_terms_it_averages_examples_count() -> None:
+    logits, labels = torch.randn(4, 7, requires_grad=True), torch.tensor([1, 2, 3, -100])
+    unknown = [
+        F.cross_entropy(logits, labels, weight=torch.rand(7)),
+        F.cross_entropy(logits, labels, reduction="sum") / 3,
+        F.cross_entropy(logits, labels, reduction="none").mean(),
+        F.cross_entropy(logits, labels) + F.cross_entropy(logits[:2], labels[:2]),
+        logits.square().mean(),
+        logits.mean().detach(),
+    ]
+    for loss in unknown:
+        assert loss_terms(loss) is None
+        assert batch_terms((torch.ones(5, 3),), loss) == 5
