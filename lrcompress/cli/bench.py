@@ -27,7 +27,7 @@ from lrcompress.errors import (
 from lrcompress.export import load_pretrained, merge_dense
 from lrcompress.nn import Replacement
 from lrcompress.report.tables import WIDTH
-from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks.locations import model_folder, named_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "compiled")
@@ -152,7 +152,8 @@ class _Model:
             self.onnx = path
             self.config = AutoConfig.from_pretrained(path.parent)
             return
-        self.config = AutoConfig.from_pretrained(path)
+        with named_source(place):
+            self.config = AutoConfig.from_pretrained(path)
         self.model = _loaded(path, self.config, DTYPES[given.dtype], like)
         if path.is_dir():
             self.stored_bytes = sum(x.stat().st_size for x in path.glob("*.safetensors")) or None

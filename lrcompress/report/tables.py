@@ -27,10 +27,10 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     table = plain_table(title + (f"; layers of {shared}" if shared else ""))
     table.add_column("layer", no_wrap=True)
     sparse = any(x.rows is not None for members in kinds.values() for x in members)
-    found = ("rows", "kept") if sparse else ("kept", "error", "loss +")
+    found = ("rows", "kept") if sparse else ("kept", "error", "predicted loss")
     products = any(x.first is not None for members in kinds.values() for x in members)
     terms = ("first", "terms") if products else ("rank",)
-    for heading in ("n", "left dense", "out×in", *terms, *found):
+    for heading in ("layers", "left dense", "out×in", *terms, *found):
         table.add_column(heading, justify="right", no_wrap=heading != "left dense")
     for kind, members in kinds.items():
         error = sum_or_none(x.error for x in members)

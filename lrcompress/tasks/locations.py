@@ -1,5 +1,8 @@
 """Where a model or tokenizer comes from: the hub, a folder, or an installed Python package."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +32,26 @@ def model_folder(path: str) -> str:
             "a config.json in it"
         )
     return str(folder) if folder.is_dir() else path
+
+
+@contextmanager
+def named_source(path: str) -> Iterator[None]:
+    """Say, where loading ``path`` from the hub fails, that there is no such folder either.
+
+    Raises:
+        NoMatchError: in place of the hub's error.
+        OSError: if there is a folder, in which something is wrong.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            raise
+        near = get_close_matches(folder.name, [x.name for x in folder.parent.glob("*/")])
+        here = f"no folder {path!r} here" + (f", nearest: {', '.join(near)}" if near else "")
+        told = str(error).splitlines()[0]
+        raise NoMatchError(f"there is {here}; and from the hub: {told}") from error
 
 
 def package_root(name: str) -> Path | None:

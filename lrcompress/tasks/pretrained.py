@@ -6,15 +6,19 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from lrcompress.tasks.locations import named_source
+
 
 def load_model(kind: Any, folder: str, pretrained: bool) -> Any:
     """Return a model of a class such as ``AutoModelForCausalLM``, in float32.
 
     It is in training mode; ``from_pretrained`` alone leaves it in evaluation mode.
     """
-    if pretrained:
-        return kind.from_pretrained(folder, dtype=torch.float32).train()
-    return kind.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).train()
+    with named_source(folder):
+        if pretrained:
+            return kind.from_pretrained(folder, dtype=torch.float32).train()
+        config = AutoConfig.from_pretrained(folder)
+    return kind.from_config(config, dtype=torch.float32).train()
 
 
 def load_for_fine_tuning(kind: Any, folder: str, pretrained: bool, num_labels: int) -> Any:
@@ -23,7 +27,8 @@ def load_for_fine_tuning(kind: Any, folder: str, pretrained: bool, num_labels: i
     Its head may be new, which is what fine-tuning starts from; a body with new weights is
     reported as ``transformers`` does.
     """
-    config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
+    with named_source(folder):
+        config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
     if config.pad_token_id is None:  # decoders classify by the last token that is no padding
         config.pad_token_id = config.eos_token_id
     if not pretrained:

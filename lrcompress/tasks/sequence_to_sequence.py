@@ -11,7 +11,7 @@ from lrcompress.errors import SettingError
 from lrcompress.statistics.masks import IGNORED
 from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.fine_tuning import FineTuning, Schedule
-from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks.locations import model_folder, named_source
 from lrcompress.tasks.pretrained import load_model
 from lrcompress.tasks.sequence_data import SequenceData
 
@@ -75,7 +75,8 @@ class SequenceToSequence(FineTuning):
         self.save_hyperparameters()
         self.max_written, self.beams = max_written, beams
         folder = model_folder(path)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        with named_source(path):
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         self.scores = nn.ModuleDict(
             {stage: ROUGEScore(rouge_keys=tuple(ROUGE)) for stage in ("val", "test")}
         )

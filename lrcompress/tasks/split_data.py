@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lrcompress.errors import SettingError
 from lrcompress.tasks.batches import Batch, BatchLoader, Rows, collate, grouped_batches
-from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks.locations import model_folder, named_source
 from lrcompress.tasks.tables import quiet
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -42,9 +42,10 @@ class SplitData(L.LightningDataModule, ABC):
         self, tokenizer: str, batch_size: int, eval_batch_size: int, num_workers: int, seed: int
     ) -> None:
         super().__init__()
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_folder(tokenizer), **self.tokenizer_options
-        )
+        with named_source(tokenizer):
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                model_folder(tokenizer), **self.tokenizer_options
+            )
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers

@@ -765,3 +765,40 @@ def test_a_second_fit_of_the_trainer_goes_on_factored(
     assert [point.step for point in second.report.points] == [20]
     pairs = zip(lrcompress.Plan.of(module), structure, strict=True)
     assert all(now.sizes["rank"] < before.sizes["rank"] for now, before in pairs)
+
+
+class Wrapped(L.LightningModule):
+    """A tagger with a test step, as wrapped by users."""
+
+    def __init__(self, model: L.LightningModule) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch), batch["labels"])
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("test_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+def test_checkpoints_of_before_and_after_a_point_are_tested_by_the_trainer_that_has_fitted(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    factorize = lrcompress.Factorize(0.5, "epoch:2", align=1, verbose=False, report_path=None)
+    run = trainer(factorize, saved, max_epochs=3, enable_checkpointing=True)
+    module = Wrapped(tagger())
+    run.fit(module, loader())
+    done = factorize.report.to_dict()
+    for epoch, kind in ((0, nn.Linear), (2, LowRankLinear)):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        (found,) = run.test(module, loader(), ckpt_path=path, verbose=False)
+        other = Wrapped(tagger())
+        lrcompress.Plan.matching(other, torch.load(path)["state_dict"]).apply_(other)
+        (expected,) = trainer().test(other, loader(), ckpt_path=path, verbose=False)
+        assert found == expected
+        assert type(module.model.blocks[0]["up"]) is kind
+    assert factorize.report.to_dict() == done

@@ -1,9 +1,12 @@
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 
+from lrcompress.cli import main
 from lrcompress.errors import NoMatchError
 from lrcompress.tasks.locations import model_folder, package_root
+from lrcompress.tasks.pretrained import load_for_fine_tuning, load_model
 
 
 def make_package(root: Path) -> None:
@@ -59,3 +62,26 @@ def test_a_path_to_nothing_is_no_hub_name(path: str) -> None:
 @pytest.mark.parametrize("name", ["no_such_package", "not-an-identifier", "csv"])
 def test_only_packages_have_a_root(name: str) -> None:
     assert package_root(name) is None
+
+
+def test_what_is_neither_a_folder_nor_to_be_had_from_the_hub_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mini-30").mkdir()
+    monkeypatch.chdir(tmp_path)
+    told = r"no folder 'mini-31' here, nearest: mini-30; and from the hub: \S"
+    with pytest.raises(NoMatchError, match=told):
+        load_model(AutoModelForCausalLM, model_folder("mini-31"), pretrained=True)
+    with pytest.raises(NoMatchError, match=r"no folder 'other' here; and from the hub: \S"):
+        load_for_fine_tuning(AutoModelForSequenceClassification, "other", False, 2)
+    GPT2Config(n_layer=1).save_pretrained("mini-30")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        load_model(AutoModelForCausalLM, "mini-30", pretrained=True)
+
+
+def test_bench_says_that_there_is_no_such_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "mini-31"]) == 1
+    assert "there is no folder 'mini-31' here; and from the hub" in capsys.readouterr().err
