@@ -1,13 +1,13 @@
 """Compression of a bare ``nn.Module``: observe, allocate ranks, solve, replace layers."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
@@ -21,22 +21,23 @@ from lrcompress.engine.kronecker_shapes import (
     solver_for,
     term_parameters,
 )
+from lrcompress.engine.observation import Loss, observable, observe_batch
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError
 from lrcompress.linalg import double
 from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
 from lrcompress.nn.kronecker import carry_kronecker
-from lrcompress.objective import METHODS, Metric, method_named
+from lrcompress.objective import METHODS, Metric
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import KroneckerFactors, Sizes
 from lrcompress.solvers.truncation import Factors
 from lrcompress.statistics.batches import batch_terms
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.masks import MASK, MaskSource, batch_decoder_mask, batch_mask
-from lrcompress.statistics.moments import KINDS, Statistics
+from lrcompress.statistics.masks import MASK, MaskSource
+from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
 from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
-from lrcompress.structure.selection import Selection, select
+from lrcompress.structure.selection import Selection
 from lrcompress.structure.surgery import (
     Carry,
     carry_dense,
@@ -45,8 +46,6 @@ from lrcompress.structure.surgery import (
     replace_,
     swap_parameters_,
 )
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def candidates(
@@ -286,58 +285,6 @@ def _set_factors_(
     return carry_dense(factors.left, factors.right, old.transposed)
 
 
-@contextmanager
-def observe(
-    model: nn.Module,
-    *,
-    method: str = "kfac",
-    kinds: Sequence[str] | None = None,
-    targets: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-    shared: bool = False,
-    offload: str | None = None,
-) -> Iterator[Recorder]:
-    """Accumulate statistics of the linear layers of ``model`` over chosen steps.
-
-    Args:
-        model: the module; nothing is written on it.
-        method: whose statistics to accumulate, a key of :data:`lrcompress.objective.METHODS`.
-        kinds: the statistics themselves, of :data:`lrcompress.statistics.moments.KINDS`, in place
-            of a method's.
-        targets: patterns of layer names; None is every linear layer of a numbered block.
-        exclude: patterns of layers to leave out.
-        shared: also observe layers with several uses a step, and tied weights.
-        offload: device the sums live on; None leaves them beside the layers.
-
-    Yields:
-        A :class:`~lrcompress.statistics.capture.Recorder`, which observes what runs inside its
-        ``step``. Its ``statistics`` are float32 sums over tokens and examples, such as
-        ``input_moment`` ``Σ x xᵀ`` ``(in, in)`` and ``output_moment`` ``Σ g gᵀ`` ``(out, out)``.
-
-    Raises:
-        SettingError: if the method or a kind is unknown.
-        NoMatchError: if a pattern matches no linear layer, or no layer is left to observe.
-        LayerError: if a layer named in full cannot be factored.
-
-    Cost:
-        A step runs without ``torch.compile``. ``kfac`` takes up to ``in² + out²`` multiply-adds a
-        token and ``4·(in² + out²)`` bytes a layer; layers that read one tensor share its part.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 3))
-        >>> with observe(model, method="drone") as recorder, recorder.step():
-        ...     _ = model(torch.ones(5, 2))
-        >>> recorder.statistics.of("0", ["input_moment"]).moment("input_moment").tolist()
-        [[5.0, 5.0], [5.0, 5.0]]
-    """
-    chosen = method_named(method).kinds if kinds is None else tuple(kinds)
-    for kind in chosen:
-        if kind not in KINDS:
-            raise SettingError(f"statistics are {', '.join(KINDS)}; got {kind!r}")
-    names = select(model, targets, exclude, shared=shared).names
-    yield Recorder(model, names, chosen, offload=offload, shared=shared)
-
-
 def compress(
     model: nn.Module,
     batches: Iterable[Any],
@@ -401,49 +348,12 @@ def compress(
         model, names, method.kinds, shared=chosen.shared, forward_only=not method.needs_gradients
     )
     if method.kinds:
-        with _observable(model, names, method.needs_gradients):
+        with observable(model, names, method.needs_gradients):
             for batch in batches:
-                _observe_batch(recorder, model, batch, loss, mask, (examples or batch_terms)(batch))
+                observe_batch(recorder, model, batch, loss, mask, (examples or batch_terms)(batch))
         if not recorder.statistics.steps:
             raise ObservationError(
                 f"nothing to learn from: {recorder.statistics.skipped} batches, "
                 "none with a finite loss"
             )
     return factor_(model, recorder.statistics, chosen)
-
-
-def _observe_batch(
-    recorder: Recorder,
-    model: nn.Module,
-    batch: Any,
-    loss: Loss,
-    mask: MaskSource,
-    count: int,
-) -> None:
-    found, missing = batch_mask(batch, mask, "compress")
-    decoder = None if mask is None else batch_decoder_mask(batch)
-    with recorder.step(found, decoder_mask=decoder, missing=missing, keep_outputs=True):
-        value = loss(model, batch)
-        finite = bool(value.isfinite())
-        recorder.commit(float(count), terms=count, finite=finite)
-        if finite and recorder.outputs and value.requires_grad:
-            torch.autograd.grad(value, recorder.outputs, allow_unused=True)
-
-
-@contextmanager
-def _observable(model: nn.Module, names: Sequence[str], gradients: bool) -> Iterator[None]:
-    """Set evaluation mode and let gradients reach the weights; restore both at the end."""
-    modes = {module: module.training for module in model.modules()}
-    weights = [p for name in names for p in view(model.get_submodule(name)).parameters]
-    frozen = [p for p in weights if gradients and not p.requires_grad]
-    try:
-        model.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.set_grad_enabled(gradients):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in frozen:
-            parameter.requires_grad_(False)
