@@ -55,7 +55,7 @@ class _ObserveOnly(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         finite = bool(loss.isfinite())
-        self.observation.before_backward(finite, trainer_state.loss_factor(trainer))
+        self.observation.before_backward(loss, finite, trainer_state.loss_factor(trainer))
 
     @override
     def on_before_optimizer_step(

@@ -313,7 +313,7 @@ class CompressionCallback(pl.Callback, ABC):
     ) -> None:
         if self._observation.observing:
             finite = bool(loss.isfinite())
-            self._observation.before_backward(finite, trainer_state.loss_factor(trainer))
+            self._observation.before_backward(loss, finite, trainer_state.loss_factor(trainer))
 
     @override
     def on_train_batch_end(

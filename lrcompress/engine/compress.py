@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
 from lrcompress.budget import Candidate, allocate, match_bounds
 from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.block_budget import allocate_with_blocks
 from lrcompress.engine.distributed_solve import Found, LayerSummary, install_factors_, solve_layers
 from lrcompress.engine.kronecker_shapes import (
     KroneckerShapes,
@@ -21,6 +22,7 @@ from lrcompress.engine.kronecker_shapes import (
     solver_for,
     term_parameters,
 )
+from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
 from lrcompress.engine.observation import Loss, observable, observe_batch
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError
@@ -36,6 +38,7 @@ from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.masks import MASK, MaskSource
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
+from lrcompress.structure.feed_forward import Blocks, BlockTrace
 from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
 from lrcompress.structure.selection import Selection
 from lrcompress.structure.surgery import (
@@ -139,6 +142,7 @@ def factor_(
     owner: Mapping[str, int] | None = None,
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
     forward_context: Context = nullcontext,
+    blocks: Blocks | None = None,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -156,6 +160,7 @@ def factor_(
         owner: the process of each layer, where only that one has observed it.
         track: yields layers while they are solved, as a progress bar does.
         forward_context: that the model runs in, such as autocast; layers are timed in it.
+        blocks: the feed-forward blocks of the model, where they may be narrowed.
 
     Returns:
         What was done, layer by layer.
@@ -174,24 +179,26 @@ def factor_(
     started = time.perf_counter()
     names = settings.select(model).names
     check_layers(model, names, settings)
+    shared: dict[str, Any] = {"processes": processes, "owner": owner, "track": track}
+    narrowing = solve_blocks(model, names, blocks, statistics, settings, **shared)
+    narrow = narrowing.narrow
+    ranked = tuple(name for name in names if name not in narrow) if narrow else names
     solutions = solve_layers(
         model,
-        names,
+        ranked,
         statistics,
         settings.method,
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
-        solver=solver_for(model, names, settings),
-        processes=processes,
-        owner=owner,
-        track=track,
+        solver=solver_for(model, ranked, settings),
+        **shared,
     )
     measured = solutions.measured
-    asked = candidates(model, names, settings, measured)
+    asked = candidates(model, ranked, settings, measured)
     observers = 1 if owner else processes.size
     seen = statistics.tokens / max(1, statistics.steps) / observers
-    choice = processes.run_on_first(
-        lambda: _choose_ranks(model, asked, settings, seen, forward_context)
+    choice, widths = processes.run_on_first(
+        lambda: _choose_sizes(model, asked, narrowing, settings, seen, forward_context)
     )
     _keep_lower_ranks(model, ranks := choice.ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
@@ -201,40 +208,52 @@ def factor_(
     def put(name: str, found: Found | None) -> None:
         _put_factors(model, name, chosen[name], measured[name].first, found, held)
 
-    reached = install_factors_(model, solutions, chosen, put, held)
-    layers = [
-        measured[c.name].record(
+    with narrowing.narrowed_(widths, held) as records:
+        reached = install_factors_(model, solutions, chosen, put, held)
+    records |= {
+        c.name: measured[c.name].record(
             c.name,
             (c.out_features, c.in_features),
             ranks[c.name],
-            choice.notes.get(c.name, ""),
+            choice.notes.get(c.name, "") or narrowing.left_alone.get(c.name, ""),
             reached.get(c.name),
             stood.get(c.name),
         )
         for c in asked
-    ]
+        if c.name in ranks
+    }
     return PointRecord(
         settings.method,
         step,
-        layers,
+        [records[name] for name in names],
         before,
         sum(p.numel() for p in model.parameters()),
         statistics.figures(),
         time.perf_counter() - started,
         bytes_before=bytes_before,
         bytes_after=stored_bytes(model),
-        note=choice.missed,
+        note="; ".join(filter(None, (choice.missed, narrowing.note(widths)))),
     )
 
 
-def _choose_ranks(
-    model: nn.Module, asked: Sequence[Candidate], settings: Settings, seen: float, context: Context
-) -> RankChoice:
+def _choose_sizes(
+    model: nn.Module,
+    asked: Sequence[Candidate],
+    narrowing: SolvedBlocks,
+    settings: Settings,
+    seen: float,
+    context: Context,
+) -> tuple[RankChoice, dict[str, int | None]]:
+    """Return the ranks of layers, and the widths of blocks that are narrowed in their place."""
     budget = settings.keep, settings.spread, settings.align
+    if narrowing.blocks:
+        blocks = narrowing.candidates(settings.keep_range)
+        ranks, widths = allocate_with_blocks(asked, blocks, settings.keep, settings.align)
+        return RankChoice(ranks), widths
     if not settings.keep_measured:
-        return RankChoice(allocate(asked, *budget))
+        return RankChoice(allocate(asked, *budget)), {}
     tokens = settings.measured_tokens or max(1, round(seen))
-    return allocate_by_latency(model, asked, *budget, tokens, context)
+    return allocate_by_latency(model, asked, *budget, tokens, context), {}
 
 
 def _keep_lower_ranks(model: nn.Module, ranks: dict[str, int | None]) -> None:
@@ -347,13 +366,18 @@ def compress(
     recorder = Recorder(
         model, names, method.kinds, shared=chosen.shared, forward_only=not method.needs_gradients
     )
+    blocks: Blocks | None = None
     if method.kinds:
         with observable(model, names, method.needs_gradients):
             for batch in batches:
-                observe_batch(recorder, model, batch, loss, mask, (examples or batch_terms)(batch))
+                count = (examples or batch_terms)(batch)
+                traced = chosen.narrow_blocks and blocks is None
+                trace = BlockTrace(model, names) if traced else None
+                found = observe_batch(recorder, model, batch, loss, mask, count, trace)
+                blocks = blocks or found
         if not recorder.statistics.steps:
             raise ObservationError(
                 f"nothing to learn from: {recorder.statistics.skipped} batches, "
                 "none with a finite loss"
             )
-    return factor_(model, recorder.statistics, chosen)
+    return factor_(model, recorder.statistics, chosen, blocks=blocks)
