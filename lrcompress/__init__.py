@@ -20,7 +20,7 @@ _PUBLIC = {
     "compress": "engine.compress",
     "load_pretrained": "export",
     "merge_dense": "export",
-    "observe": "engine.compress",
+    "observe": "engine.observation",
     "restore_structure": "structure.plan",
     "save_pretrained": "export",
 }

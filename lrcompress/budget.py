@@ -1,11 +1,13 @@
 """Rank allocation: a budget of parameters is shared by layers according to error curves.
 
-A rank costs ``out + in`` parameters, a layer left dense ``out·in``. ``keep`` is the share of
-the targeted layers' parameters that remains, over all of them together.
+Balanced factors of rank r take ``r·(out + in)`` parameters, pivoted rows ``r·(out + in − r)``, a
+layer left dense ``out·in``. ``keep`` is the share of the targeted layers' parameters that remains,
+over all of them together.
 """
 
 import heapq
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,6 +40,8 @@ class Candidate:
         highest: the greatest rank it may get; at ``dense`` parameters it is left dense.
         unit: parameters one rank costs; by default ``out + in``, those of a column and a row.
         most: the greatest rank there is; by default the smaller of the two.
+        costs: parameters at every rank from 0 on, rising, where they are no multiples of a unit,
+            as :func:`pivoted_costs` returns them.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Candidate:
     highest: int | None = None
     unit: int = 0
     most: int = 0
+    costs: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         unit = self.unit or self.out_features + self.in_features
@@ -64,7 +69,12 @@ class Candidate:
     @property
     def useful(self) -> int:
         """The greatest rank whose factors are smaller than the weight; 0 if there is none."""
-        return (self.dense - 1) // self.unit
+        return bisect_left(self.prices, self.dense) - 1
+
+    @property
+    def prices(self) -> Sequence[int]:
+        """The parameters at every rank from 0 on: ``costs``, or else multiples of ``unit``."""
+        return self.costs or range(0, self.dense + 2 * self.unit, self.unit)
 
     @property
     def top(self) -> int:
@@ -111,7 +121,36 @@ def cost(candidate: Candidate, rank: int | None) -> int:
         >>> [cost(Candidate("layer", 4, 6), rank) for rank in (1, 2, 3, None)]
         [10, 20, 24, 24]
     """
-    return candidate.dense if rank is None else min(rank * candidate.unit, candidate.dense)
+    return candidate.dense if rank is None else min(_price(candidate, rank), candidate.dense)
+
+
+def _price(candidate: Candidate, rank: int) -> int:
+    """Return the parameters of factors of a rank, be they more than those of the dense layer."""
+    prices = candidate.prices
+    return prices[rank] if rank < len(prices) else candidate.dense
+
+
+def pivoted_costs(out_features: int, in_features: int) -> tuple[int, ...]:
+    """Return the parameters of pivoted rows at every rank from 0 to full: ``r·(out + in − r)``.
+
+    At full rank they are those of the dense layer.
+
+    Example:
+        >>> pivoted_costs(3, 4)
+        (0, 6, 10, 12)
+    """
+    both = out_features + in_features
+    return tuple(r * (both - r) for r in range(min(out_features, in_features) + 1))
+
+
+def _rank_within(prices: Sequence[int], parameters: float) -> float:
+    """Return the rank that so many parameters buy, with the share of the next one."""
+    if isinstance(prices, range):
+        return parameters / prices.step
+    rank = bisect_right(prices, parameters + 1e-6) - 1
+    if rank + 1 == len(prices):
+        return float(rank)
+    return rank + max(0.0, parameters - prices[rank]) / (prices[rank + 1] - prices[rank])
 
 
 def allocate(
@@ -124,9 +163,10 @@ def allocate(
 
     Uniform: every layer keeps the same share of its own parameters. Global: minimises
     ``Σ_l Σ_{j>r_l} energies_l[j]`` under ``Σ_l cost_l ≤ keep · Σ_l dense_l`` by taking, over
-    the convex hulls of the layers' curves, what saves most per parameter; a hull ends in the
-    dense layer, which loses nothing. Ranks from ``align`` on are multiples of it as far as that
-    leaves no budget unused; the remainder, smaller than one rank, is all that is lost.
+    the convex hulls of the layers' (parameters, loss) pairs, what saves most per parameter; a
+    hull ends in the dense layer, which loses nothing. Ranks from ``align`` on are multiples of it
+    as far as that leaves no budget unused; the remainder, smaller than one rank, is all that is
+    lost.
 
     Args:
         candidates: the targeted layers.
@@ -183,7 +223,7 @@ def _fixed_rank(candidate: Candidate) -> int | None:
             )
         return _dense_above(candidate, candidate.rank)
     share = check_keep(candidate.keep or 0, f"keep of layer {candidate.name!r}")
-    rank = int(share * candidate.dense / candidate.unit + 1e-9)
+    rank = int(_rank_within(candidate.prices, share * candidate.dense) + 1e-9)
     return max(1, rank) if share < 1 and candidate.useful else None
 
 
@@ -204,7 +244,7 @@ def _uniform(free: Sequence[Candidate], budget: int, align: int) -> dict[str, in
         left -= sum(cost(c, bound[c.name]) for c in open_ if c.name in bound)
         ranks |= bound
         open_ = [c for c in open_ if c.name not in bound]
-    fair = {c.name: share * c.dense / c.unit for c in free}
+    fair = {c.name: _rank_within(c.prices, share * c.dense) for c in free}
     for c in open_:
         whole = int(fair[c.name] + 1e-9)
         rounded = whole // align * align or whole
@@ -229,13 +269,17 @@ def _global(free: Sequence[Candidate], budget: int, align: int) -> dict[str, int
             ranks[candidate.name], left = rank, left - extra
         elif rank > candidate.useful:  # too dear to stay dense: what are its factors worth then?
             hulls[i] = _hull(candidate, tails[candidate.name], now, candidate.useful, align)
+        elif candidate.costs:  # of a step over many ranks, some may be had
+            most = int(_rank_within(candidate.costs, _price(candidate, now) + left))
+            hulls[i] = _hull(candidate, tails[candidate.name], now, most, align)
         else:
             hulls[i] = []  # what comes after builds on this one
         if hulls[i]:
             heapq.heappush(queue, (-hulls[i][0][0], i))
 
     def worth(c: Candidate, rank: int) -> float:
-        return (tails[c.name][rank] - tails[c.name][rank + 1]) / c.unit
+        saved = tails[c.name][rank] - tails[c.name][rank + 1]
+        return saved / (_price(c, rank + 1) - _price(c, rank))
 
     return _fill(free, ranks, budget, align, worth)
 
@@ -301,7 +345,11 @@ def _grown(candidate: Candidate, rank: int, step: int) -> int:
 
 
 def match_bounds(
-    keep_range: tuple[float, float], out_features: int, in_features: int, unit: int | None = None
+    keep_range: tuple[float, float],
+    out_features: int,
+    in_features: int,
+    unit: int | None = None,
+    costs: Sequence[int] = (),
 ) -> tuple[int, int | None]:
     """Return the least and the greatest rank for a range of keep per layer.
 
@@ -310,6 +358,7 @@ def match_bounds(
         out_features: rows of the weight.
         in_features: columns of the weight.
         unit: parameters one rank costs; None is ``out + in``.
+        costs: as of :class:`Candidate`.
 
     Returns:
         The two ranks; the second is None where a layer may stay dense.
@@ -318,10 +367,10 @@ def match_bounds(
         >>> match_bounds((0.1, 0.5), out_features=100, in_features=100)
         (5, 25)
     """
-    least, greatest = keep_range
-    scale = out_features * in_features / (unit or out_features + in_features)
-    lowest = max(1, math.ceil(least * scale - 1e-9))
-    return lowest, None if greatest >= 1 else max(1, int(greatest * scale + 1e-9))
+    layer = Candidate("", out_features, in_features, unit=unit or 0, costs=costs)
+    least, greatest = (_rank_within(layer.prices, keep * layer.dense) for keep in keep_range)
+    lowest = max(1, math.ceil(least - 1e-9))
+    return lowest, None if keep_range[1] >= 1 else max(1, int(greatest + 1e-9))
 
 
 def kept_share(candidates: Sequence[Candidate], ranks: Mapping[str, int | None]) -> float:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ from lrcompress.budget import (
     kept_share,
     kept_units,
     match_bounds,
+    pivoted_costs,
 )
 from lrcompress.errors import SettingError
 
 each_allocation = pytest.mark.parametrize("allocation", ALLOCATIONS)
 each_seed = pytest.mark.parametrize("seed", range(12))
+PIVOTED = {"balanced": 0.0, "pivoted": 1.0, "mixed": 0.5}  # share of the layers
+each_storage = pytest.mark.parametrize("pivoted", PIVOTED.values(), ids=PIVOTED)
 
 
 def spectrum(size: int, decay: float) -> Tensor:
@@ -29,20 +33,33 @@ def spectrum(size: int, decay: float) -> Tensor:
     return falling * torch.arange(1, size + 1).double() ** -decay
 
 
-def layer(name: str, out: int, in_: int, decay: float = 1.0, **bounds: int | None) -> Candidate:
-    return Candidate(name, out, in_, spectrum(min(out, in_), decay), **bounds)  # type: ignore[arg-type]
+def layer(
+    name: str,
+    out: int,
+    in_: int,
+    decay: float = 1.0,
+    *,
+    pivoted: bool = False,
+    **bounds: int | None,
+) -> Candidate:
+    costs = pivoted_costs(out, in_) if pivoted else ()
+    curve = spectrum(min(out, in_), decay)
+    return Candidate(name, out, in_, curve, costs=costs, **bounds)  # type: ignore[arg-type]
 
 
-def random_layers(chance: random.Random, bounded: bool) -> list[Candidate]:
+def random_layers(chance: random.Random, bounded: bool, pivoted: float) -> list[Candidate]:
     keep_range = (0.0, 1.0)
     if bounded:
         keep_range = (chance.choice([0.0, 0.05, 0.2]), chance.choice([0.4, 0.7, 1.0]))
     layers = []
     for i in range(chance.randint(1, 9)):
         out, in_ = (chance.choice([2, 7, 16, 40, 64, 100]) for _ in range(2))
-        lowest, highest = match_bounds(keep_range, out, in_)
+        rows = chance.random() < pivoted
+        costs = pivoted_costs(out, in_) if rows else ()
+        lowest, highest = match_bounds(keep_range, out, in_, costs=costs)
         decay = chance.uniform(0, 2)
-        layers.append(layer(f"layer.{i}", out, in_, decay, lowest=lowest, highest=highest))
+        bounds = {"lowest": lowest, "highest": highest}
+        layers.append(layer(f"layer.{i}", out, in_, decay, pivoted=rows, **bounds))
     return layers
 
 
@@ -64,12 +81,13 @@ def lost(layers: list[Candidate], ranks: dict[str, int | None]) -> float:
 @each_seed
 @pytest.mark.parametrize("align", [1, 4, 8])
 @pytest.mark.parametrize("bounded", [False, True])
+@each_storage
 def test_keep_is_met_to_within_one_rank_of_any_layer_that_could_grow(
-    allocation: str, seed: int, align: int, bounded: bool
+    allocation: str, seed: int, align: int, bounded: bool, pivoted: float
 ) -> None:
     chance = random.Random(seed)
     torch.manual_seed(seed)
-    layers = random_layers(chance, bounded)
+    layers = random_layers(chance, bounded, pivoted)
     total = sum(c.dense for c in layers)
     for keep in (0.05, 0.3, 0.5, 0.77, 0.95, 1.0):
         try:
@@ -169,18 +187,115 @@ def test_global_is_the_best_of_all_allocations_to_within_a_rank(seed: int, keep:
 
 @each_seed
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("pivoted", [(), (0,), (1, 2), (0, 1, 2)])
 def test_global_with_dense_layers_is_near_the_best_of_all_allocations(
-    seed: int, keep: float
+    seed: int, keep: float, pivoted: tuple[int, ...]
 ) -> None:
     chance = random.Random(seed)
     torch.manual_seed(seed)
+    sizes = [chance.choices([9, 12, 20], k=2) for _ in range(3)]
     layers = [
-        layer(f"{i}", *chance.choices([9, 12, 20], k=2), chance.uniform(0, 1)) for i in range(3)
+        layer(f"{i}", *both, chance.uniform(0, 1), pivoted=i in pivoted)
+        for i, both in enumerate(sizes)
     ]
     budget = keep * sum(c.dense for c in layers)
     ranks = allocate(layers, keep, "global")
     best = min(lost(layers, v) for v in vectors(layers) if spent(layers, v) <= budget)
     assert best - 1e-9 <= lost(layers, ranks) <= 1.2 * best + 1e-9
+
+
+def least_lost(layers: list[Candidate], budget: int) -> float:
+    """What the best allocation loses, by dynamic programming over the parameters spent."""
+    best = torch.zeros(budget + 1, dtype=torch.float64)
+    for c in layers:
+        assert c.energies is not None
+        grown = torch.full_like(best, math.inf)
+        every: list[int | None] = [*range(c.least, min(c.top, c.useful) + 1), None]
+        for rank in every:
+            loss, price = lost([c], {c.name: rank}), cost(c, rank)
+            if price <= budget:
+                grown[price:] = torch.minimum(grown[price:], best[: budget + 1 - price] + loss)
+        best = grown
+    return float(best[-1])
+
+
+@each_seed
+@pytest.mark.parametrize("keep", [0.4, 0.6, 0.8, 0.9])
+@each_storage
+def test_global_over_many_layers_is_near_the_least_loss_there_is(
+    seed: int, keep: float, pivoted: float
+) -> None:
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    layers = random_layers(chance, False, pivoted) + [
+        layer(
+            f"more.{i}",
+            *chance.choices([20, 25, 32], k=2),
+            chance.uniform(0, 2),
+            pivoted=pivoted == 1,
+        )
+        for i in range(4)
+    ]
+    layers = [c for c in layers if c.dense > 100]
+    ranks = allocate(layers, keep, "global")
+    best = least_lost(layers, math.floor(keep * sum(c.dense for c in layers) + 1e-6))
+    assert best - 1e-9 <= lost(layers, ranks) <= 1.2 * best + 1e-9
+
+
+def test_every_rank_of_pivoted_rows_is_smaller_than_the_dense_layer_but_the_last() -> None:
+    for out, in_ in itertools.product([1, 2, 3, 6, 12, 40], repeat=2):
+        c = layer("a", out, in_, pivoted=True)
+        assert c.useful == min(out, in_) - 1
+        for rank in range(c.useful + 1):
+            assert cost(c, rank) == rank * in_ + (out - rank) * rank
+        assert cost(c, min(out, in_)) == c.dense == cost(c, None)
+
+
+@each_allocation
+@pytest.mark.parametrize("keep", [0.9, 0.97, 0.99])
+def test_a_keep_near_one_is_spent_to_within_a_rank_of_pivoted_rows(
+    allocation: str, keep: float
+) -> None:
+    torch.manual_seed(0)
+    layers = [layer(f"{i}", 40, 40, pivoted=True) for i in range(3)]
+    ranks = allocate(layers, keep, allocation)
+    assert keep * 4800 - spent(layers, ranks) < 40
+    if allocation == "uniform":
+        assert None not in ranks.values()
+
+
+def test_a_step_over_many_ranks_is_taken_as_far_as_the_budget_goes() -> None:
+    """With falling prices a flat spectrum is best kept whole, which nothing is left to pay for."""
+    layers = [
+        Candidate(
+            "steep", 20, 20, torch.tensor([1e9] * 10 + [1e-9] * 10), costs=pivoted_costs(20, 20)
+        ),
+        Candidate("flat", 20, 20, torch.ones(20), costs=pivoted_costs(20, 20)),
+    ]
+    ranks = allocate(layers, 0.7, "global")
+    within = [v for v in vectors(layers) if spent(layers, v) <= 560]
+    assert lost(layers, ranks) == pytest.approx(min(lost(layers, v) for v in within))
+
+
+@each_seed
+def test_costs_that_are_multiples_of_a_unit_change_nothing(seed: int) -> None:
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    layers = [c for c in random_layers(chance, False, 0.0) if c.useful]
+    stated = [replace(c, costs=tuple(c.prices[: c.useful + 2])) for c in layers]
+    for allocation, keep in itertools.product(ALLOCATIONS, (0.65, 0.8, 0.95)):
+        assert allocate(stated, keep, allocation, 4) == allocate(layers, keep, allocation, 4)
+
+
+@pytest.mark.parametrize("rank", [20, 39])
+def test_a_rank_of_its_own_is_kept_where_pivoted_rows_are_smaller(rank: int) -> None:
+    assert allocate([layer("a", 40, 40, pivoted=True, rank=rank)], None) == {"a": rank}
+    assert allocate([layer("a", 40, 40, pivoted=True, rank=40)], None) == {"a": None}
+
+
+def test_a_keep_of_its_own_counts_pivoted_rows() -> None:
+    found = allocate([replace(layer("a", 40, 40, pivoted=True), keep=0.75)], None)
+    assert found == {"a": 20}  # 20 · 60 of 1,600
 
 
 def test_global_gives_flat_spectra_whole_layers() -> None:
@@ -308,17 +423,19 @@ def test_another_keep_is_refused_in_the_words_it_was_given(keep: object, found: 
 
 @pytest.mark.parametrize("sizes", [(40, 40), (64, 16), (7, 300)])
 @pytest.mark.parametrize("keep_range", [(0.0, 1.0), (0.1, 0.5), (0.25, 0.25), (0.9, 1.0)])
+@pytest.mark.parametrize("pivoted", [False, True])
 def test_bounds_are_the_ranks_within_a_range_of_keeps(
-    sizes: tuple[int, int], keep_range: tuple[float, float]
+    sizes: tuple[int, int], keep_range: tuple[float, float], pivoted: bool
 ) -> None:
-    lowest, highest = match_bounds(keep_range, *sizes)
-    c = Candidate("a", *sizes)
-    assert lowest == 1 or cost(c, lowest - 1) < keep_range[0] * c.dense <= lowest * c.unit
+    c = layer("a", *sizes, pivoted=pivoted)
+    lowest, highest = match_bounds(keep_range, *sizes, costs=c.costs)
+    assert lowest == 1 or cost(c, lowest - 1) < keep_range[0] * c.dense <= c.prices[lowest]
     if keep_range[1] == 1:
         assert highest is None
     else:
         assert highest is not None
-        assert highest == 1 or highest * c.unit <= keep_range[1] * c.dense < (highest + 1) * c.unit
+        most = keep_range[1] * c.dense
+        assert highest == 1 or c.prices[highest] <= most < c.prices[highest + 1]
 
 
 def test_useful_ranks_are_those_whose_factors_are_smaller() -> None:

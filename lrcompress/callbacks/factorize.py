@@ -18,6 +18,7 @@ from lrcompress.callbacks.sensitivity import DenseLayers
 from lrcompress.callbacks.warmup import check_warmup
 from lrcompress.engine.compress import factor_, preview
 from lrcompress.engine.kronecker_shapes import check_layers
+from lrcompress.engine.narrow_blocks import check_sharding
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
@@ -62,7 +63,11 @@ class Factorize(CompressionCallback):
         shapes: With ``kronecker``, the rows and columns of the first factors for layers matching
             a pattern, as ``{"*.query": [384, 768]}``; by default the divisors that lose least.
         keep_range: Least and greatest share that any one layer may keep.
-        align: Ranks are multiples of it, as far as no budget is lost by that.
+        align: Ranks and widths are multiples of it, as far as no budget is lost by that.
+        narrow_blocks: Let feed-forward blocks keep some of their inner features in place of ranks,
+            where that is predicted to lose less: their layers become narrower dense ones, and
+            what reads the features is solved anew. Blocks are found in the graph of the first
+            step that is looked at; for methods that know the predicted loss, and not under FSDP2.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
             ``"step:N"``.
         every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
@@ -146,6 +151,7 @@ class Factorize(CompressionCallback):
         shapes: dict[str, list[int]] | None = None,
         keep_range: tuple[float, float] = (0.0, 1.0),
         align: int = 8,
+        narrow_blocks: bool = False,
         window: float | str = "epoch:1",
         every_n_steps: int | None = None,
         max_tokens: int | None = None,
@@ -187,6 +193,7 @@ class Factorize(CompressionCallback):
                 shapes=shapes or {},
                 keep_range=keep_range,
                 align=align,
+                narrow_blocks=narrow_blocks,
                 refit_bias=refit_bias,
                 shrink=shrink,
                 shared=shared,
@@ -195,6 +202,11 @@ class Factorize(CompressionCallback):
             )
             for share in keeps_at
         ]
+        if narrow_blocks and measure_layers:
+            raise SettingError(
+                "measure_layers=True puts dense layers back one by one, which do not fit between "
+                "those of a narrowed block; leave it or narrow_blocks out"
+            )
         if len(points) > 1 and METHODS[method].form != "low_rank":
             raise SettingError(
                 f"method={method!r} factors dense layers, which they are at the first point "
@@ -287,6 +299,8 @@ class Factorize(CompressionCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if any(one.narrow_blocks for one in self.settings):
+            check_sharding(self._processes)
         if self._processes.sharded and self.measure_layers:
             raise PlatformError(
                 "measure_layers=True puts layers back in turn, of which each process has only a "
@@ -316,6 +330,7 @@ class Factorize(CompressionCallback):
             owner=self._observation.owner,
             track=reporting.solving_bar if self.verbose else iter,
             forward_context=trainer.precision_plugin.forward_context,
+            blocks=self._observation.blocks,
         )
         self._sync_structure(trainer, module)
         record.metrics = {"before": before, "after": {}}
@@ -356,6 +371,11 @@ class Factorize(CompressionCallback):
         ]
         if settings.method == "kronecker":
             notes.append("shapes are those that the weights alone would get; measured at the point")
+        if settings.narrow_blocks:
+            notes.append(
+                "feed-forward blocks are found in the first step that is looked at; at the point "
+                "those are narrowed for which that is predicted to lose less than ranks"
+            )
         if settings.keep_measured:
             notes.append("layers that are not faster with factors stay; measured at the point")
         optimizers = self._live[1] if self._live else ()

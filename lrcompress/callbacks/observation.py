@@ -23,6 +23,7 @@ from lrcompress.statistics.reduction import (
     of_layers,
     reduce_to_first_,
 )
+from lrcompress.structure.feed_forward import Blocks, BlockTrace
 
 _EVERY, _FEWEST = 10, 16  # steps
 _DEALT_FROM = 1 << 30  # bytes of statistics from which on layers are dealt to processes
@@ -107,6 +108,8 @@ class Observation:
         self._loaded: Mapping[str, Any] | None = None  # its statistics, until layers are known
         self._everything: Recorder | None = None  # of all layers, where only some are observed
         self.owner: dict[str, int] | None = None  # which process observes a layer, if one alone
+        self.blocks: Blocks | None = None  # of the model, where they are to be found
+        self._trace: BlockTrace | None = None
 
     @property
     def observing(self) -> bool:
@@ -130,6 +133,8 @@ class Observation:
             loaded = self._loaded if self.owner is None else of_layers(self._loaded, own)
             self.statistics.load_state_dict(loaded, self._device)
         self._loaded = None
+        if isinstance(settings, Settings) and settings.narrow_blocks and self.blocks is None:
+            self._trace = BlockTrace(module, settings.watched(module))
         self._everything = None if self.owner is None else every
         self._recorder = self._new_recorder(module, settings, own, self.statistics)
         if drawn:
@@ -205,7 +210,7 @@ class Observation:
     def reset(self) -> None:
         """Drop all statistics after a point, since they were of other weights."""
         self.statistics, self._recorder, self._tap = Statistics(), None, None
-        self._loaded = self._everything = self.owner = None
+        self._loaded = self._everything = self.owner = self.blocks = self._trace = None
         self._folded = (0, 0)
 
     def due(self, ahead: int, window: int) -> bool:
@@ -260,6 +265,8 @@ class Observation:
             mask, decoder_mask=decoder, missing=missing, trial=trial, keep_outputs=tapped
         )
         self._step.enter_context(watching)
+        if self._trace is not None:
+            self._step.enter_context(self._trace.forward())
         if self._tap is not None and tapped:
             self._step.enter_context(self._tap.listening())
 
@@ -267,13 +274,15 @@ class Observation:
         """Add the inputs of the forward pass, and observe gradients from here on.
 
         Args:
-            loss: of the step.
+            loss: of the step; its graph tells of feed-forward blocks.
             factor: what the mean loss is multiplied by before its backward pass.
 
         Raises:
             ObservationError: if labels are to be drawn and no logits were found.
         """
         finite = bool(loss.isfinite())
+        if self._trace is not None:
+            self.blocks, self._trace = self._trace.blocks(loss), None
         if self._trial:
             self._watching.commit(finite=finite)
             return
@@ -309,7 +318,7 @@ class Observation:
 
         Where each has observed its own layers, nothing is summed but counts.
         """
-        self._recorder = self._tap = self._everything = None
+        self._recorder = self._tap = self._everything = self._trace = None
         if self.owner is None:
             all_reduce_(self.statistics, self.processes, self._device)
             return
@@ -342,6 +351,10 @@ class Observation:
         add up the same numbers in the same order. Where each observes its own layers, they stay
         where they are, and the first returns copies of all.
         """
+        blocks = {} if self.blocks is None else {"blocks": self.blocks.to_dict()}
+        return self._sums() | blocks
+
+    def _sums(self) -> dict[str, Any]:
         if self._loaded is not None:  # nothing was observed since
             return {"statistics": self._loaded, "folded": list(self._folded)}
         if self.owner is not None:
@@ -363,6 +376,7 @@ class Observation:
 
         Sums stay in the file's tensors until :meth:`watch` knows which layers are this process's.
         """
+        self.blocks = Blocks.from_dict(state["blocks"]) if "blocks" in state else None
         steps, tokens = state["folded"]
         sides = (state["statistics"][side].values() for side in ("inputs", "outputs"))
         self._held = {kind for side in sides for sums in side for kind in sums} if steps else None

@@ -1,18 +1,19 @@
 """Compression of a bare ``nn.Module``: observe, allocate ranks, solve, replace layers."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
 from lrcompress.budget import Candidate, allocate, match_bounds
 from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.block_budget import allocate_with_blocks
 from lrcompress.engine.distributed_solve import Found, LayerSummary, install_factors_, solve_layers
 from lrcompress.engine.kronecker_shapes import (
     KroneckerShapes,
@@ -21,22 +22,24 @@ from lrcompress.engine.kronecker_shapes import (
     solver_for,
     term_parameters,
 )
+from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
+from lrcompress.engine.observation import Loss, observable, observe_batch
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError
 from lrcompress.linalg import double
 from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
 from lrcompress.nn.kronecker import carry_kronecker
-from lrcompress.objective import METHODS, Metric, method_named
+from lrcompress.objective import METHODS, Metric
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import KroneckerFactors, Sizes
 from lrcompress.solvers.truncation import Factors
-from lrcompress.statistics.batches import batch_terms
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.masks import MASK, MaskSource, batch_decoder_mask, batch_mask
-from lrcompress.statistics.moments import KINDS, Statistics
+from lrcompress.statistics.masks import MASK, MaskSource
+from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
+from lrcompress.structure.feed_forward import Blocks, BlockTrace
 from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
-from lrcompress.structure.selection import Selection, select
+from lrcompress.structure.selection import Selection
 from lrcompress.structure.surgery import (
     Carry,
     carry_dense,
@@ -45,8 +48,6 @@ from lrcompress.structure.surgery import (
     replace_,
     swap_parameters_,
 )
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def candidates(
@@ -140,6 +141,7 @@ def factor_(
     owner: Mapping[str, int] | None = None,
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
     forward_context: Context = nullcontext,
+    blocks: Blocks | None = None,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -157,6 +159,7 @@ def factor_(
         owner: the process of each layer, where only that one has observed it.
         track: yields layers while they are solved, as a progress bar does.
         forward_context: that the model runs in, such as autocast; layers are timed in it.
+        blocks: the feed-forward blocks of the model, where they may be narrowed.
 
     Returns:
         What was done, layer by layer.
@@ -175,24 +178,26 @@ def factor_(
     started = time.perf_counter()
     names = settings.select(model).names
     check_layers(model, names, settings)
+    shared: dict[str, Any] = {"processes": processes, "owner": owner, "track": track}
+    narrowing = solve_blocks(model, names, blocks, statistics, settings, **shared)
+    narrow = narrowing.narrow
+    ranked = tuple(name for name in names if name not in narrow) if narrow else names
     solutions = solve_layers(
         model,
-        names,
+        ranked,
         statistics,
         settings.method,
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
-        solver=solver_for(model, names, settings),
-        processes=processes,
-        owner=owner,
-        track=track,
+        solver=solver_for(model, ranked, settings),
+        **shared,
     )
     measured = solutions.measured
-    asked = candidates(model, names, settings, measured)
+    asked = candidates(model, ranked, settings, measured)
     observers = 1 if owner else processes.size
     seen = statistics.tokens / max(1, statistics.steps) / observers
-    choice = processes.run_on_first(
-        lambda: _choose_ranks(model, asked, settings, seen, forward_context)
+    choice, widths = processes.run_on_first(
+        lambda: _choose_sizes(model, asked, narrowing, settings, seen, forward_context)
     )
     _keep_lower_ranks(model, ranks := choice.ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
@@ -202,40 +207,52 @@ def factor_(
     def put(name: str, found: Found | None) -> None:
         _put_factors(model, name, chosen[name], measured[name].first, found, held)
 
-    reached = install_factors_(model, solutions, chosen, put, held)
-    layers = [
-        measured[c.name].record(
+    with narrowing.narrowed_(widths, held) as records:
+        reached = install_factors_(model, solutions, chosen, put, held)
+    records |= {
+        c.name: measured[c.name].record(
             c.name,
             (c.out_features, c.in_features),
             ranks[c.name],
-            choice.notes.get(c.name, ""),
+            choice.notes.get(c.name, "") or narrowing.left_alone.get(c.name, ""),
             reached.get(c.name),
             stood.get(c.name),
         )
         for c in asked
-    ]
+        if c.name in ranks
+    }
     return PointRecord(
         settings.method,
         step,
-        layers,
+        [records[name] for name in names],
         before,
         sum(p.numel() for p in model.parameters()),
         statistics.figures(),
         time.perf_counter() - started,
         bytes_before=bytes_before,
         bytes_after=stored_bytes(model),
-        note=choice.missed,
+        note="; ".join(filter(None, (choice.missed, narrowing.note(widths)))),
     )
 
 
-def _choose_ranks(
-    model: nn.Module, asked: Sequence[Candidate], settings: Settings, seen: float, context: Context
-) -> RankChoice:
+def _choose_sizes(
+    model: nn.Module,
+    asked: Sequence[Candidate],
+    narrowing: SolvedBlocks,
+    settings: Settings,
+    seen: float,
+    context: Context,
+) -> tuple[RankChoice, dict[str, int | None]]:
+    """Return the ranks of layers, and the widths of blocks that are narrowed in their place."""
     budget = settings.keep, settings.spread, settings.align
+    if narrowing.blocks:
+        blocks = narrowing.candidates(settings.keep_range)
+        ranks, widths = allocate_with_blocks(asked, blocks, settings.keep, settings.align)
+        return RankChoice(ranks), widths
     if not settings.keep_measured:
-        return RankChoice(allocate(asked, *budget))
+        return RankChoice(allocate(asked, *budget)), {}
     tokens = settings.measured_tokens or max(1, round(seen))
-    return allocate_by_latency(model, asked, *budget, tokens, context)
+    return allocate_by_latency(model, asked, *budget, tokens, context), {}
 
 
 def _keep_lower_ranks(model: nn.Module, ranks: dict[str, int | None]) -> None:
@@ -284,58 +301,6 @@ def _set_factors_(
         held = (layer.left.weight, layer.right.weight)
         return carry_factors(held, (factors.left, factors.right))
     return carry_dense(factors.left, factors.right, old.transposed)
-
-
-@contextmanager
-def observe(
-    model: nn.Module,
-    *,
-    method: str = "kfac",
-    kinds: Sequence[str] | None = None,
-    targets: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-    shared: bool = False,
-    offload: str | None = None,
-) -> Iterator[Recorder]:
-    """Accumulate statistics of the linear layers of ``model`` over chosen steps.
-
-    Args:
-        model: the module; nothing is written on it.
-        method: whose statistics to accumulate, a key of :data:`lrcompress.objective.METHODS`.
-        kinds: the statistics themselves, of :data:`lrcompress.statistics.moments.KINDS`, in place
-            of a method's.
-        targets: patterns of layer names; None is every linear layer of a numbered block.
-        exclude: patterns of layers to leave out.
-        shared: also observe layers with several uses a step, and tied weights.
-        offload: device the sums live on; None leaves them beside the layers.
-
-    Yields:
-        A :class:`~lrcompress.statistics.capture.Recorder`, which observes what runs inside its
-        ``step``. Its ``statistics`` are float32 sums over tokens and examples, such as
-        ``input_moment`` ``Σ x xᵀ`` ``(in, in)`` and ``output_moment`` ``Σ g gᵀ`` ``(out, out)``.
-
-    Raises:
-        SettingError: if the method or a kind is unknown.
-        NoMatchError: if a pattern matches no linear layer, or no layer is left to observe.
-        LayerError: if a layer named in full cannot be factored.
-
-    Cost:
-        A step runs without ``torch.compile``. ``kfac`` takes up to ``in² + out²`` multiply-adds a
-        token and ``4·(in² + out²)`` bytes a layer; layers that read one tensor share its part.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 3))
-        >>> with observe(model, method="drone") as recorder, recorder.step():
-        ...     _ = model(torch.ones(5, 2))
-        >>> recorder.statistics.of("0", ["input_moment"]).moment("input_moment").tolist()
-        [[5.0, 5.0], [5.0, 5.0]]
-    """
-    chosen = method_named(method).kinds if kinds is None else tuple(kinds)
-    for kind in chosen:
-        if kind not in KINDS:
-            raise SettingError(f"statistics are {', '.join(KINDS)}; got {kind!r}")
-    names = select(model, targets, exclude, shared=shared).names
-    yield Recorder(model, names, chosen, offload=offload, shared=shared)
 
 
 def compress(
@@ -400,51 +365,17 @@ def compress(
     recorder = Recorder(
         model, names, method.kinds, shared=chosen.shared, forward_only=not method.needs_gradients
     )
+    blocks: Blocks | None = None
     if method.kinds:
-        with _observable(model, names, method.needs_gradients):
+        with observable(model, names, method.needs_gradients):
             for batch in batches:
-                _observe_batch(recorder, model, batch, loss, mask, examples)
+                traced = chosen.narrow_blocks and blocks is None
+                trace = BlockTrace(model, names) if traced else None
+                found = observe_batch(recorder, model, batch, loss, mask, examples, trace)
+                blocks = blocks or found
         if not recorder.statistics.steps:
             raise ObservationError(
                 f"nothing to learn from: {recorder.statistics.skipped} batches, "
                 "none with a finite loss"
             )
-    return factor_(model, recorder.statistics, chosen)
-
-
-def _observe_batch(
-    recorder: Recorder,
-    model: nn.Module,
-    batch: Any,
-    loss: Loss,
-    mask: MaskSource,
-    examples: Callable[[Any], int] | None,
-) -> None:
-    found, missing = batch_mask(batch, mask, "compress")
-    decoder = None if mask is None else batch_decoder_mask(batch)
-    with recorder.step(found, decoder_mask=decoder, missing=missing, keep_outputs=True):
-        value = loss(model, batch)
-        finite = bool(value.isfinite())
-        count = batch_terms(batch, value) if examples is None else examples(batch)
-        recorder.commit(float(count), terms=count, finite=finite)
-        if finite and recorder.outputs and value.requires_grad:
-            torch.autograd.grad(value, recorder.outputs, allow_unused=True)
-
-
-@contextmanager
-def _observable(model: nn.Module, names: Sequence[str], gradients: bool) -> Iterator[None]:
-    """Set evaluation mode and let gradients reach the weights; restore both at the end."""
-    modes = {module: module.training for module in model.modules()}
-    weights = [p for name in names for p in view(model.get_submodule(name)).parameters]
-    frozen = [p for p in weights if gradients and not p.requires_grad]
-    try:
-        model.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.set_grad_enabled(gradients):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    return factor_(model, recorder.statistics, chosen, blocks=blocks)

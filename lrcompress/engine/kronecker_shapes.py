@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lrcompress.engine.distributed_solve import Solver
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import NoMatchError, SettingError, nearest
+from lrcompress.nn import PrunedLinear
 from lrcompress.objective import METHODS, Metric
 from lrcompress.solvers.kronecker import (
     KroneckerSums,
@@ -51,6 +52,8 @@ def check_layers(model: nn.Module, names: Sequence[str], settings: Settings) -> 
         SettingError: if nothing says how large the factors of a layer may be.
     """
     kronecker = METHODS[settings.method].form == "kronecker"
+    if settings.narrow_blocks:  # blocks that are narrowed already may become narrower still
+        names = [x for x in names if not isinstance(model.get_submodule(x), PrunedLinear)]
     check_kinds(model, names, dense=kronecker)
     if kronecker:
         KroneckerShapes(model, names, settings)

@@ -33,8 +33,8 @@ def loss_curves(
     Args:
         model: whose layers ``settings`` choose.
         statistics: of these layers, of the kinds that the methods need.
-        settings: all but the method, ``keep`` and ``keep_measured``: no layer stays as it is
-            because its factors are not faster.
+        settings: all but the method, ``keep``, ``keep_measured`` and ``narrow_blocks``: no layer
+            stays as it is because its factors are not faster, and curves are of ranks alone.
         methods: keys of :data:`lrcompress.objective.METHODS`, of low-rank ones.
         keeps: shares of the targeted layers' parameters.
 
@@ -63,7 +63,12 @@ def loss_curves(
         ).measured
         spread = settings.allocation if method == settings.method else None
         own = replace(
-            settings, method=method, allocation=spread, shapes={}, keep_measured=False
+            settings,
+            method=method,
+            allocation=spread,
+            shapes={},
+            keep_measured=False,
+            narrow_blocks=False,
         )  # what layers gain on this machine is measured at a point, of the method's own ranks
         asked = candidates(model, names, own, measured)
         for keep in keeps:

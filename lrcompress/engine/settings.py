@@ -29,6 +29,8 @@ class Settings:
         keeps: shares of their own for layers matching a pattern.
         keep_range: least and greatest keep any one layer may get; 1 allows it to stay dense.
         align: what ranks are multiples of, as far as no budget is lost by it.
+        narrow_blocks: let feed-forward blocks keep some of their inner features in place of ranks,
+            where that is predicted to lose less.
         refit_bias: let the bias take up the mean error, where the input moment is known.
         shrink: shares of their mean diagonal mixed into the input and the output metric.
         shared: also factor layers used in several places, and untie tied weights.
@@ -50,6 +52,7 @@ class Settings:
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     keep_range: tuple[float, float] = (0.0, 1.0)
     align: int = 8
+    narrow_blocks: bool = False
     refit_bias: bool = True
     shrink: tuple[float, float] = (0.0, 0.1)
     shared: bool = False
@@ -81,6 +84,24 @@ class Settings:
         _check_whole("align", self.align)
         self._check_measured()
         self._check_form(method.form)
+        if self.narrow_blocks:
+            self._check_narrow()
+
+    def _check_narrow(self) -> None:
+        reason = ""
+        if not METHODS[self.method].comparable:
+            reason = f"method {self.method!r} does not know; use {' or '.join(COMPARABLE)}"
+        elif self.allocation == "uniform":
+            reason = "allocation='uniform' does not look at; use allocation='global'"
+        if reason:
+            raise SettingError(
+                f"narrow_blocks compares predicted losses of ranks and of widths, which {reason}"
+            )
+        if self.keep_measured:
+            raise SettingError(
+                "keep_measured measures low-rank factors only, and narrow_blocks makes narrower "
+                "layers too; leave one of them out"
+            )
 
     def _check_form(self, form: str) -> None:
         if not isinstance(self.shapes, Mapping):

@@ -118,17 +118,20 @@ def check_plan(plan: Plan, listed: Mapping[str, Entry], where: str) -> None:
     if twice is not None:
         raise CheckpointError(f"{where}: the plan names layer {twice!r} more than once")
     wanted = {
-        f"{layer.name}.{part}": shape
+        f"{layer.name}.{part}": (part, shape)
         for layer in plan
         for part, shape in _parts(layer, where).items()
     }
     # Some architectures are saved under other names than the model has: these are matched by
     # their sizes alone.
     others = Counter(
-        (_part(name), entry.shape) for name, entry in listed.items() if name not in wanted
+        (end, entry.shape)
+        for name, entry in listed.items()
+        for end in _ends(name)
+        if name not in wanted
     )
-    for name, shape in wanted.items():
-        key = (_part(name), shape)
+    for name, (part, shape) in wanted.items():
+        key = (part, shape)
         others[key] -= name not in listed
         if others[key] < 0 or (name in listed and listed[name].shape != shape):
             found = f"sizes {list(listed[name].shape)}" if name in listed else "none of that name"
@@ -138,8 +141,10 @@ def check_plan(plan: Plan, listed: Mapping[str, Entry], where: str) -> None:
             )
 
 
-def _part(name: str) -> str:
-    return ".".join(name.split(".")[-2:]) if name.endswith(".weight") else name.split(".")[-1]
+def _ends(name: str) -> set[str]:
+    """Return what a tensor may be called within its layer, such as ``left.weight`` or ``rows``."""
+    path = name.split(".")
+    return {path[-1], ".".join(path[-2:])}
 
 
 def _parts(layer: LayerPlan, where: str) -> dict[str, tuple[int, ...]]:

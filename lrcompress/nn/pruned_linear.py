@@ -16,8 +16,9 @@ class PrunedLinear(Replacement):
     """Linear layer with fewer inputs or outputs than in the architecture: ``y = weight x + bias``.
 
     The layers before and after it must have as few: in an attention whose heads were removed,
-    query, key and value have fewer outputs and the output projection has fewer inputs. Its dense
-    form has zeros for what is gone, with which the attention computes the same.
+    query, key and value have fewer outputs and the output projection has fewer inputs; in a
+    narrowed feed-forward block likewise. Its dense form has zeros for what is gone, with which the
+    attention, or the block, computes the same.
 
     Args:
         in_features: inputs in the architecture.
@@ -111,9 +112,9 @@ class PrunedLinear(Replacement):
         Where all outputs are left, its bias is the same parameter.
 
         Args:
-            layer: a dense linear layer.
-            rows: ``(out,)`` bool, the outputs that are left; None is all.
-            columns: ``(in,)`` bool, the inputs that are left; None is all.
+            layer: a dense linear layer, or a pruned one, which then loses more.
+            rows: ``(out,)`` bool, which of its outputs are left; None is all.
+            columns: ``(in,)`` bool, which of its inputs are left; None is all.
 
         Raises:
             LayerError: if ``layer`` is of a type that is not known.
@@ -126,8 +127,13 @@ class PrunedLinear(Replacement):
             for given, size in ((rows, out_features), (columns, in_features))
         ]
         new = cls.in_place_of(layer, int(left[0].sum()), int(left[1].sum()))
-        new.rows.copy_(left[0])
-        new.columns.copy_(left[1])
+        if isinstance(layer, PrunedLinear):
+            new.plain = layer.plain
+            new.rows.copy_(layer.rows.masked_scatter(layer.rows, left[0]))
+            new.columns.copy_(layer.columns.masked_scatter(layer.columns, left[1]))
+        else:
+            new.rows.copy_(left[0])
+            new.columns.copy_(left[1])
         new.weight.copy_(old.weight[left[0]][:, left[1]])
         if old.bias is not None and new.out_features == out_features:
             new.bias = old.bias

@@ -43,6 +43,8 @@ _PAGES = Environment(
 _MEANING = {
     "first": "first: rows×columns of the first factor of a Kronecker product; rank is then the "
     "number of terms",
+    "narrowed to": "narrowed to: inner features of its feed-forward block that stay; what that "
+    "costs stands at the layer that reads them",
     "before": "before: parameters that stood there, where the layer was replaced already; kept is "
     "of the dense weight all the same",
     "error": "error: of the layer's weight, relative, in what the method measures errors in",
@@ -161,7 +163,8 @@ def _layers(point: PointRecord) -> Table:
         "out": lambda x: number(x.out_features),
         "in": lambda x: number(x.in_features),
         "first": lambda x: "×".join(map(str, x.first or ())),
-        "rank": lambda x: "dense" if x.rank is None else number(x.rank),
+        "rank": lambda x: "dense" if x.dense else number(x.rank),
+        "narrowed to": lambda x: number(None if x.narrow is None else x.narrow[0]),
         "rows": lambda x: number(x.rows),
         "entries": lambda x: number(x.entries),
         "before": lambda x: number(x.stood),

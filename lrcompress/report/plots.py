@@ -151,7 +151,7 @@ def _over_depth(layers: Sequence[LayerRecord]) -> Iterator[Plot]:
         ),
     }
     for name, (title, label, value) in shown.items():
-        if any(value(layer) is not None for layer in layers if layer.rank is not None):
+        if any(value(layer) is not None for layer in layers if not layer.dense):
             caption = _of_kinds(layers) + (" Hollow: left dense." if name == "kept" else "")
             yield Plot(name, title, caption, _by_depth(layers, label, value))
 
@@ -166,11 +166,11 @@ def _by_depth(
 ) -> Figure:
     figure, axes = new_axes("block", label)
     for number, (kind, members) in enumerate(by_layer_type(layers)[1].items()):
-        placed = [(block_number(x), value(x)) for x in members if x.rank is not None]
+        placed = [(block_number(x), value(x)) for x in members if not x.dense]
         known = [(x, y) for x, y in placed if y is not None]
         axes.plot(*_columns(known), label=kind or "layer", **look(number))
         if label == "kept":
-            dense = [block_number(x) for x in members if x.rank is None]
+            dense = [block_number(x) for x in members if x.dense]
             hollow = look(number) | {"linestyle": "none", "markerfacecolor": "none"}
             axes.plot(dense, [1.0] * len(dense), **hollow)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
@@ -276,9 +276,10 @@ def _curves(point: PointRecord) -> Iterator[Plot]:
         for layer in members:
             shares = [(_share(layer, rank), error) for rank, error in layer.curve]
             _faded(axes, shares, layer, members, number)
-            if layer.rank is not None and layer.error is not None:
+            place = layer.rank if layer.narrow is None else layer.narrow[0]
+            if place is not None and layer.error is not None:
                 dot = look(number) | {"linestyle": "none"}
-                axes.plot([_share(layer, layer.rank)], [layer.error], **dot)
+                axes.plot([_share(layer, place)], [layer.error], **dot)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         caption = f"In the metric of {point.method}. {_SHADES} Dots: the chosen cuts."

@@ -38,6 +38,8 @@ class LayerRecord:
             the terms; None for other factors.
         stood: parameters that stood there just before the point, where it was replaced already;
             None where it was dense.
+        narrow: inner features that are left of its feed-forward block, and of how many; None where
+            the block is not narrowed. Its curve is over them.
         importance: how many units were at least as important, and the score of the last of them,
             when pruning began: some of the units that pruning chooses from, in falling order.
 
@@ -62,6 +64,12 @@ class LayerRecord:
     parameters: int | None = None
     first: tuple[int, int] | None = None
     stood: int | None = None
+    narrow: tuple[int, int] | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is as in the architecture."""
+        return self.rank is None and self.narrow is None
 
     @property
     def before(self) -> int:
@@ -75,7 +83,9 @@ class LayerRecord:
 
     @property
     def unit(self) -> int:
-        """Parameters of one rank, or of one term."""
+        """Parameters of one rank, of one term, or of one inner feature."""
+        if self.narrow is not None:
+            return self.before // self.narrow[1]
         if self.first is None:
             return self.out_features + self.in_features
         size = self.first[0] * self.first[1]
@@ -91,6 +101,8 @@ class LayerRecord:
     @property
     def stored(self) -> int:
         """Parameters that take up memory, zeros among them."""
+        if self.narrow is not None:
+            return self.narrow[0] * self.unit
         if self.rank is None:
             return self.before
         if self.parameters is not None:
@@ -308,7 +320,8 @@ def _point(data: Mapping[str, Any]) -> PointRecord:
     layers = [
         LayerRecord(
             **{**one, "curve": _curve(one.get("curve", ()))}
-            | {"importance": _curve(one.get("importance", ())), "first": _pair(one.get("first"))}
+            | {"importance": _curve(one.get("importance", ()))}
+            | {key: _pair(one.get(key)) for key in ("first", "narrow")}
         )
         for one in data["layers"]
     ]

@@ -39,7 +39,7 @@ def summary(report: Report) -> Summary:
     notes = []
     if not last:
         notes.append("not validated after the last point")
-    dense = sum(layer.rank is None for layer in report.layers_after(len(points)))
+    dense = sum(layer.dense for layer in report.layers_after(len(points)))
     if dense:
         notes.append(f"{dense} of the targeted layers are left dense")
     notes += [point.note for point in report.points if point.note]

@@ -30,6 +30,8 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     found = ("rows", "kept") if sparse else ("kept", "error", "predicted loss")
     products = any(x.first is not None for members in kinds.values() for x in members)
     terms = ("first", "terms") if products else ("rank",)
+    narrow = any(x.narrow is not None for members in kinds.values() for x in members)
+    terms = (*terms, "narrowed to") if narrow else terms
     for heading in ("layers", "left dense", "out×in", *terms, *found):
         table.add_column(heading, justify="right", no_wrap=heading != "left dense")
     for kind, members in kinds.items():
@@ -41,10 +43,11 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
         table.add_row(
             kind,
             str(len(members)),
-            str(sum(x.rank is None for x in members) or ""),
+            str(sum(x.dense for x in members) or ""),
             f"{members[0].out_features}×{members[0].in_features}",
             *([_firsts(members)] if products else []),
             _span(x.rank for x in members),
+            *([_span(x.narrow and x.narrow[0] for x in members)] if narrow else []),
             *([_span(x.rows for x in members)] if sparse else []),
             share(sum(x.after for x in members) / sum(x.before for x in members)),
             *([] if sparse else figures),

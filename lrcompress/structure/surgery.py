@@ -24,7 +24,7 @@ _MADE_BY = {
     "kronecker": "is a sum of Kronecker products already",
     "low_rank_sparse": "is low rank plus sparse rows, which LoSparse made",
     "updated": "is frozen with an update, which DSEE made and merges at the end",
-    "narrow": "has lost heads, which DSEE removed",
+    "narrow": "has lost heads, which DSEE removed, or features, since its block was narrowed",
 }
 
 
@@ -215,6 +215,31 @@ def carry_kept(layer: LowRankSparseLinear) -> Carry:
     def carry(state: Sequence[Tensor], _squared: bool) -> list[Tensor]:
         of_inner, of_left = state
         return [of_inner[kept], of_left[:, kept[:rank]]]
+
+    return carry
+
+
+def carry_left(rows: Tensor | None, columns: Tensor | None, transposed: bool = False) -> Carry:
+    """Return a function that turns optimizer state of a weight into that of some of its entries.
+
+    Every entry goes with the entry of the parameter it belongs to. Where the layer's other inputs
+    were removed and its weight solved anew, the gradient is ``g x_Sᵀ``, those columns of the
+    gradient before, so nothing is approximate.
+
+    Args:
+        rows: ``(out,)`` bool, which of its outputs are left; None is all.
+        columns: ``(in,)`` bool, which of its inputs are left; None is all.
+        transposed: whether the state is stored ``(in, out)``, as the weight was.
+
+    Returns:
+        ``carry([state of the weight or bias], squared) -> [the same of what is left]``.
+    """
+
+    def carry(state: Sequence[Tensor], _squared: bool) -> list[Tensor]:
+        (whole,) = state
+        whole = whole.mT if transposed else whole
+        whole = whole if rows is None else whole[rows]
+        return [whole if columns is None else whole[:, columns]]
 
     return carry
 

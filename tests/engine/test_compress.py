@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from transformers.pytorch_utils import Conv1D
 
 import lrcompress.engine.compress
-from lrcompress.engine.compress import compress, factor_, observe, preview
+from lrcompress.engine.compress import compress, factor_, preview
+from lrcompress.engine.observation import observe
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import (
     LayerError,
@@ -745,37 +746,6 @@ def test_the_state_of_an_optimizer_that_trained_goes_on_training() -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
     assert losses[-1] < losses[0]
-
-
-# observe
-
-
-def test_observe_yields_a_recorder_of_the_method_s_statistics() -> None:
-    model = Net()
-    with observe(model, method="drone", exclude=["*.down"]) as recorder:
-        assert set(recorder.layers) == {"blocks.0.up", "blocks.1.up"}
-        assert recorder.kinds == ("input_moment",)
-        batch = a_batch()
-        with recorder.step(batch["attention_mask"]):
-            loss_of(model, batch).backward()
-    sums = recorder.statistics.of("blocks.1.up", ["input_moment"])
-    real = read_by(model.eval(), "blocks.0.up", [batch])
-    assert sums.tokens == len(real)
-    found = recorder.statistics.of("blocks.0.up", ["input_moment"]).moment("input_moment")
-    torch.testing.assert_close(found.double(), real.mT @ real, rtol=1e-4, atol=1e-4)
-
-
-def test_observe_refuses_what_it_does_not_know() -> None:
-    with (
-        pytest.raises(SettingError, match=r"statistics are input_moment, .*; got 'inputs'"),
-        observe(Net(), kinds=["inputs"]),
-    ):
-        pass
-    with (
-        pytest.raises(SettingError, match=r"method must be one of .*; got 'kfacc', nearest: kfac"),
-        observe(Net(), method="kfacc"),
-    ):
-        pass
 
 
 # Settings

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lrcompress.engine.compress import Settings, factor_, observe
+from lrcompress.engine.compress import Settings, factor_
 from lrcompress.engine.distributed_solve import greatest_rank
 from lrcompress.engine.footprint import _duration, footprint
+from lrcompress.engine.observation import observe
 
 
 class Peak(TorchDispatchMode):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrcompress.engine.compress import compress, observe
+from lrcompress.engine.compress import compress
 from lrcompress.engine.loss_curves import loss_curves
+from lrcompress.engine.observation import observe
 from lrcompress.engine.settings import Settings
 from lrcompress.objective import COMPARABLE, LOW_RANK, METHODS
 from lrcompress.statistics.moments import Statistics

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from lrcompress.engine.compress import observe
+from lrcompress.engine.observation import observe
 from lrcompress.engine.settings import Settings
 from lrcompress.importance import Importance
 from lrcompress.nn import FactoredLinear

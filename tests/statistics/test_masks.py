@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, BertConfig, BertForMultipleChoice
 
-from lrcompress.engine.compress import compress, observe
+from lrcompress.engine.compress import compress
+from lrcompress.engine.observation import observe
 from lrcompress.errors import ObservationError, SettingError, ShapeError
 from lrcompress.statistics.masks import (
     Mask,

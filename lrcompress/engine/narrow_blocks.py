@@ -1,0 +1,326 @@
+"""Narrow feed-forward blocks: solve, and replace their layers by narrower ones."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrcompress.budget import Candidate, match_bounds
+from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.distributed_solve import broadcast_layers_
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import SettingError
+from lrcompress.linalg import double
+from lrcompress.nn import PrunedLinear, Replacement
+from lrcompress.objective import Metric, metric_of
+from lrcompress.report.record import LayerRecord
+from lrcompress.solvers.narrowing import Narrowed, Narrowings, narrowings, relative_error
+from lrcompress.statistics.moments import Statistics
+from lrcompress.statistics.views import view
+from lrcompress.structure.feed_forward import Block, Blocks
+from lrcompress.structure.parameter_counts import replaced_sizes
+from lrcompress.structure.surgery import carry_left, check_kinds, replace_, swap_parameters_
+from lrcompress.structure.transaction import all_or_nothing
+
+_SHOWN = 20  # widths of an error curve that are kept for the report
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """What narrowing a block loses, small enough to send to every process.
+
+    Attributes:
+        losses: of every width, in the metric, on the CPU.
+        loss_scale: half of the losses times this predicts the increase of the loss.
+        note: of the metric.
+    """
+
+    losses: Tensor
+    loss_scale: float
+    note: str
+
+    def loss(self, width: int) -> float:
+        """Return the increase of the loss that is predicted for a width."""
+        return 0.5 * self.loss_scale * float(self.losses[width])
+
+
+@dataclass(frozen=True)
+class SolvedBlocks:
+    """Feed-forward blocks, solved for all widths, before any of them is narrowed.
+
+    Attributes:
+        model: whose blocks they are.
+        blocks: by the name of the layer that reads the inner features.
+        measured: what narrowing each of them loses.
+        metric: gives the metric of such a layer, again.
+        own: those that this process has solved.
+        owner: which process has solved each.
+        processes: the processes.
+        left_alone: layers whose blocks cannot be narrowed, with the reasons.
+        asked: whether they were to be narrowed.
+    """
+
+    model: nn.Module
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+    measured: Mapping[str, BlockSummary] = field(default_factory=dict)
+    metric: Callable[[str], Metric] = lambda _: Metric()
+    own: Mapping[str, Narrowings] = field(default_factory=dict)
+    owner: Mapping[str, int] = field(default_factory=dict)
+    processes: Processes = ONE_PROCESS
+    left_alone: Mapping[str, str] = field(default_factory=dict)
+    asked: bool = False
+
+    @property
+    def narrow(self) -> frozenset[str]:
+        """The layers of blocks that are narrowed already."""
+        return frozenset(
+            name for block in self.blocks.values() for name in block.names if self._pruned(block)
+        )
+
+    def _pruned(self, block: Block) -> bool:
+        return isinstance(self.model.get_submodule(block.down), PrunedLinear)
+
+    def features(self, down: str) -> tuple[int, int]:
+        """Return how many inner features there are now, and in the architecture."""
+        layer = self.model.get_submodule(down)
+        now = view(layer).shape[1]
+        return now, len(layer.columns) if isinstance(layer, PrunedLinear) else now
+
+    def candidates(
+        self, keep_range: tuple[float, float]
+    ) -> dict[str, tuple[Candidate, tuple[str, ...]]]:
+        """Return the blocks as candidates, and the layers whose ranks they compete with."""
+        found = {}
+        for down, block in self.blocks.items():
+            now, whole = self.features(down)
+            layers = [view(self.model.get_submodule(name)).shape for name in block.names]
+            unit = sum(inner for _, inner in layers[:-1]) + layers[-1][0]
+            lowest, highest = match_bounds(keep_range, unit, whole, unit)
+            if now < whole:
+                lowest, highest = min(lowest, now), min(now, highest or now)
+            one = self.measured[down]
+            energies = torch.zeros(whole, dtype=torch.float64)
+            energies[:now] = -one.losses.diff() * one.loss_scale
+            given = {"energies": energies, "lowest": lowest, "highest": highest, "unit": unit}
+            candidate = Candidate(down, unit, whole, most=whole, **given)  # type: ignore[arg-type]
+            found[down] = candidate, () if self._pruned(block) else block.names
+        return found
+
+    @contextmanager
+    def narrowed_(
+        self, widths: Mapping[str, int | None], optimizers: Sequence[Optimizer]
+    ) -> Iterator[dict[str, LayerRecord]]:
+        """Narrow blocks, the same in all processes; an error in the block undoes it.
+
+        Args:
+            widths: of blocks, by the layer that reads the inner features; None leaves one dense.
+            optimizers: whose parameters and state follow.
+
+        Yields:
+            What became of their layers.
+        """
+        records = {x.name: x for down, k in widths.items() for x in self._records(down, k)}
+        if not records:
+            yield records
+            return
+        with all_or_nothing(self.model, records, optimizers):
+            self._narrow_({down: k for down, k in widths.items() if k is not None}, optimizers)
+            yield records
+
+    def note(self, widths: Mapping[str, int | None]) -> str:
+        """Return how many blocks are narrowed, in words, or ""; after it."""
+        narrow = [k for k in widths.values() if k is not None]
+        if not narrow:
+            return "no feed-forward block is narrowed" if self.asked else ""
+        wholes = sorted({self.features(down)[1] for down, k in widths.items() if k is not None})
+        span = str(narrow[0]) if len({*narrow}) == 1 else f"{min(narrow):,} to {max(narrow):,}"
+        return (
+            f"{len(narrow)} of {len(self.blocks)} feed-forward blocks narrowed, to {span} of "
+            f"{', '.join(f'{whole:,}' for whole in wholes)} inner features"
+        )
+
+    def _narrow_(self, asked: Mapping[str, int], optimizers: Sequence[Optimizer]) -> None:
+        found: dict[str, tuple[Narrowed, Tensor | None]] = {}
+
+        def solve() -> dict[str, list[int]]:
+            for down in (x for x, k in asked.items() if x in self.own and k < self.features(x)[0]):
+                metric, weight = self.metric(down), view(self.model.get_submodule(down)).weight
+                one = self.own[down].solved(weight, metric.input, asked[down])
+                found[down] = one, metric.mean
+            return {down: one.kept.tolist() for down, (one, _) in found.items()}
+
+        for part in self.processes.run_on_all(solve):
+            for down, kept in part.items():
+                self._put(self.blocks[down], kept, found.get(down), optimizers)
+        owner = {down: self.owner[down] for down in asked}
+        broadcast_layers_(self.model, owner, optimizers, self.processes)
+
+    def _put(
+        self,
+        block: Block,
+        kept: list[int],
+        found: tuple[Narrowed, Tensor | None] | None,
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        down = self.model.get_submodule(block.down)
+        place = view(down).parameters[0].device
+        stays = torch.zeros(view(down).shape[1], dtype=torch.bool, device=place)
+        stays[torch.tensor(kept, device=place)] = True
+        for name in block.ups:
+            put_pruned_(self.model, name, optimizers, rows=stays)
+        weight = view(down).weight
+        new = put_pruned_(self.model, block.down, optimizers, columns=stays)
+        if found is None:
+            return
+        one, mean = found
+        if mean is not None and new.bias is not None:
+            m = double(mean)
+            lost = double(weight) @ m - double(one.weight) @ m[one.kept.to(m.device)]
+            new.bias.add_(lost.to(new.bias))
+        new.weight.copy_(one.weight)
+
+    def _records(self, down: str, width: int | None) -> list[LayerRecord]:
+        block, one = self.blocks[down], self.measured[down]
+        now, whole = self.features(down)
+        left = now if width is None else width
+        stood = replaced_sizes(self.model, block.names)
+        shown = sorted({round(now ** (i / (_SHOWN - 1))) for i in range(_SHOWN)})
+        curve = tuple((k, float(f"{relative_error(one.losses, k):.6g}")) for k in shown)
+        records = []
+        for name in block.names:
+            out_features, in_features = view(self.model.get_submodule(name)).shape
+            last = name == down
+            shape = (out_features, whole) if last else (whole, in_features)
+            record = LayerRecord(
+                *(name, *shape, None),
+                relative_error(one.losses, left) if last else 0.0,
+                one.loss(left) if last else 0.0,
+                one.note if last else "",
+                curve=curve if last else (),
+                stood=stood.get(name),
+                narrow=None if width is None else (width, whole),
+            )
+            records.append(record)
+        return records
+
+
+def solve_blocks(
+    model: nn.Module,
+    names: Collection[str],
+    blocks: Blocks | None,
+    statistics: Statistics,
+    settings: Settings,
+    *,
+    processes: Processes = ONE_PROCESS,
+    owner: Mapping[str, int] | None = None,
+    track: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> SolvedBlocks:
+    """Solve the blocks for all widths at once, each in one process.
+
+    Args:
+        model: the same in all processes.
+        names: of the targeted layers; blocks with others are left out.
+        blocks: those of the model.
+        statistics: the same in all processes, or of the layers that each owns.
+        settings: none is solved without ``narrow_blocks``.
+        processes: the processes.
+        owner: which of them has observed a layer; by default the work is shared out.
+        track: yields the blocks of this process while they are solved.
+
+    Raises:
+        SettingError: if parameters are sharded, or no blocks were looked for.
+        LayerError: if a layer is narrower already and in none of the blocks.
+        ObservationError: if a statistic that the method needs is missing.
+        NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
+
+    Cost:
+        That of :func:`~lrcompress.solvers.narrowing.narrowings` for each.
+    """
+    if not settings.narrow_blocks:
+        return SolvedBlocks(model)
+    check_sharding(processes)
+    blocks = processes.run_on_first(lambda: blocks)
+    if blocks is None:
+        raise SettingError(
+            "narrow_blocks: no step was looked at for feed-forward blocks; observe a step after a "
+            "resume, or give blocks= as BlockTrace finds them"
+        )
+    chosen = {x.down: x for x in blocks.found if {*x.names} <= {*names} and _is_alike(model, x)}
+    inside = {name for block in chosen.values() for name in block.names}
+    check_kinds(model, [name for name in names if name not in inside])
+    cost = {down: float(view(model.get_submodule(down)).shape[1] ** 3) for down in chosen}
+    whose = {x: owner[x] for x in chosen} if owner else processes.assign(cost)
+
+    def metric(down: str) -> Metric:
+        refit = settings.refit_bias and view(model.get_submodule(down)).bias is not None
+        shrink = settings.shrink
+        return metric_of(settings.method, statistics, down, refit_bias=refit, shrink=shrink)
+
+    own: dict[str, Narrowings] = {}
+
+    def work() -> dict[str, BlockSummary]:
+        told = {}
+        for down in track([x for x in chosen if whose[x] == processes.index]):
+            one = metric(down)
+            own[down] = narrowings(view(model.get_submodule(down)).weight, one.output, one.input)
+            scale = 1.0 if one.loss_scale is None else one.loss_scale
+            told[down] = BlockSummary(own[down].losses, scale, one.note)
+        return told
+
+    measured: dict[str, BlockSummary] = {}
+    for part in processes.run_on_all(work):
+        measured |= part
+    alone = {name: f"its block is not narrowed: {why}" for name, why in blocks.left_alone.items()}
+    return SolvedBlocks(model, chosen, measured, metric, own, whose, processes, alone, True)
+
+
+def _is_alike(model: nn.Module, block: Block) -> bool:
+    """Return whether a block's layers are all dense, or all narrowed."""
+    replaced = [isinstance(model.get_submodule(x), Replacement) for x in block.names]
+    narrow = [isinstance(model.get_submodule(x), PrunedLinear) for x in block.names]
+    return not any(replaced) or all(narrow)
+
+
+def check_sharding(processes: Processes) -> None:
+    """Check that parameters are whole.
+
+    Raises:
+        SettingError: if each process has only a part of them.
+    """
+    if processes.sharded:
+        raise SettingError(
+            "narrow_blocks takes blocks apart, of whose layers each process has only a part under "
+            "FSDP2; leave it out, or use strategy='ddp'"
+        )
+
+
+@torch.no_grad()
+def put_pruned_(
+    model: nn.Module,
+    name: str,
+    optimizers: Sequence[Optimizer],
+    *,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> PrunedLinear:
+    """Put what is left of a layer in its place, with its optimizer state, and return it.
+
+    Args:
+        model: changed in place.
+        name: of a layer, dense or pruned already.
+        optimizers: whose parameters and state follow.
+        rows: ``(out,)`` bool, which of its outputs are left; None is all.
+        columns: ``(in,)`` bool, which of its inputs are left; None is all.
+    """
+    layer = model.get_submodule(name)
+    old, new = view(layer), PrunedLinear.of(layer, rows, columns)
+    replace_(model, name, new)
+    swap = partial(swap_parameters_, optimizers, exact=True)
+    swap(old.parameters, new.factors, carry_left(rows, columns, old.transposed))
+    if old.bias is not None and new.bias is not None and new.bias is not old.bias:
+        swap([old.bias], [new.bias], carry_left(rows, None), names=("bias",))
+    return new

@@ -1,0 +1,131 @@
+"""Observation of a bare ``nn.Module``, without a Trainer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.errors import SettingError
+from lrcompress.objective import method_named
+from lrcompress.statistics.batches import batch_terms
+from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.masks import MaskSource, batch_decoder_mask, batch_mask
+from lrcompress.statistics.moments import KINDS
+from lrcompress.statistics.views import view
+from lrcompress.structure.feed_forward import Blocks, BlockTrace
+from lrcompress.structure.selection import select
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    *,
+    method: str = "kfac",
+    kinds: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    shared: bool = False,
+    offload: str | None = None,
+) -> Iterator[Recorder]:
+    """Accumulate statistics of the linear layers of ``model`` over chosen steps.
+
+    Args:
+        model: the module; nothing is written on it.
+        method: whose statistics to accumulate, a key of :data:`lrcompress.objective.METHODS`.
+        kinds: the statistics themselves, of :data:`lrcompress.statistics.moments.KINDS`, in place
+            of a method's.
+        targets: patterns of layer names; None is every linear layer of a numbered block.
+        exclude: patterns of layers to leave out.
+        shared: also observe layers with several uses a step, and tied weights.
+        offload: device the sums live on; None leaves them beside the layers.
+
+    Yields:
+        A :class:`~lrcompress.statistics.capture.Recorder`, which observes what runs inside its
+        ``step``. Its ``statistics`` are float32 sums over tokens and examples, such as
+        ``input_moment`` ``Σ x xᵀ`` ``(in, in)`` and ``output_moment`` ``Σ g gᵀ`` ``(out, out)``.
+
+    Raises:
+        SettingError: if the method or a kind is unknown.
+        NoMatchError: if a pattern matches no linear layer, or no layer is left to observe.
+        LayerError: if a layer named in full cannot be factored.
+
+    Cost:
+        A step runs without ``torch.compile``. ``kfac`` takes up to ``in² + out²`` multiply-adds a
+        token and ``4·(in² + out²)`` bytes a layer; layers that read one tensor share its part.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3))
+        >>> with observe(model, method="drone") as recorder, recorder.step():
+        ...     _ = model(torch.ones(5, 2))
+        >>> recorder.statistics.of("0", ["input_moment"]).moment("input_moment").tolist()
+        [[5.0, 5.0], [5.0, 5.0]]
+    """
+    chosen = method_named(method).kinds if kinds is None else tuple(kinds)
+    for kind in chosen:
+        if kind not in KINDS:
+            raise SettingError(f"statistics are {', '.join(KINDS)}; got {kind!r}")
+    names = select(model, targets, exclude, shared=shared).names
+    yield Recorder(model, names, chosen, offload=offload, shared=shared)
+
+
+def observe_batch(
+    recorder: Recorder,
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    mask: MaskSource,
+    examples: Callable[[Any], int] | None = None,
+    trace: BlockTrace | None = None,
+) -> Blocks | None:
+    """Observe one pass over a batch, and its gradients at the layers' outputs.
+
+    Args:
+        recorder: of the layers.
+        model: the module.
+        batch: as ``loss`` understands it.
+        loss: gives the mean loss over a batch.
+        mask: where a batch has its padding mask.
+        examples: of how many terms a batch's loss is the mean; by default as
+            :func:`~lrcompress.statistics.batches.batch_terms` counts them.
+        trace: finds blocks in this pass.
+
+    Returns:
+        The blocks; None without ``trace``, or where the loss has no graph or is not finite.
+    """
+    found, missing = batch_mask(batch, mask, "compress")
+    decoder = None if mask is None else batch_decoder_mask(batch)
+    blocks = None
+    with recorder.step(found, decoder_mask=decoder, missing=missing, keep_outputs=True):
+        with trace.forward() if trace else nullcontext():
+            value = loss(model, batch)
+        finite = bool(value.isfinite())
+        if trace and finite and value.requires_grad:
+            blocks = trace.blocks(value)
+        count = batch_terms(batch, value) if examples is None else examples(batch)
+        recorder.commit(float(count), terms=count, finite=finite)
+        if finite and recorder.outputs and value.requires_grad:
+            torch.autograd.grad(value, recorder.outputs, allow_unused=True)
+    return blocks
+
+
+@contextmanager
+def observable(model: nn.Module, names: Sequence[str], gradients: bool) -> Iterator[None]:
+    """Set evaluation mode and let gradients reach the weights; restore both at the end."""
+    modes = {module: module.training for module in model.modules()}
+    weights = [p for name in names for p in view(model.get_submodule(name)).parameters]
+    frozen = [p for p in weights if gradients and not p.requires_grad]
+    try:
+        model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in frozen:
+            parameter.requires_grad_(False)
