@@ -304,6 +304,8 @@ class Observation:
 
     def close_step(self) -> None:
         """Remove all hooks."""
+        if self._trace is not None:
+            self._trace.forget()
         self._step.close()
 
     def drop_step(self) -> None:
@@ -311,7 +313,7 @@ class Observation:
         for one in (self._recorder, self._everything):
             if one is not None:
                 one.drop()
-        self._step.close()
+        self.close_step()
 
     def merge_(self) -> None:
         """Sum the statistics over all processes, at the point, and release the layers.

@@ -1,5 +1,6 @@
 """Narrowing: which inputs of a layer to keep, and its weight solved anew for those."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +107,7 @@ def narrowings(
     others; ``PᵀP = G``, ``QQᵀ = C``. For each number the better of two choices counts:
 
     * one by one, each time the input that saves most, with the largest ``‖(A E)_j‖² / E_jj``. It
-      is the best of all subsets for one input.
+      is the best of all subsets for one input. It ends where the other choice is the better one.
     * given up one by one, each time the one that costs least, with the smallest
       ``‖M_j‖² / (C_SS⁻¹)_jj``, ``M`` being ``P`` times the weight as solved so far. It is the best
       of all subsets for all inputs but one.
@@ -143,12 +144,20 @@ def narrowings(
         c = torch.ones(n, dtype=w.dtype, device=w.device)
     c = c.diag() if c.ndim == 1 else c
     a = _output_root(w, g)
-    chosen, saved = _one_by_one(c, a @ c, c.diagonal() * _DETERMINED)
-    kept = torch.zeros(2, n + 1, dtype=w.dtype, device=w.device)
-    kept[0, : len(saved)] = (a @ c * a).sum() - saved.cumsum(0) + saved
     inverse, scale = _inverse(c)
     given_up, cost = _one_by_one(inverse, a / scale, torch.zeros_like(scale), largest=False)
+    kept = torch.zeros(2, n + 1, dtype=w.dtype, device=w.device)
     kept[1, :-1] = cost.cumsum(0).flip(0)
+    whole = a @ c
+    total = (whole * a).sum()
+
+    def behind(saved: Tensor) -> bool:
+        return bool(total - saved.sum() > kept[1, len(saved)])
+
+    chosen, saved = _one_by_one(c, whole, c.diagonal() * _DETERMINED, stop=behind)
+    kept[0, : len(saved)] = total - saved.cumsum(0) + saved
+    if len(saved) < n and behind(saved):
+        kept[0, len(saved) :] = torch.inf
     losses = kept.clamp(min=0).cpu()
     better = losses[1] < losses[0]
     curve = losses.amin(0).cummin(0).values
@@ -182,11 +191,17 @@ def _inverse(c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _one_by_one(
-    left: Tensor, whole: Tensor, floor: Tensor, *, largest: bool = True
+    left: Tensor,
+    whole: Tensor,
+    floor: Tensor,
+    *,
+    largest: bool = True,
+    stop: Callable[[Tensor], bool] = lambda _: False,
 ) -> tuple[Tensor, Tensor]:
     """Return inputs in the order of their choice, and what each one saved or cost.
 
-    Those whose diagonal in ``left`` has fallen to ``floor`` come last; nothing is said of them.
+    Those whose diagonal in ``left`` has fallen to ``floor`` come last, as do all that are not
+    chosen yet when ``stop`` says so of what was saved; nothing is said of them.
     """
     places = torch.arange(len(left), device=left.device)
     order, changes = [], []
@@ -199,6 +214,8 @@ def _one_by_one(
         stays = torch.ones_like(places, dtype=torch.bool)
         stays[chosen] = False
         places, floor, columns = places[stays], floor[stays], columns[stays]
+        if stop(torch.cat(changes)):
+            break
         left = left[stays][:, stays].addmm_(columns, columns.mT, alpha=-1)
         whole = whole[:, stays].addmm_(rows, columns.mT, alpha=-1)
     return torch.cat([*order, places]), torch.cat([*changes, left.new_zeros(0)])

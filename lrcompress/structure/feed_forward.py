@@ -109,6 +109,7 @@ class BlockTrace:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Watch the forward pass that runs inside the block."""
+        self.forget()
         modules = dict(self._model.named_modules())
         with ExitStack() as stack:
             for name, layer in modules.items():
@@ -149,8 +150,12 @@ class BlockTrace:
                 found.append(block)
             elif not strange or not _acts(path) or _NONLINEAR & set(map(_kind, path)):
                 left_alone[name] = reason
-        self._reads, self._gives, self._calls = {}, {}, {}
+        self.forget()
         return Blocks(tuple(found), left_alone)
+
+    def forget(self) -> None:
+        """Let go of the graph of a pass that came to no loss."""
+        self._reads, self._gives, self._calls = {}, {}, {}
 
     def _between(self, node: Node) -> bool:
         """Return whether an operation reads outputs of layers alone: an unknown activation."""
