@@ -253,6 +253,38 @@ def _tried_again(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
         return solve(near + shift * torch.eye(len(near)).to(near))
 
 
+def least_squares(a: Tensor, b: Tensor) -> Tensor:
+    """Return the smallest ``X`` that minimises ``‖a X − b‖``, which is ``pinv(a) b``.
+
+    Args:
+        a: ``(m, n)``, of any rank.
+        b: ``(m, k)``.
+
+    Cost:
+        A QR decomposition, ``2·m·n²`` operations; only where ``a`` has more columns than rows, or
+        less than full rank to rounding, a singular value decomposition of the smaller side too.
+
+    Example:
+        >>> least_squares(torch.tensor([[2.0], [0.0]]), torch.tensor([[4.0], [1.0]])).tolist()
+        [[2.0]]
+    """
+    if a.shape[0] < a.shape[1]:
+        return _pinv(a) @ b
+    q, r = torch.linalg.qr(a)
+    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r)).to(r), upper=True)
+    rounding = torch.finfo(a.dtype).eps * len(a)
+    if float(r.norm() * inverse.norm()) * rounding < 1:  # not so where it is not a number
+        return torch.linalg.solve_triangular(r, q.mT @ b, upper=True)
+    return _pinv(r) @ (q.mT @ b)
+
+
+def _pinv(matrix: Tensor) -> Tensor:
+    try:
+        return torch.linalg.pinv(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return torch.linalg.pinv(matrix.cpu()).to(matrix)
+
+
 def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:
     """Return a square root ``R`` with ``R Rᵀ = moment``, and whether it is lower triangular.
 
