@@ -268,21 +268,26 @@ def least_squares(a: Tensor, b: Tensor) -> Tensor:
         >>> least_squares(torch.tensor([[2.0], [0.0]]), torch.tensor([[4.0], [1.0]])).tolist()
         [[2.0]]
     """
+    found: Tensor
     if a.shape[0] < a.shape[1]:
         return _pinv(a) @ b
     q, r = torch.linalg.qr(a)
     inverse = torch.linalg.solve_triangular(r, torch.eye(len(r)).to(r), upper=True)
     rounding = torch.finfo(a.dtype).eps * len(a)
     if float(r.norm() * inverse.norm()) * rounding < 1:  # not so where it is not a number
-        return torch.linalg.solve_triangular(r, q.mT @ b, upper=True)
-    return _pinv(r) @ (q.mT @ b)
+        found = torch.linalg.solve_triangular(r, q.mT @ b, upper=True)
+    else:
+        found = _pinv(r) @ (q.mT @ b)
+    return found
 
 
 def _pinv(matrix: Tensor) -> Tensor:
+    inverse: Tensor
     try:
-        return torch.linalg.pinv(matrix)
+        inverse = torch.linalg.pinv(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return torch.linalg.pinv(matrix.cpu()).to(matrix)
+        inverse = torch.linalg.pinv(matrix.cpu()).to(matrix)
+    return inverse
 
 
 def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
 from lrcompress.budget import Candidate, allocate, match_bounds
 from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.calibration import Loss, observe_batches
 from lrcompress.engine.distributed_solve import Found, LayerSummary, install_factors_, solve_layers
 from lrcompress.engine.kronecker_shapes import (
     KroneckerShapes,
@@ -21,8 +22,8 @@ from lrcompress.engine.kronecker_shapes import (
     solver_for,
     term_parameters,
 )
-from lrcompress.engine.settings import Settings
-from lrcompress.errors import ObservationError, SettingError
+from lrcompress.engine.settings import Settings, check_present
+from lrcompress.errors import SettingError
 from lrcompress.linalg import double
 from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
 from lrcompress.nn.kronecker import carry_kronecker
@@ -30,9 +31,8 @@ from lrcompress.objective import METHODS, Metric, method_named
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import KroneckerFactors, Sizes
 from lrcompress.solvers.truncation import Factors
-from lrcompress.statistics.batches import batch_terms
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.masks import MASK, MaskSource, batch_decoder_mask, batch_mask
+from lrcompress.statistics.masks import MASK, MaskSource
 from lrcompress.statistics.moments import KINDS, Statistics
 from lrcompress.statistics.views import view
 from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
@@ -45,8 +45,6 @@ from lrcompress.structure.surgery import (
     replace_,
     swap_parameters_,
 )
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def candidates(
@@ -183,6 +181,7 @@ def factor_(
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
         solver=solver_for(model, names, settings),
+        device=settings.solve_device,
         processes=processes,
         owner=owner,
         track=track,
@@ -276,7 +275,8 @@ def _set_factors_(
     for parameter, value in zip(new.factors, factors.values, strict=True):
         parameter.copy_(value)
     if metric.mean is not None and old.bias is not None:
-        lost = double(old.weight) - factors.product()
+        lost = double(old.weight)
+        lost -= factors.product().to(lost)
         old.bias.add_((lost @ metric.mean.to(lost)).to(old.bias))
     if isinstance(factors, KroneckerFactors):
         return carry_kronecker(factors.first, factors.second, old.transposed)
@@ -397,53 +397,10 @@ def compress(
     method = METHODS[chosen.method]
     if chosen.keep is None and not (chosen.ranks or chosen.keeps):
         raise SettingError("keep is missing: give keep=, or ranks or keeps for every layer")
+    check_present("solve_device", chosen.solve_device)
     recorder = Recorder(
         model, names, method.kinds, shared=chosen.shared, forward_only=not method.needs_gradients
     )
     if method.kinds:
-        with _observable(model, names, method.needs_gradients):
-            for batch in batches:
-                _observe_batch(recorder, model, batch, loss, mask, (examples or batch_terms)(batch))
-        if not recorder.statistics.steps:
-            raise ObservationError(
-                f"nothing to learn from: {recorder.statistics.skipped} batches, "
-                "none with a finite loss"
-            )
+        observe_batches(recorder, model, batches, loss, mask=mask, examples=examples)
     return factor_(model, recorder.statistics, chosen)
-
-
-def _observe_batch(
-    recorder: Recorder,
-    model: nn.Module,
-    batch: Any,
-    loss: Loss,
-    mask: MaskSource,
-    count: int,
-) -> None:
-    found, missing = batch_mask(batch, mask, "compress")
-    decoder = None if mask is None else batch_decoder_mask(batch)
-    with recorder.step(found, decoder_mask=decoder, missing=missing, keep_outputs=True):
-        value = loss(model, batch)
-        finite = bool(value.isfinite())
-        recorder.commit(float(count), terms=count, finite=finite)
-        if finite and recorder.outputs and value.requires_grad:
-            torch.autograd.grad(value, recorder.outputs, allow_unused=True)
-
-
-@contextmanager
-def _observable(model: nn.Module, names: Sequence[str], gradients: bool) -> Iterator[None]:
-    """Set evaluation mode and let gradients reach the weights; restore both at the end."""
-    modes = {module: module.training for module in model.modules()}
-    weights = [p for name in names for p in view(model.get_submodule(name)).parameters]
-    frozen = [p for p in weights if gradients and not p.requires_grad]
-    try:
-        model.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.set_grad_enabled(gradients):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in frozen:
-            parameter.requires_grad_(False)

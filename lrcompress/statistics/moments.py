@@ -65,6 +65,7 @@ def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[st
     return {name: shape for name, shape in every.items() if name in wanted}
 
 
+Device = torch.device | str
 Added = TypeVar("Added", bound=Callable[..., None])
 
 
@@ -101,9 +102,7 @@ class Sums:
     skipped: Tensor
 
     @classmethod
-    def zeros(
-        cls, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str | None = None
-    ) -> "Sums":
+    def zeros(cls, shapes: Mapping[str, tuple[int, ...]], device: Device | None = None) -> "Sums":
         """Return sums and counts that are zero."""
         count = torch.zeros(3, dtype=torch.int64, device=device)
         values = {
@@ -238,9 +237,11 @@ class Sums:
         for mine, theirs in zip(self._counts(), other._counts(), strict=True):
             mine += theirs.to(mine)
 
-    def moment(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return one sum as it is held, or in a dtype; a symmetric one with both triangles."""
-        value = self.values[name]
+    def moment(
+        self, name: str, dtype: torch.dtype | None = None, device: Device | None = None
+    ) -> Tensor:
+        """Return one sum, by default as it is held; a symmetric one with both triangles."""
+        value = self.values[name].to(device)
         return symmetric(value, dtype) if value.ndim == 2 else converted(value, dtype)
 
     @property
@@ -258,7 +259,7 @@ class Sums:
         return self.values | counts
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str | None) -> "Sums":
+    def from_state(cls, state: Mapping[str, Tensor], device: Device | None) -> "Sums":
         """Return the sums that :meth:`state_dict` described, on ``device``."""
         held = {name: _packed(value).to(device, copy=True) for name, value in state.items()}
         counts = [held.pop(name) for name in ("tokens", "examples", "skipped")]
@@ -426,7 +427,7 @@ class Statistics:
             "counts": [self.steps, self.skipped, self.tokens],
         }
 
-    def load_state_dict(self, state: Mapping[str, object], device: torch.device | str) -> None:
+    def load_state_dict(self, state: Mapping[str, object], device: Device) -> None:
         """Restore what :meth:`state_dict` returned, on ``device``.
 
         Raises:

@@ -1,10 +1,13 @@
 """Models whose layers lie on several devices, as ``device_map`` loads them, without a trainer."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcompress
 from lrcompress.budget import kept_units
@@ -100,3 +103,48 @@ def test_units_of_layers_on_several_devices_are_compared(device: SimpleNamespace
     for name, kept in largest(spread, 0.6, "global"):
         assert kept.device == spread[name].device
         assert kept.tolist() == entries[name].tolist()
+
+
+class Solving(TorchDispatchMode):
+    """Notes on which devices matrices are decomposed inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if any(kind in function._schema.name for kind in ("eigh", "cholesky", "svd", "_qr")):
+            self.devices.add(args[0].device.type)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_are_solved_on_the_device_that_is_named(
+    device: SimpleNamespace, method: str
+) -> None:
+    found = []
+    for where in (None, "cpu"):
+        model = Spread(device.DEVICE, device.OTHER)
+        given = batches(device, device.DEVICE)
+        with Solving() as solving:
+            lrcompress.compress(model, given, loss, method=method, keep=0.5, solve_device=where)
+        assert solving.devices == {where or "vgpu"}
+        assert {p.device for p in model.parameters()} == {device.DEVICE, device.OTHER}
+        found.append(loss(model, given[0]).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
+@pytest.mark.parametrize("name", ["kfac", "losparse auto"])
+def test_a_point_solves_on_the_device_that_is_named(
+    device: SimpleNamespace, tmp_path: Path, name: str
+) -> None:
+    watched = device.callbacks(name, solve_device="cpu")
+    model = device.tagger(name, tmp_path)
+    with Solving() as solving:
+        run = device.trainer(*watched, default_root_dir=tmp_path)
+        run.fit(model, device.Loader(device.sentences(10)))
+    assert solving.devices == {"cpu"}
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
