@@ -22,7 +22,7 @@ from lrcompress.engine.kronecker_shapes import (
     solver_for,
     term_parameters,
 )
-from lrcompress.engine.settings import Settings, check_present
+from lrcompress.engine.settings import Settings, check_device, check_present
 from lrcompress.errors import SettingError
 from lrcompress.linalg import double
 from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
@@ -345,6 +345,7 @@ def compress(
     *,
     mask: MaskSource = MASK,
     examples: Callable[[Any], int] | None = None,
+    offload: str | None = None,
     **settings: Any,
 ) -> PointRecord:
     """Factor the linear layers of ``model`` from one pass over ``batches``, without a Trainer.
@@ -356,7 +357,7 @@ def compress(
     mode, without dropout, and no ``.grad`` is touched. An error leaves the model as it was.
 
     Args:
-        model: changed in place.
+        model: changed in place; on any device, or spread over several.
         batches: whatever ``loss`` understands, on the model's device; one pass is made over all
             of them, none where the method needs no statistics (``svd``).
         loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
@@ -365,6 +366,7 @@ def compress(
             :func:`~lrcompress.statistics.masks.batch_mask` says; None if nothing is padded.
         examples: of how many terms a batch's loss is the mean; by default as
             :func:`~lrcompress.statistics.batches.batch_terms` counts them.
+        offload: device for the statistics, ``"cpu"`` for large models; by default each layer's own.
         **settings: of :class:`~lrcompress.engine.settings.Settings`: ``method``, ``keep``, …
 
     Returns:
@@ -380,6 +382,7 @@ def compress(
             was never used or has no part in the loss, was used twice in a step without
             ``shared``, or read sequences without a mask; if a batch holds no tensor.
         NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
+        PlatformError: if ``offload`` or ``solve_device`` names a device that is not there.
 
     Cost:
         A pass of the model a batch, as of :func:`observe`; then that of :func:`factor_`.
@@ -397,9 +400,16 @@ def compress(
     method = METHODS[chosen.method]
     if chosen.keep is None and not (chosen.ranks or chosen.keeps):
         raise SettingError("keep is missing: give keep=, or ranks or keeps for every layer")
-    check_present("solve_device", chosen.solve_device)
+    check_device("offload", offload)
+    for argument, where in (("offload", offload), ("solve_device", chosen.solve_device)):
+        check_present(argument, where)
     recorder = Recorder(
-        model, names, method.kinds, shared=chosen.shared, forward_only=not method.needs_gradients
+        model,
+        names,
+        method.kinds,
+        offload=offload,
+        shared=chosen.shared,
+        forward_only=not method.needs_gradients,
     )
     if method.kinds:
         observe_batches(recorder, model, batches, loss, mask=mask, examples=examples)
