@@ -88,6 +88,37 @@ def test_an_observed_step_holds_little_more_than_a_plain_one(
     assert most <= 1.3 * least
 
 
+@pytest.mark.parametrize("method", ["drone", "kfac", "weighted_kfac", "row_fisher"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_that_is_observed_into_host_memory_waits_once_for_each_device(
+    device: SimpleNamespace, method: str, devices: int
+) -> None:
+    kinds, names = METHODS[method].kinds, [str(i) for i in range(12)]
+    held, waits = [], []
+    for offload in (None, "cpu"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(32, 32) for _ in names)).to(device.DEVICE)
+        second = model[6:].to((device.DEVICE, device.OTHER)[devices - 1])
+        given = [torch.randn(8, 32).to(device.DEVICE) for _ in range(3)]
+        recorder = Recorder(model, names, kinds, offload=offload)
+        for x in given:
+            device.counts(reset=True)
+            with recorder.step():
+                y = model[:6](x)
+                second(y.to(second[0].weight.device)).square().mean().backward()
+            waits.append(device.counts().waits)
+            if offload:  # as from a checkpoint, all in one place
+                recorder.statistics.load_state_dict(recorder.statistics.state_dict(), "cpu")
+        held.append([recorder.statistics.of(name, kinds) for name in names])
+    assert waits[:3] == [0] * 3
+    assert waits[3:] == [devices] * 3
+    for here, there in zip(*held, strict=True):
+        assert {x.device.type for x in there.values.values() if x.ndim > 1} == {"cpu"}
+        both = ({k: v.cpu() for k, v in x.values.items()} for x in (here, there))
+        torch.testing.assert_close(*both)
+        assert int(here.tokens) == int(there.tokens) == 24
+
+
 class Block(nn.Module):
     """The seven layers of a Llama-type block, without its softmax and its norms."""
 

@@ -80,6 +80,30 @@ struct Alloc final : c10::Allocator {
 static Alloc g_alloc;
 REGISTER_ALLOCATOR(c10::DeviceType::PrivateUse1, &g_alloc);
 
+// Memory of the host that copies go to without a wait.
+static std::mutex g_pins;
+static std::set<void*> g_pinned;
+static void unpin(void* p) {
+  std::lock_guard<std::mutex> lock(g_pins);
+  g_pinned.erase(p);
+  std::free(p);
+}
+struct Pinned final : c10::Allocator {
+  DataPtr allocate(size_t n) override {
+    void* p = n ? std::aligned_alloc(64, (n + 63) / 64 * 64) : nullptr;
+    std::lock_guard<std::mutex> lock(g_pins);
+    if (p) g_pinned.insert(p);
+    return {p, p, &unpin, Device(kCPU)};
+  }
+  DeleterFnPtr raw_deleter() const override { return &unpin; }
+  void copy_data(void* d, const void* s, std::size_t n) const override { memcpy(d, s, n); }
+};
+static Pinned g_pinning;
+static bool is_pinned(const void* p) {
+  std::lock_guard<std::mutex> lock(g_pins);
+  return g_pinned.count(const_cast<void*>(p)) > 0;
+}
+
 static Tensor as_cpu(const Tensor& t) {  // a CPU view of the same memory
   auto storage_bytes = t.storage().nbytes();
   auto opts = TensorOptions().dtype(t.dtype()).device(kCPU);
@@ -108,7 +132,8 @@ struct Inside {
 };
 
 static Tensor v_copy_from(const Tensor& self, const Tensor& dst, bool non_blocking) {
-  if (!g_inside && is_v(self) && !is_v(dst)) g_waits++;
+  bool at_once = non_blocking && !is_v(dst) && is_pinned(dst.storage().data());
+  if (!g_inside && is_v(self) && !is_v(dst) && !at_once) g_waits++;
   if (!g_inside && !is_v(self) && is_v(dst) && !non_blocking) g_uploads++;
   Tensor d = is_v(dst) ? as_cpu(dst) : dst, s = is_v(self) ? as_cpu(self) : self;
   if (dst.numel()) d.copy_(s);
@@ -254,6 +279,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return true; }
   const Generator& getDefaultGenerator(DeviceIndex i) const override { return generator(i < 0 ? g_cur : i); }
   Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  bool isPinnedPtr(const void* p) const override { return is_pinned(p); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &g_pinning; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   Device getDeviceFromPtr(void*) const override { return Device(DeviceType::PrivateUse1, g_cur); }
   void resizePrivateUse1Bytes(const Storage& s, size_t n) const override {
