@@ -48,6 +48,23 @@ def test_steps_that_are_not_observed_wait_for_nothing(
     assert [watched[step] for step in ordinary] == [plain[step] for step in ordinary]
 
 
+def test_times_of_steps_are_those_of_the_device(device: SimpleNamespace, tmp_path: Path) -> None:
+    callback = device.callbacks("kfac", window="step:2")[0]
+    model = device.tagger("kfac", tmp_path)
+
+    class Slow(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            device.launch(7.0)
+
+        def on_before_backward(self, *_: object) -> None:
+            device.launch(3.0 if callback._stage else 5.0)
+
+    run = device.trainer(callback, Slow(), default_root_dir=tmp_path)
+    run.fit(model, device.Loader(device.sentences(10)))
+    found = callback.report.seconds_per_step
+    assert found == pytest.approx({"dense": 5.0, "factored": 3.0}, abs=0.9)
+
+
 class Checkpointed(nn.Module):
     """Blocks under activation checkpointing, and a head with more outputs than they have."""
 
