@@ -146,8 +146,7 @@ def add_gram_(packed: Tensor, x: Tensor, scale: float = 1.0) -> None:
     Args:
         packed: of the shape that :func:`packed_shape` gives, changed in place. It holds the block
             rows of the upper triangle, one after the other; read it through :func:`symmetric`.
-        x: ``(tokens, features)`` in the dtype of ``packed``, or as :func:`for_gram` returns it. Of
-            a sum on another device, the product is made where ``x`` is.
+        x: ``(tokens, features)`` in the dtype of ``packed``, or as :func:`for_gram` returns it.
         scale: of ``x``; a factor here costs nothing, a scaled copy of ``x`` would.
 
     Cost:
@@ -155,12 +154,8 @@ def add_gram_(packed: Tensor, x: Tensor, scale: float = 1.0) -> None:
         product, with ``b = 6`` block rows from 768 to 3,072 features, ``features / 128`` below and
         ``features / 512`` above.
     """
-    features = x.shape[1]
-    total = packed if packed.device == x.device else torch.zeros_like(packed, device=x.device)
-    for start, stop, row in _blocks(total, features):
+    for start, stop, row in _blocks(packed, x.shape[1]):
         _add_product_(row, x[:, start:stop].mT, x[:, start:], scale * scale)
-    if total is not packed:
-        packed += total.to(packed.device)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
@@ -169,6 +164,31 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         total.addmm_(a, b, alpha=scale)
     else:
         total.copy_(torch.addmm(total, a, b, out_dtype=total.dtype, alpha=scale))
+
+
+def per_example_squares(x: Tensor, g: Tensor) -> Tensor:
+    """Return ``Σ_b Σ_i (Σ_t g_bti x_btj)²`` for every ``j``.
+
+    Args:
+        x: ``(b, t, j)``.
+        g: ``(b, t, i)``.
+    """
+    length, fan_in, fan_out = x.shape[1], x.shape[2], g.shape[2]
+    if length * (fan_in + fan_out) < fan_in * fan_out:
+        # = Σ_t x_tj (G Gᵀ X)_tj: the (out, in) gradient need not exist
+        return ((g @ g.mT) @ x * x).sum(1).clamp(min=0).sum(0)
+    total = x.new_zeros(fan_in)
+    for one_x, one_g in zip(x, g, strict=True):
+        total += (one_g.mT @ one_x).square_().sum(0)
+    return total
+
+
+def finite_or_zero(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether all of ``x`` is finite, and ``x`` or else zeros, without waiting for a GPU."""
+    finite = x.sum(dtype=torch.float32).isfinite()  # float16 would overflow
+    if x.device.type == "cpu" and finite:
+        return finite, x  # spared a copy
+    return finite, torch.where(finite, x, 0.0)
 
 
 def packed(square: Tensor) -> Tensor:
@@ -251,6 +271,43 @@ def _tried_again(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         shift = 1e-12 * near.diagonal().mean().abs()
         return solve(near + shift * torch.eye(len(near)).to(near))
+
+
+def least_squares(a: Tensor, b: Tensor) -> Tensor:
+    """Return the smallest ``X`` that minimises ``‖a X − b‖``, which is ``pinv(a) b``.
+
+    Args:
+        a: ``(m, n)``, of any rank.
+        b: ``(m, k)``.
+
+    Cost:
+        A QR decomposition, ``2·m·n²`` operations; only where ``a`` has more columns than rows, or
+        less than full rank to rounding, a singular value decomposition of the smaller side too.
+
+    Example:
+        >>> least_squares(torch.tensor([[2.0], [0.0]]), torch.tensor([[4.0], [1.0]])).tolist()
+        [[2.0]]
+    """
+    found: Tensor
+    if a.shape[0] < a.shape[1]:
+        return _pinv(a) @ b
+    q, r = torch.linalg.qr(a)
+    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r)).to(r), upper=True)
+    rounding = torch.finfo(a.dtype).eps * len(a)
+    if float(r.norm() * inverse.norm()) * rounding < 1:  # not so where it is not a number
+        found = torch.linalg.solve_triangular(r, q.mT @ b, upper=True)
+    else:
+        found = _pinv(r) @ (q.mT @ b)
+    return found
+
+
+def _pinv(matrix: Tensor) -> Tensor:
+    inverse: Tensor
+    try:
+        inverse = torch.linalg.pinv(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        inverse = torch.linalg.pinv(matrix.cpu()).to(matrix)
+    return inverse
 
 
 def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:

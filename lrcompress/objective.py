@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, nearest
-from lrcompress.linalg import double, shrunk
+from lrcompress.linalg import shrunk
 from lrcompress.statistics.moments import Statistics
 
 
@@ -132,6 +132,7 @@ def metric_of(
     *,
     refit_bias: bool,
     shrink: tuple[float, float] = (0.0, 0.0),
+    device: torch.device | str | None = None,
 ) -> Metric:
     """Return the metric of ``method`` for the errors of ``layer``.
 
@@ -142,6 +143,7 @@ def metric_of(
         refit_bias: whether the layer has a bias that may take up the mean error; the input
             moment is then centred, which is the exact optimum over weight and bias together.
         shrink: shares of the mean diagonal mixed into the input and the output metric.
+        device: where the metric is to be; by default where its statistics are.
 
     Returns:
         The metric, with the identity for a side whose statistics are all zero.
@@ -155,7 +157,7 @@ def metric_of(
     if not chosen.kinds:
         return Metric()
     sums = statistics.of(layer, chosen.kinds)
-    values = {kind: sums.moment(kind, torch.float64) for kind in chosen.kinds}
+    values = {kind: sums.moment(kind, torch.float64, device) for kind in chosen.kinds}
     for kind, value in values.items():
         if not value.sum().isfinite() and not value.isfinite().all():
             raise NotFiniteError(f"{kind} of layer {layer!r} holds a NaN or an infinity")
@@ -169,7 +171,9 @@ def metric_of(
         inner /= max(tokens, torch.finfo(torch.float32).tiny)
         spread = inner.diagonal().sum()
         if refit_bias:
-            mean = double(sums.moment(total)) / max(tokens, torch.finfo(torch.float32).tiny)
+            mean = sums.moment(total, torch.float64, device) / max(
+                tokens, torch.finfo(torch.float32).tiny
+            )
             inner.addr_(mean, mean, alpha=-1)
             inner *= inner.diagonal().sum() > 1e-5 * spread  # less is a constant's rounding
     if outer is not None:

@@ -18,6 +18,7 @@ from lrcompress.linalg import (
     balanced,
     for_gram,
     full_precision,
+    least_squares,
     packed,
     packed_shape,
     root,
@@ -27,7 +28,7 @@ from lrcompress.linalg import (
 from lrcompress.nn.kronecker import carry_kronecker
 from lrcompress.solvers.kronecker import kronecker_sums, nearest_shape
 from lrcompress.statistics.moments import Sums, shapes
-from lrcompress.structure.surgery import carry_dense, swap_parameters_
+from lrcompress.structure.surgery import carry_dense, carry_factors, swap_parameters_
 
 
 @pytest.fixture(autouse=True)
@@ -355,6 +356,50 @@ def test_balancing_zero_stays_zero_and_finite() -> None:
     left, right = balanced(torch.randn(4, 2), torch.zeros(2, 3))
     assert left.isfinite().all()
     assert right.equal(torch.zeros(2, 3))
+
+
+class Calls(TorchDispatchMode):
+    """Notes which operators run inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def inverts(self) -> bool:
+        """Whether a pseudo-inverse was taken, by singular values."""
+        return any("pinv" in name or "svd" in name for name in self.names)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 4), (3, 5)])
+@pytest.mark.parametrize("rank", [5, 2, 0])
+def test_least_squares_are_those_of_the_pseudo_inverse(shape: tuple[int, int], rank: int) -> None:
+    torch.manual_seed(rank)
+    left, right = torch.randn(shape[0], rank).double(), torch.randn(rank, shape[1]).double()
+    a, b = left @ right, torch.randn(shape[0], 3, dtype=torch.float64)
+    with Calls() as calls:
+        found = least_squares(a, b)
+    torch.testing.assert_close(found, torch.linalg.pinv(a) @ b, rtol=1e-10, atol=1e-10)
+    regular = rank == 5 and shape[0] >= shape[1]
+    assert calls.inverts == (not regular)
+
+
+def test_factors_of_full_rank_are_carried_without_singular_values() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(12, 5), torch.randn(5, 9)
+    turn, less = torch.randn(5, 2), torch.randn(2, 5)
+    with Calls() as calls:
+        carry = carry_factors((left, right), (left @ turn, less @ right))
+    assert not calls.inverts
+    of_right, of_left = carry([torch.eye(5), torch.eye(5)], False)
+    torch.testing.assert_close(of_right, turn.mT)
+    torch.testing.assert_close(of_left, less.mT)
 
 
 @pytest.mark.parametrize("failures", [1, 2])

@@ -8,12 +8,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.factorize import Factorize
 from lrcompress.callbacks.warmup import LearningRateWarmup, check_warmup
+from lrcompress.engine.settings import check_device, check_present
 from lrcompress.errors import CheckpointError, PlatformError, SettingError
 from lrcompress.files import atomic_write
 from lrcompress.report import Report
@@ -22,6 +24,7 @@ from lrcompress.structure.checkpoint import read_lightning_checkpoint
 from lrcompress.structure.plan import restore_structure
 
 VERSION = 1
+_PRECISIONS: dict[torch.dtype | None, Any] = {torch.bfloat16: "bf16-true", torch.float64: "64-true"}
 STATE = "lrcompress.StartFrom"  # the callback's key in a checkpoint
 
 
@@ -147,11 +150,14 @@ def factor_checkpoint(
     *,
     point: int = 1,
     batches: int = 100,
+    device: str = "cpu",
 ) -> Report:
     """Factor the weights of a fit that has ended, for another fit with :class:`StartFrom`.
 
-    It runs on one CPU device, whatever the fits run on. ``callback`` observes training batches in
-    evaluation mode while no weight changes, and then does what it would do at its point.
+    It runs on one device, whatever the fits run on. ``callback`` observes training batches in
+    evaluation mode while no weight changes, and then does what it would do at its point. A
+    checkpoint in bfloat16 or float64 is computed with in that; one in float16, whose gradients
+    may vanish, and one of several dtypes, in those of the module.
 
     Args:
         checkpoint: one file: of any strategy that writes one, or consolidated.
@@ -163,14 +169,17 @@ def factor_checkpoint(
         callback: how to factor; not changed.
         point: which of its points, counted from 1.
         batches: how many batches to observe.
+        device: that the model, its statistics and the solve are on, such as ``"cuda"``; the
+            callback's ``offload`` and ``solve_device`` move what is theirs.
 
     Returns:
         The report of what was done.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read, or is not of the module.
-        SettingError: if ``point`` or ``batches`` is not what it may be, or ``keep`` of the
-            callback cannot be met.
+        SettingError: if ``point``, ``batches`` or ``device`` is not what it may be, or ``keep`` of
+            the callback cannot be met.
+        PlatformError: if there is no such device, or it has not the memory.
         NoMatchError: if a pattern of the callback matches no layer.
         LayerError: if a targeted layer is frozen or cannot be factored.
         ObservationError: if there are no statistics: no batches, no finite loss, or a layer that
@@ -179,15 +188,27 @@ def factor_checkpoint(
         OSError: if ``out`` cannot be written.
 
     Cost:
-        ``batches`` forward and backward passes on the CPU, two validations unless the callback
-        has ``validate=False``, and the factoring; memory for weights, gradients and statistics.
+        ``batches`` forward and backward passes, two validations unless the callback has
+        ``validate=False``, and the factoring; memory for weights, gradients, statistics, and of
+        the solve what a point takes.
     """
+    check_device("device", device)
+    check_present("device", device)
     once = callback.between_fits(point, batches)
-    load_weights_(module, read_lightning_checkpoint(checkpoint), checkpoint)
+    held = read_lightning_checkpoint(checkpoint)
+    weights = filter(torch.is_tensor, held["state_dict"].values())
+    dtypes = {x.dtype for x in weights if x.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    if dtype in _PRECISIONS:
+        module.to(dtype)
+    load_weights_(module, held, checkpoint)
+    del held
     modes = {name: part.training for name, part in module.named_modules()}
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=torch.device(device).type,
         devices=1,
+        strategy=SingleDeviceStrategy(device=torch.device(device)),
+        precision=_PRECISIONS.get(dtype),
         max_epochs=-1,
         max_steps=batches + 1,
         check_val_every_n_epoch=batches + 2,  # the callback validates, before and after

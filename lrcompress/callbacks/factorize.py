@@ -19,7 +19,7 @@ from lrcompress.callbacks.warmup import check_warmup
 from lrcompress.engine.compress import factor_, preview
 from lrcompress.engine.kronecker_shapes import check_layers
 from lrcompress.engine.narrow_blocks import check_sharding
-from lrcompress.engine.settings import Settings
+from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.report import PointRecord
@@ -87,6 +87,8 @@ class Factorize(CompressionCallback):
             memory and time of observing are divided by their number, nothing is summed, and by
             default more steps are observed, so that a layer sees as many tokens. By default from
             1 GiB of statistics on; below, all processes observe all layers, and sums are added up.
+        solve_device: Where layers are solved at a point, ``cpu`` where the accelerator is slow in
+            float64 or short of memory; by default where each layer lies.
         refit_bias: Let biases take up the mean error, where the method knows the inputs.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         shared: Also factor layers used in several places, and untie tied weights.
@@ -161,6 +163,7 @@ class Factorize(CompressionCallback):
         mask: MaskSource = MASK,
         offload: str | None = None,
         deal: bool | None = None,
+        solve_device: str | None = None,
         refit_bias: bool = True,
         shrink: tuple[float, float] = (0.0, 0.1),
         shared: bool = False,
@@ -199,6 +202,7 @@ class Factorize(CompressionCallback):
                 shared=shared,
                 keep_measured=keep_measured,
                 measured_tokens=measured_tokens,
+                solve_device=solve_device,
             )
             for share in keeps_at
         ]
@@ -312,6 +316,7 @@ class Factorize(CompressionCallback):
         if self._stage < len(self.points):
             settings = self.settings[self._stage]
             check_layers(pl_module, settings.select(pl_module).names, settings)
+            check_present("solve_device", settings.solve_device)
         super().on_fit_start(trainer, pl_module)
 
     @override

@@ -15,7 +15,7 @@ from lrcompress.callbacks import ddp, reporting, trainer_state
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
 from lrcompress.callbacks.scheduled import CompressionCallback
-from lrcompress.engine.settings import Settings
+from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.importance import Importance
 from lrcompress.objective import METHODS
@@ -88,6 +88,7 @@ class LoSparse(CompressionCallback):
             torch's ``key_padding_mask``. None if nothing is padded.
         offload: Device for the statistics; by default each layer's own.
         deal: Let each process observe some of the layers only, as in ``Factorize``.
+        solve_device: Where layers are solved; by default where each lies.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         validate: Run validation before splitting and after compacting, for the report.
         report_path: JSON file for the report, with a page of figures beside it; ``auto`` and None
@@ -146,6 +147,7 @@ class LoSparse(CompressionCallback):
         mask: MaskSource = MASK,
         offload: str | None = None,
         deal: bool | None = None,
+        solve_device: str | None = None,
         shrink: tuple[float, float] = (0.0, 0.1),
         validate: bool = True,
         report_path: str | None = AUTO,
@@ -170,6 +172,7 @@ class LoSparse(CompressionCallback):
             allocation=allocation,
             refit_bias=refit_bias,
             shrink=shrink,
+            solve_device=solve_device,
         )
         self.shares.check_method(init)
         if not isinstance(mask_every, int) or mask_every < 1:
@@ -238,6 +241,7 @@ class LoSparse(CompressionCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_present("solve_device", self.settings.solve_device)
         names = set(self.settings.select(pl_module).names)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, CompressionCallback) and other is not self:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lrcompress.callbacks.observation import Observation
 from lrcompress.engine.footprint import GIB, Footprint, footprint
-from lrcompress.engine.settings import Settings
+from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError
 
 
@@ -40,6 +40,7 @@ def footprint_of(
         processes=processes.size,
         sharded=processes.sharded,
         of_all=nbytes * processes.size if dealt else None,
+        solve_device=settings.solve_device,
     )
 
 
@@ -64,6 +65,7 @@ def check_memory(
         PlatformError: if the device has less than statistics, solving and the optimizer's state
             will take beside what is there; on the CPU, if the machine has.
     """
+    check_present("offload", observation.sampling.offload)
     if not nbytes or live is None:
         return
     module, optimizers = live
@@ -88,8 +90,9 @@ def _check_fits(
     offload = observation.sampling.offload
     beside = offload is not None and torch.device(offload).type != device.type
     statistics = 0 if beside else needed.statistics
+    solve = 0 if needed.solved_on else needed.solve
     more = statistics + (0 if stepped else needed.optimizer)
-    more += max(needed.solve, 0 if stepped else needed.gradients)
+    more += max(solve, 0 if stepped else needed.gradients)
     has = _free_bytes(device)
     if device.type == "cpu":  # where others' use changes, what the whole machine has
         more += needed.weights + needed.solutions + (needed.optimizer if stepped else 0)
@@ -98,10 +101,10 @@ def _check_fits(
     owner = observation.sampling.owner
     raise PlatformError(
         f"{owner} would take about {more / GIB:.1f} GiB on {device}, which has {has / GIB:.1f}: "
-        f"statistics {statistics / GIB:.1f}, solving {needed.solve / GIB:.1f}, state of the "
+        f"statistics {statistics / GIB:.1f}, solving {solve / GIB:.1f}, state of the "
         f"optimizer {needed.optimizer / GIB:.1f}; name fewer layers with targets= or exclude=, "
-        "take a method that needs less, such as fwsvd, several processes with deal=True, or "
-        "offload='cpu' for the statistics"
+        "take a method that needs less, such as fwsvd, several processes with deal=True, "
+        "solve_device='cpu', or offload='cpu' for the statistics"
     )
 
 

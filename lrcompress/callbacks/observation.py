@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.embedding import EmbeddingSettings
-from lrcompress.engine.settings import Settings
+from lrcompress.engine.settings import Settings, check_device
 from lrcompress.errors import CheckpointError, ObservationError, SettingError, nearest
 from lrcompress.statistics.batches import batch_terms, labelled_terms, loss_terms
 from lrcompress.statistics.capture import Recorder
@@ -77,12 +77,7 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise SettingError(f"{name} must be a whole number from 1, got {value!r}")
-        try:
-            torch.device(self.offload or "cpu")
-        except RuntimeError:
-            raise SettingError(
-                f"offload must be a device of torch, such as 'cpu', got {self.offload!r}"
-            ) from None
+        check_device("offload", self.offload)
 
 
 class Observation:

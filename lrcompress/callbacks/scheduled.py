@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from typing_extensions import override
 from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state
 from lrcompress.callbacks.memory import check_memory
 from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.callbacks.step_timing import StepTimer
 from lrcompress.callbacks.warmup import LearningRateWarmup
 from lrcompress.distributed import ONE_PROCESS
 from lrcompress.embedding import EmbeddingSettings
@@ -81,8 +81,7 @@ class CompressionCallback(pl.Callback, ABC):
         self._warmup: LearningRateWarmup | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
-        self._times: dict[str, list[float]] = {}
-        self._started: float | None = None
+        self._timer = StepTimer()
         self._report_file: Path | None = None
         self._trial = False  # fast_dev_run: a few steps, in which points are moved
 
@@ -126,11 +125,11 @@ class CompressionCallback(pl.Callback, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._fits = stage == "fit"
         if self._fits:
-            done, again = (self._stage, self.report, self._times), self._last == id(trainer)
+            done, again = (self._stage, self.report, self._timer), self._last == id(trainer)
             self._hooks.close()
             self._reset()
             if again and self._continues and trainer.global_step:  # which it counts on from there
-                self._stage, self.report, self._times = done
+                self._stage, self.report, self._timer = done
             self._last = id(trainer)
             compatibility.check_trainer(trainer, type(self).__name__)
             self._processes = ddp.processes_of(trainer)
@@ -204,7 +203,7 @@ class CompressionCallback(pl.Callback, ABC):
             "processes": self._processes.all_gather(
                 {"rng": trainer_state.rng_state(), "labels": self._observation.label_rng_state()}
             ),
-            "times": {name: list(spent) for name, spent in self._times.items()},
+            "times": {name: list(spent) for name, spent in self._timer.spent.items()},
         }
 
     @override
@@ -220,7 +219,7 @@ class CompressionCallback(pl.Callback, ABC):
         self._loaded = state_dict
         self._stage = state_dict["stage"]
         self.report = Report.from_dict(state_dict["report"])
-        self._times = {name: list(spent) for name, spent in state_dict["times"].items()}
+        self._timer = StepTimer(state_dict["times"])
         if self._live is not None:  # sharded models are loaded after on_fit_start
             self._resume(*self._live, state_dict)
 
@@ -306,7 +305,7 @@ class CompressionCallback(pl.Callback, ABC):
             elif not self._tried:  # what would fail at an observed step fails at the first one
                 self._observation.open_step(batch, trial=True)
             self._tried = True
-        self._started = None if self._observation.observing else time.perf_counter()
+        self._timer.start(None if self._observation.observing else pl_module.device)
 
     @override
     def on_before_backward(
@@ -325,11 +324,7 @@ class CompressionCallback(pl.Callback, ABC):
         batch_idx: int,
     ) -> None:
         self._observation.close_step()
-        if self._started is not None:
-            spent = self._times.setdefault(self._phase(), [0, 0.0])
-            spent[0] += 1
-            spent[1] += time.perf_counter() - self._started
-            self._started = None
+        self._timer.stop(self._phase())
         callbacks = self._compression_callbacks(trainer)
         if self._trial and trainer.is_last_batch and self is callbacks[-1]:  # all have observed it
             for one in callbacks:
@@ -398,9 +393,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, (steps, seconds) in self._times.items():
-            if steps:
-                self.report.seconds_per_step[name] = seconds / steps
+        self.report.seconds_per_step |= self._timer.seconds_per_step()
         now = trainer_state.steps_done(trainer)
         taken = {name: curve[-1] for name, curve in self.report.history.items()}
         self.report.final = {name: value for name, (step, value) in taken.items() if step == now}

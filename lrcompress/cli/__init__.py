@@ -165,6 +165,7 @@ class _Trainer(Trainer):
         out: str,
         point: int = 1,
         batches: int = 100,
+        device: str = "cpu",
         datamodule: LightningDataModule | None = None,
     ) -> None:
         """Factor a finished fit's weights, for another fit to start from with StartFrom.
@@ -175,12 +176,20 @@ class _Trainer(Trainer):
             out: The file to write.
             point: Which point of the recipe's Factorize, counted from 1.
             batches: Training batches to observe.
+            device: Where the model is meanwhile, such as cuda or cuda:1.
             datamodule: The recipe's data.
         """
         callback = only_factorize(self)
         student = model.undistilled() if isinstance(model, Distilled) else model
         factor_checkpoint(
-            checkpoint, out, student, datamodule, callback, point=point, batches=batches
+            checkpoint,
+            out,
+            student,
+            datamodule,
+            callback,
+            point=point,
+            batches=batches,
+            device=device,
         )
 
 

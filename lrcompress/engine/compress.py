@@ -23,9 +23,9 @@ from lrcompress.engine.kronecker_shapes import (
     term_parameters,
 )
 from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
-from lrcompress.engine.observation import Loss, observable, observe_batch
-from lrcompress.engine.settings import Settings
-from lrcompress.errors import ObservationError, SettingError
+from lrcompress.engine.observation import Loss, observe_batches
+from lrcompress.engine.settings import Settings, check_device, check_present
+from lrcompress.errors import SettingError
 from lrcompress.linalg import double
 from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
 from lrcompress.nn.kronecker import carry_kronecker
@@ -37,7 +37,7 @@ from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.masks import MASK, MaskSource
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.structure.feed_forward import Blocks, BlockTrace
+from lrcompress.structure.feed_forward import Blocks
 from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
 from lrcompress.structure.selection import Selection
 from lrcompress.structure.surgery import (
@@ -190,6 +190,7 @@ def factor_(
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
         solver=solver_for(model, ranked, settings),
+        device=settings.solve_device,
         **shared,
     )
     measured = solutions.measured
@@ -293,7 +294,8 @@ def _set_factors_(
     for parameter, value in zip(new.factors, factors.values, strict=True):
         parameter.copy_(value)
     if metric.mean is not None and old.bias is not None:
-        lost = double(old.weight) - factors.product()
+        lost = double(old.weight)
+        lost -= factors.product().to(lost)
         old.bias.add_((lost @ metric.mean.to(lost)).to(old.bias))
     if isinstance(factors, KroneckerFactors):
         return carry_kronecker(factors.first, factors.second, old.transposed)
@@ -310,6 +312,7 @@ def compress(
     *,
     mask: MaskSource = MASK,
     examples: Callable[[Any], int] | None = None,
+    offload: str | None = None,
     **settings: Any,
 ) -> PointRecord:
     """Factor the linear layers of ``model`` from one pass over ``batches``, without a Trainer.
@@ -321,7 +324,7 @@ def compress(
     mode, without dropout, and no ``.grad`` is touched. An error leaves the model as it was.
 
     Args:
-        model: changed in place.
+        model: changed in place; on any device, or spread over several.
         batches: whatever ``loss`` understands, on the model's device; one pass is made over all
             of them, none where the method needs no statistics (``svd``).
         loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
@@ -330,6 +333,7 @@ def compress(
             :func:`~lrcompress.statistics.masks.batch_mask` says; None if nothing is padded.
         examples: of how many terms a batch's loss is the mean; by default as
             :func:`~lrcompress.statistics.batches.batch_terms` counts them.
+        offload: device for the statistics, ``"cpu"`` for large models; by default each layer's own.
         **settings: of :class:`~lrcompress.engine.settings.Settings`: ``method``, ``keep``, …
 
     Returns:
@@ -345,6 +349,7 @@ def compress(
             was never used or has no part in the loss, was used twice in a step without
             ``shared``, or read sequences without a mask; if a batch holds no tensor.
         NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
+        PlatformError: if ``offload`` or ``solve_device`` names a device that is not there.
 
     Cost:
         A pass of the model a batch, as of :func:`observe`; then that of :func:`factor_`.
@@ -362,20 +367,20 @@ def compress(
     method = METHODS[chosen.method]
     if chosen.keep is None and not (chosen.ranks or chosen.keeps):
         raise SettingError("keep is missing: give keep=, or ranks or keeps for every layer")
+    check_device("offload", offload)
+    for argument, where in (("offload", offload), ("solve_device", chosen.solve_device)):
+        check_present(argument, where)
     recorder = Recorder(
-        model, names, method.kinds, shared=chosen.shared, forward_only=not method.needs_gradients
+        model,
+        names,
+        method.kinds,
+        offload=offload,
+        shared=chosen.shared,
+        forward_only=not method.needs_gradients,
     )
     blocks: Blocks | None = None
     if method.kinds:
-        with observable(model, names, method.needs_gradients):
-            for batch in batches:
-                traced = chosen.narrow_blocks and blocks is None
-                trace = BlockTrace(model, names) if traced else None
-                found = observe_batch(recorder, model, batch, loss, mask, examples, trace)
-                blocks = blocks or found
-        if not recorder.statistics.steps:
-            raise ObservationError(
-                f"nothing to learn from: {recorder.statistics.skipped} batches, "
-                "none with a finite loss"
-            )
+        given: dict[str, Any] = {"mask": mask, "examples": examples}
+        given["find_blocks"] = chosen.narrow_blocks
+        blocks = observe_batches(recorder, model, batches, loss, **given)
     return factor_(model, recorder.statistics, chosen, blocks=blocks)

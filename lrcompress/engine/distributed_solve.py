@@ -150,6 +150,7 @@ def solve_layers(
     shrink: tuple[float, float],
     most: Mapping[str, int] | None = None,
     solver: Solver | None = None,
+    device: str | None = None,
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
@@ -166,6 +167,7 @@ def solve_layers(
         most: the greatest ranks that will be asked for; by default those up to which factors are
             smaller than a weight, and the rank of a layer that is factored already.
         solver: of a layer; by default all low-rank truncations.
+        device: where layers are solved; by default where each lies.
         processes: the processes.
         owner: which of them solves a layer; by default the work is shared out.
         track: yields the layers of this process while they are solved, as a progress bar does.
@@ -185,8 +187,13 @@ def solve_layers(
     def of_layer(name: str, weight: Tensor) -> SolvedLayer:
         layer = model.get_submodule(name)
         refit = refit_bias and view(layer).bias is not None
-        metric = metric_of(method, statistics, name, refit_bias=refit, shrink=shrink)
-        found = (solver or low_rank)(name, weight, metric)
+        there = weight.to(device)
+        metric = metric_of(
+            method, statistics, name, refit_bias=refit, shrink=shrink, device=there.device
+        )
+        found = (solver or low_rank)(name, there, metric)
+        if isinstance(found, Truncation):
+            found = replace(found, like=weight.new_empty(()))
         return SolvedLayer(found, replace(metric, output=None, input=None))
 
     def low_rank(name: str, weight: Tensor, metric: Metric) -> Truncation:

@@ -33,6 +33,7 @@ class Footprint:
         solutions: on the host, when all layers are solved.
         checkpoint: of the file, within the window; of one process of a sharded one.
         seconds: of solving all layers, roughly, by one timed decomposition.
+        solved_on: type of the device that layers are solved on, if not each on its own.
     """
 
     weights: int
@@ -43,14 +44,20 @@ class Footprint:
     solutions: int
     checkpoint: int
     seconds: float
+    solved_on: str = ""
 
     @property
     def lines(self) -> list[str]:
         """What people read."""
         held = ("weights", "gradients", "optimizer", "statistics", "solve", "solutions")
-        said = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in held)
+        where = {"solve": self.solved_on, "solutions": "the host"}
+        said = ", ".join(
+            f"{name} {getattr(self, name) / GIB:.2f}"
+            + (f" (on {where[name]})" if where.get(name) else "")
+            for name in held
+        )
         return [
-            f"memory of a process, in GiB: {said} (on the host)",
+            f"memory of a process, in GiB: {said}",
             f"checkpoint within the window: {self.checkpoint / GIB:.2f} GiB; "
             f"solving takes about {_duration(self.seconds)}",
         ]
@@ -66,6 +73,7 @@ def footprint(
     processes: int = 1,
     sharded: bool = False,
     of_all: int | None = None,
+    solve_device: str | None = None,
     rate: float | None = None,
 ) -> Footprint:
     """Return what compressing a model will take of one process.
@@ -83,6 +91,7 @@ def footprint(
         processes: how many share the solve.
         sharded: whether each process holds a part of the parameters.
         of_all: bytes of all statistics, as a checkpoint has them; by default ``statistics``.
+        solve_device: where layers are solved; by default where each lies.
         rate: operations a second of the solve; by default measured, for some 10 ms.
     """
     parts = processes if sharded else 1
@@ -103,7 +112,8 @@ def footprint(
         solving = max(solving, 8 * values)
         solutions += 4 * greatest_rank(layer) * (out_features + in_features)
         operations += solving_cost(layer)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    own = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = own if solve_device is None else torch.device(solve_device)
     speed = rate or _rate(device)
     whole = weights + state + (statistics if of_all is None else of_all)
     return Footprint(
@@ -115,6 +125,7 @@ def footprint(
         solutions // processes,
         whole,
         operations / processes / speed,
+        "" if device.type == own.type else device.type,
     )
 
 

@@ -73,7 +73,7 @@ class SolvedBlocks:
         model: whose blocks they are.
         blocks: by the name of the layer that reads the inner features.
         measured: what narrowing each of them loses.
-        metric: gives the metric of such a layer, again.
+        problem: gives the weight and the metric of such a layer, again, where they are solved.
         own: those that this process has solved.
         owner: which process has solved each.
         processes: the processes.
@@ -84,7 +84,7 @@ class SolvedBlocks:
     model: nn.Module
     blocks: Mapping[str, Block] = field(default_factory=dict)
     measured: Mapping[str, BlockSummary] = field(default_factory=dict)
-    metric: Callable[[str], Metric] = lambda _: Metric()
+    problem: Callable[[str], tuple[Tensor, Metric]] = lambda _: (torch.empty(0), Metric())
     own: Mapping[str, Narrowings] = field(default_factory=dict)
     owner: Mapping[str, int] = field(default_factory=dict)
     processes: Processes = ONE_PROCESS
@@ -165,7 +165,7 @@ class SolvedBlocks:
 
         def solve() -> dict[str, list[int]]:
             for down in (x for x, k in asked.items() if x in self.own and k < self.features(x)[0]):
-                metric, weight = self.metric(down), view(self.model.get_submodule(down)).weight
+                weight, metric = self.problem(down)
                 one = self.own[down].solved(weight, metric.input, asked[down])
                 found[down] = one, metric.mean
             return {down: one.kept.tolist() for down, (one, _) in found.items()}
@@ -196,7 +196,7 @@ class SolvedBlocks:
         one, mean = found
         if mean is not None and new.bias is not None:
             m = double(mean)
-            lost = double(weight) @ m - double(one.weight) @ m[one.kept.to(m.device)]
+            lost = double(weight).to(m.device) @ m - double(one.weight) @ m[one.kept]
             new.bias.add_(lost.to(new.bias))
         new.weight.copy_(one.weight)
 
@@ -272,18 +272,20 @@ def solve_blocks(
     cost = {down: float(view(model.get_submodule(down)).shape[1] ** 3) for down in chosen}
     whose = {x: owner[x] for x in chosen} if owner else processes.assign(cost)
 
-    def metric(down: str) -> Metric:
-        refit = settings.refit_bias and view(model.get_submodule(down)).bias is not None
-        shrink = settings.shrink
-        return metric_of(settings.method, statistics, down, refit_bias=refit, shrink=shrink)
+    def problem(down: str) -> tuple[Tensor, Metric]:
+        layer = view(model.get_submodule(down))
+        weight = layer.weight.to(settings.solve_device)
+        refit = settings.refit_bias and layer.bias is not None
+        given = {"refit_bias": refit, "shrink": settings.shrink, "device": weight.device}
+        return weight, metric_of(settings.method, statistics, down, **given)  # type: ignore[arg-type]
 
     own: dict[str, Narrowings] = {}
 
     def work() -> dict[str, BlockSummary]:
         told = {}
         for down in track([x for x in chosen if whose[x] == processes.index]):
-            one = metric(down)
-            own[down] = narrowings(view(model.get_submodule(down)).weight, one.output, one.input)
+            weight, one = problem(down)
+            own[down] = narrowings(weight, one.output, one.input)
             scale = 1.0 if one.loss_scale is None else one.loss_scale
             seen = int(statistics.of(down, METHODS[settings.method].kinds).tokens)
             told[down] = BlockSummary(own[down].losses, scale, one.note, seen)
@@ -293,7 +295,7 @@ def solve_blocks(
     for part in processes.run_on_all(work):
         measured |= part
     alone = {name: f"its block is not narrowed: {why}" for name, why in blocks.left_alone.items()}
-    return SolvedBlocks(model, chosen, measured, metric, own, whose, processes, alone, True)
+    return SolvedBlocks(model, chosen, measured, problem, own, whose, processes, alone, True)
 
 
 def _is_alike(model: nn.Module, block: Block) -> bool:

@@ -1,17 +1,17 @@
 """Observation of a bare ``nn.Module``, without a Trainer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrcompress.errors import SettingError
+from lrcompress.errors import ObservationError, SettingError
 from lrcompress.objective import method_named
 from lrcompress.statistics.batches import batch_terms
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.masks import MaskSource, batch_decoder_mask, batch_mask
+from lrcompress.statistics.masks import MASK, MaskSource, batch_decoder_mask, batch_mask
 from lrcompress.statistics.moments import KINDS
 from lrcompress.statistics.views import view
 from lrcompress.structure.feed_forward import Blocks, BlockTrace
@@ -72,30 +72,59 @@ def observe(
     yield Recorder(model, names, chosen, offload=offload, shared=shared)
 
 
-def observe_batch(
+def observe_batches(
+    recorder: Recorder,
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    mask: MaskSource = MASK,
+    examples: Callable[[Any], int] | None = None,
+    find_blocks: bool = False,
+) -> Blocks | None:
+    """Observe one pass over batches, in evaluation mode; no ``.grad`` is touched.
+
+    Args:
+        recorder: of layers of the model; its statistics grow.
+        model: as it was, afterwards.
+        batches: whatever ``loss`` understands.
+        loss: ``loss(model, batch)`` gives the mean loss over the batch, a scalar.
+        mask: where a batch has its padding mask, as
+            :func:`~lrcompress.statistics.masks.batch_mask` says; None if nothing is padded.
+        examples: of how many terms a batch's loss is the mean; by default as
+            :func:`~lrcompress.statistics.batches.batch_terms` counts them.
+        find_blocks: whether to look for feed-forward blocks of the recorder's layers.
+
+    Returns:
+        The blocks; None if they were not looked for, or no loss was finite and had a graph.
+
+    Raises:
+        ShapeError: if a mask is not two-dimensional.
+        ObservationError: if there are no batches, or none with a finite loss; as of
+            :meth:`~lrcompress.statistics.capture.Recorder.step`.
+    """
+    blocks: Blocks | None = None
+    with _observable(model, recorder):
+        for batch in batches:
+            looks = find_blocks and blocks is None
+            trace = BlockTrace(model, recorder.layers) if looks else None
+            blocks = _observe_batch(recorder, model, batch, loss, mask, examples, trace) or blocks
+    if not recorder.statistics.steps:
+        raise ObservationError(
+            f"nothing to learn from: {recorder.statistics.skipped} batches, none with a finite loss"
+        )
+    return blocks
+
+
+def _observe_batch(
     recorder: Recorder,
     model: nn.Module,
     batch: Any,
     loss: Loss,
     mask: MaskSource,
-    examples: Callable[[Any], int] | None = None,
-    trace: BlockTrace | None = None,
+    examples: Callable[[Any], int] | None,
+    trace: BlockTrace | None,
 ) -> Blocks | None:
-    """Observe one pass over a batch, and its gradients at the layers' outputs.
-
-    Args:
-        recorder: of the layers.
-        model: the module.
-        batch: as ``loss`` understands it.
-        loss: gives the mean loss over a batch.
-        mask: where a batch has its padding mask.
-        examples: of how many terms a batch's loss is the mean; by default as
-            :func:`~lrcompress.statistics.batches.batch_terms` counts them.
-        trace: finds blocks in this pass.
-
-    Returns:
-        The blocks; None without ``trace``, or where the loss has no graph or is not finite.
-    """
     found, missing = batch_mask(batch, mask, "compress")
     decoder = None if mask is None else batch_decoder_mask(batch)
     blocks = None
@@ -113,10 +142,11 @@ def observe_batch(
 
 
 @contextmanager
-def observable(model: nn.Module, names: Sequence[str], gradients: bool) -> Iterator[None]:
+def _observable(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Set evaluation mode and let gradients reach the weights; restore both at the end."""
+    gradients = not recorder.forward_only
     modes = {module: module.training for module in model.modules()}
-    weights = [p for name in names for p in view(model.get_submodule(name)).parameters]
+    weights = [p for x in recorder.layers.values() for p in view(x).parameters]
     frozen = [p for p in weights if gradients and not p.requires_grad]
     try:
         model.eval()

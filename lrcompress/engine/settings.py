@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from lrcompress.budget import ALLOCATIONS, check_keep
-from lrcompress.errors import SettingError
+from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import COMPARABLE, METHODS, method_named
 from lrcompress.solvers.kronecker import are_sizes
 from lrcompress.structure.selection import Selection, select
@@ -37,6 +38,7 @@ class Settings:
         keep_measured: leave layers as they are whose factors are not faster on this machine.
         measured_tokens: that layers read at once while they are measured; None is what they
             have read, on average, in an observed step.
+        solve_device: where layers are solved; None is where each lies.
 
     Raises:
         SettingError: if an entry is not what it may be.
@@ -58,6 +60,7 @@ class Settings:
     shared: bool = False
     keep_measured: bool = False
     measured_tokens: int | None = None
+    solve_device: str | None = None
 
     def __post_init__(self) -> None:
         method = method_named(self.method)
@@ -82,6 +85,7 @@ class Settings:
         if self.keep_range[0] > self.keep_range[1]:
             raise SettingError(f"keep_range must rise, got {self.keep_range!r}")
         _check_whole("align", self.align)
+        check_device("solve_device", self.solve_device)
         self._check_measured()
         self._check_form(method.form)
         if self.narrow_blocks:
@@ -147,6 +151,36 @@ class Settings:
     def watched(self, model: nn.Module) -> tuple[str, ...]:
         """Return the layers of ``model`` that are observed."""
         return self.select(model).names
+
+
+def check_device(argument: str, name: object) -> None:
+    """Check that an argument names a device of torch, or none.
+
+    Raises:
+        SettingError: if it does not.
+    """
+    try:
+        torch.device("cpu" if name is None else name)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise SettingError(
+            f"{argument} must be a device of torch, such as 'cpu', got {name!r}"
+        ) from None
+
+
+def check_present(argument: str, name: str | None) -> None:
+    """Check that this machine has the device that an argument names.
+
+    Raises:
+        PlatformError: if it does not.
+    """
+    try:
+        torch.empty(0, device=name or "cpu")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of a build without it
+        reason = str(error).partition("\n")[0]
+        raise PlatformError(
+            f"{argument}={name!r}: torch finds no such device here ({reason}); leave it out, or "
+            "name one that is there, such as 'cpu'"
+        ) from None
 
 
 def _check_whole(name: str, value: object) -> None:

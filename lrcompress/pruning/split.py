@@ -98,6 +98,7 @@ def split_(
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
         solver=solve,
+        device=settings.solve_device,
         processes=processes,
         owner=owner,
     )

@@ -24,13 +24,7 @@ from lrcompress.statistics.masks import (
     joined,
     sequence_first,
 )
-from lrcompress.statistics.moments import (
-    INPUT_KINDS,
-    TABLE_KINDS,
-    Statistics,
-    Sums,
-    shapes,
-)
+from lrcompress.statistics.moments import INPUT_KINDS, TABLE_KINDS, Statistics, Sums, shapes
 from lrcompress.statistics.views import is_embedding, view
 
 _FISHER = frozenset({"input_fisher", "output_fisher"})
@@ -112,7 +106,8 @@ class Recorder:
         kinds: which statistics, of :data:`lrcompress.statistics.moments.KINDS`, and of its
             ``TABLE_KINDS`` for those among the layers that are tables.
         statistics: to go on from; a new one if None.
-        offload: where the sums live, ``"cpu"`` for instance; None leaves them beside the layer.
+        offload: where symmetric sums live, ``"cpu"`` for instance; None leaves them beside the
+            layer, as others are. They are on the host twice until a step ends, which waits once.
         shared: allow a layer to be called several times a step; its uses are added up.
         forward_only: watch passes without gradients too. Only for statistics of inputs.
         name: how the owner calls itself in error messages.
@@ -266,6 +261,7 @@ class Recorder:
         assert self._pass is not None
         self._pass.outputs = None  # whose hooks hold the pass, and this: a cycle
         self._pass = None
+        self.statistics.settle_()
 
     def _saw(
         self,
@@ -431,7 +427,8 @@ class Recorder:
         if name not in held:
             inputs = held is self.statistics.inputs
             kept = {k: s for k, s in self.shapes[name].items() if (k in _OF_INPUTS) == inputs}
-            held[name] = Sums.zeros(kept, torch.device(self.offload or like.device))
+            held[name] = Sums.zeros(kept, like.device, self.offload)
+        held[name].beside_(like.device)
         return held[name]
 
 

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from lrcompress.errors import CheckpointError, ObservationError, ShapeError, nearest
 from lrcompress.linalg import (
-    add_gram_,
     converted,
+    finite_or_zero,
     for_gram,
     full_precision,
     packed,
     packed_shape,
+    per_example_squares,
     symmetric,
 )
+from lrcompress.statistics.offload import Arrival, add_offloaded_gram_, settle_
 
 INPUT_KINDS = ("input_moment", "input_abs")
 OUTPUT_KINDS = ("output_moment", "weighted_moment", "input_fisher", "output_fisher")
@@ -65,6 +67,7 @@ def shapes(kinds: Iterable[str], in_features: int, out_features: int) -> dict[st
     return {name: shape for name, shape in every.items() if name in wanted}
 
 
+Device = torch.device | str
 Added = TypeVar("Added", bound=Callable[..., None])
 
 
@@ -93,21 +96,27 @@ class Sums:
         tokens: ``()`` int64, tokens behind the sums.
         examples: ``()`` int64, examples behind the sums.
         skipped: ``()`` int64, steps left out because they were not finite.
+        arriving: what is on its way to sums in host memory, until :meth:`Statistics.settle_`.
     """
 
     values: dict[str, Tensor]
     tokens: Tensor
     examples: Tensor
     skipped: Tensor
+    arriving: list[Arrival] = field(default_factory=list, kw_only=True)
 
     @classmethod
     def zeros(
-        cls, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str | None = None
+        cls,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: Device | None = None,
+        offload: Device | None = None,
     ) -> "Sums":
-        """Return sums and counts that are zero."""
+        """Return zero sums and counts, the symmetric ones on ``offload``."""
         count = torch.zeros(3, dtype=torch.int64, device=device)
+        places = (device, offload or device)
         values = {
-            name: torch.zeros(shape, dtype=_dtype(name), device=device)
+            name: torch.zeros(shape, dtype=_dtype(name), device=places[len(shape) > 1])
             for name, shape in shapes.items()
         }
         return cls(values, *count.clone().unbind())
@@ -122,12 +131,12 @@ class Sums:
         features = self.values["input_sum"].shape[0]
         if x.ndim != 2 or x.shape[1] != features:
             raise ShapeError(f"expected tokens of shape (_, {features}), got {tuple(x.shape)}")
-        finite, x = _finite_or_zero(for_gram(x.detach()))
+        finite, x = finite_or_zero(for_gram(x.detach()))
         if "input_moment" in self.values:
-            add_gram_(self.values["input_moment"], x)
+            self._add_gram("input_moment", x)
         if "input_abs" in self.values:
-            self.values["input_abs"] += _over_tokens(x.abs()).to(self.tokens.device)
-        self.values["input_sum"] += _over_tokens(x).to(self.tokens.device)
+            self.values["input_abs"] += _over_tokens(x.abs())
+        self.values["input_sum"] += _over_tokens(x)
         self._count(finite, x.shape[0], 0)
 
     @_in_full_precision
@@ -141,12 +150,12 @@ class Sums:
             examples: how many examples the tokens are from.
             scale: see ``g``.
         """
-        finite, g = _finite_or_zero(for_gram(g))
+        finite, g = finite_or_zero(for_gram(g))
         total = self.values["output_moment"]
         if total.ndim == 1:
-            total += (scale * g.float()).square_().sum(0).to(total.device)
+            total += (scale * g.float()).square_().sum(0)
         else:
-            add_gram_(total, g, scale)
+            self._add_gram("output_moment", g, scale)
         self._count(finite, g.shape[0], examples)
 
     @_in_full_precision
@@ -161,12 +170,11 @@ class Sums:
             scale: see ``g``.
         """
         norm = scale * g.float().norm(dim=1, keepdim=True)
-        finite, scaled = _finite_or_zero(x.float() * norm)
+        finite, scaled = finite_or_zero(x.float() * norm)
         norm = torch.where(finite, norm, 0.0)
-        add_gram_(self.values["weighted_moment"], scaled)
-        device = self.tokens.device
-        self.values["weighted_sum"] += (norm.mT @ scaled).squeeze(0).to(device)
-        self.values["weight"] += norm.square().sum().to(device)
+        self._add_gram("weighted_moment", scaled)
+        self.values["weighted_sum"] += (norm.mT @ scaled).squeeze(0)
+        self.values["weight"] += norm.square().sum()
 
     @_in_full_precision
     def add_fisher_(
@@ -196,7 +204,7 @@ class Sums:
         # Σ_j J[i, j]² is Σ_i of the transposed gradient: one function serves both axes
         for name, pair in (("input_fisher", (x, g)), ("output_fisher", (g, x))):
             if name in self.values:
-                self.values[name] += _per_example_squares(*pair).to(self.tokens.device)
+                self.values[name] += per_example_squares(*pair)
         if "output_moment" not in self.values:
             counted = g.shape[0] if examples is None else examples
             self._count(finite, g.shape[0] * g.shape[1], counted)
@@ -204,7 +212,7 @@ class Sums:
     def add_rows_(self, rows: Tensor) -> None:
         """Count the rows that were read from a table, given by their numbers ``(tokens, 1)``."""
         count = self.values["token_count"]
-        count += torch.bincount(rows.reshape(-1), minlength=len(count)).to(count.device)
+        count += torch.bincount(rows.reshape(-1), minlength=len(count))
         self._count(torch.ones((), dtype=torch.bool, device=rows.device), rows.shape[0], 0)
 
     @_in_full_precision
@@ -221,15 +229,24 @@ class Sums:
             examples: how many examples the tokens are from.
             scale: see ``g``.
         """
-        finite, g = _finite_or_zero(g.to(torch.float32))
-        fisher, squares = self.values["token_fisher"], (scale * g.norm(dim=1)).square()
-        fisher.index_add_(0, rows.reshape(-1).to(fisher.device), squares.to(fisher.device))
+        finite, g = finite_or_zero(g.to(torch.float32))
+        squares = (scale * g.norm(dim=1)).square()
+        self.values["token_fisher"].index_add_(0, rows.reshape(-1), squares)
         self._count(finite, g.shape[0], examples)
 
     def _count(self, finite: Tensor, tokens: int, examples: int) -> None:
-        self.tokens += (finite * tokens).to(self.tokens.device)
-        self.examples += (finite * examples).to(self.tokens.device)
-        self.skipped += (~finite).to(self.tokens.device)
+        self.tokens += finite * tokens
+        self.examples += finite * examples
+        self.skipped += ~finite
+
+    def _add_gram(self, name: str, x: Tensor, scale: float = 1.0) -> None:
+        add_offloaded_gram_(self.values[name], x, scale, self.arriving)
+
+    def beside_(self, device: Device) -> None:
+        """Move what is not offloaded to the device of the layer, after it came from a file."""
+        if self.tokens.device != device:
+            self.values |= {k: v.to(device) for k, v in self.values.items() if v.ndim < 2}
+            self.tokens, self.examples, self.skipped = (x.to(device) for x in self._counts())
 
     def merge_(self, other: "Sums") -> None:
         """Add everything ``other`` has seen."""
@@ -238,9 +255,11 @@ class Sums:
         for mine, theirs in zip(self._counts(), other._counts(), strict=True):
             mine += theirs.to(mine)
 
-    def moment(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return one sum as it is held, or in a dtype; a symmetric one with both triangles."""
-        value = self.values[name]
+    def moment(
+        self, name: str, dtype: torch.dtype | None = None, device: Device | None = None
+    ) -> Tensor:
+        """Return one sum, by default as it is held; a symmetric one with both triangles."""
+        value = self.values[name].to(device)
         return symmetric(value, dtype) if value.ndim == 2 else converted(value, dtype)
 
     @property
@@ -258,7 +277,7 @@ class Sums:
         return self.values | counts
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str | None) -> "Sums":
+    def from_state(cls, state: Mapping[str, Tensor], device: Device | None) -> "Sums":
         """Return the sums that :meth:`state_dict` described, on ``device``."""
         held = {name: _packed(value).to(device, copy=True) for name, value in state.items()}
         counts = [held.pop(name) for name in ("tokens", "examples", "skipped")]
@@ -277,28 +296,8 @@ def _dtype(name: str) -> torch.dtype:
     return torch.int64 if name == "token_count" else torch.float32
 
 
-def _finite_or_zero(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whether all of ``x`` is finite, and ``x`` or else zeros, without waiting for a GPU."""
-    finite = x.sum(dtype=torch.float32).isfinite()  # float16 would overflow
-    if x.device.type == "cpu" and finite:
-        return finite, x  # spared a copy
-    return finite, torch.where(finite, x, 0.0)
-
-
 def _over_tokens(x: Tensor) -> Tensor:
     return x.sum(0, dtype=torch.float32)  # low-precision sums stall
-
-
-def _per_example_squares(x: Tensor, g: Tensor) -> Tensor:
-    """Return ``Σ_b Σ_i (Σ_t g_bti x_btj)²`` for every ``j``."""
-    length, fan_in, fan_out = x.shape[1], x.shape[2], g.shape[2]
-    if length * (fan_in + fan_out) < fan_in * fan_out:
-        # = Σ_t x_tj (G Gᵀ X)_tj: the (out, in) gradient need not exist
-        return ((g @ g.mT) @ x * x).sum(1).clamp(min=0).sum(0)
-    total = x.new_zeros(fan_in)
-    for one_x, one_g in zip(x, g, strict=True):
-        total += (one_g.mT @ one_x).square_().sum(0)
-    return total
 
 
 @dataclass
@@ -411,6 +410,10 @@ class Statistics:
         self.skipped += other.skipped
         self.tokens += other.tokens
 
+    def settle_(self) -> None:
+        """Add what is on its way to sums in host memory; waits once for each of the devices."""
+        settle_([sums.arriving for sums in (*self.inputs.values(), *self.outputs.values())])
+
     def clear_(self) -> None:
         """Reset to nothing observed."""
         for held in (self.inputs, self.outputs, self.source):
@@ -426,7 +429,7 @@ class Statistics:
             "counts": [self.steps, self.skipped, self.tokens],
         }
 
-    def load_state_dict(self, state: Mapping[str, object], device: torch.device | str) -> None:
+    def load_state_dict(self, state: Mapping[str, object], device: Device) -> None:
         """Restore what :meth:`state_dict` returned, on ``device``.
 
         Raises:

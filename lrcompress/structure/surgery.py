@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
-from lrcompress.linalg import double, full_precision
+from lrcompress.linalg import double, full_precision, least_squares
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear, Replacement
 from lrcompress.statistics.views import view
 
@@ -159,8 +159,8 @@ def carry_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Car
         ``carry([state of right, state of left], squared) -> the same of the new factors``.
     """
     (left, right), (left_new, right_new) = (tuple(map(double, pair)) for pair in (old, new))
-    t = torch.linalg.pinv(left) @ left_new
-    s = right_new @ torch.linalg.pinv(right)
+    t = least_squares(left, left_new)
+    s = least_squares(right.mT, right_new.mT).mT
 
     def carry(state: Sequence[Tensor], squared: bool) -> list[Tensor]:
         of_right, of_left = state

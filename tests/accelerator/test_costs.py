@@ -48,6 +48,23 @@ def test_steps_that_are_not_observed_wait_for_nothing(
     assert [watched[step] for step in ordinary] == [plain[step] for step in ordinary]
 
 
+def test_times_of_steps_are_those_of_the_device(device: SimpleNamespace, tmp_path: Path) -> None:
+    callback = device.callbacks("kfac", window="step:2")[0]
+    model = device.tagger("kfac", tmp_path)
+
+    class Slow(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            device.launch(7.0)
+
+        def on_before_backward(self, *_: object) -> None:
+            device.launch(3.0 if callback._stage else 5.0)
+
+    run = device.trainer(callback, Slow(), default_root_dir=tmp_path)
+    run.fit(model, device.Loader(device.sentences(10)))
+    found = callback.report.seconds_per_step
+    assert found == pytest.approx({"dense": 5.0, "factored": 3.0}, abs=0.9)
+
+
 class Checkpointed(nn.Module):
     """Blocks under activation checkpointing, and a head with more outputs than they have."""
 
@@ -86,6 +103,37 @@ def test_an_observed_step_holds_little_more_than_a_plain_one(
     most, least = device.peak_bytes(observed), device.peak_bytes(plain)
     assert recorder.statistics.steps == 2
     assert most <= 1.3 * least
+
+
+@pytest.mark.parametrize("method", ["drone", "kfac", "weighted_kfac", "row_fisher"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_that_is_observed_into_host_memory_waits_once_for_each_device(
+    device: SimpleNamespace, method: str, devices: int
+) -> None:
+    kinds, names = METHODS[method].kinds, [str(i) for i in range(12)]
+    held, waits = [], []
+    for offload in (None, "cpu"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(32, 32) for _ in names)).to(device.DEVICE)
+        second = model[6:].to((device.DEVICE, device.OTHER)[devices - 1])
+        given = [torch.randn(8, 32).to(device.DEVICE) for _ in range(3)]
+        recorder = Recorder(model, names, kinds, offload=offload)
+        for x in given:
+            device.counts(reset=True)
+            with recorder.step():
+                y = model[:6](x)
+                second(y.to(second[0].weight.device)).square().mean().backward()
+            waits.append(device.counts().waits)
+            if offload:  # as from a checkpoint, all in one place
+                recorder.statistics.load_state_dict(recorder.statistics.state_dict(), "cpu")
+        held.append([recorder.statistics.of(name, kinds) for name in names])
+    assert waits[:3] == [0] * 3
+    assert waits[3:] == [devices] * 3
+    for here, there in zip(*held, strict=True):
+        assert {x.device.type for x in there.values.values() if x.ndim > 1} == {"cpu"}
+        both = ({k: v.cpu() for k, v in x.values.items()} for x in (here, there))
+        torch.testing.assert_close(*both)
+        assert int(here.tokens) == int(there.tokens) == 24
 
 
 class Block(nn.Module):

@@ -266,7 +266,9 @@ def test_one_recipe_serves_both_fits(
     assert (
         "trainer.callbacks: expected one lrcompress.Factorize, which can" in capsys.readouterr().err
     )
-    assert main([*factor, "--batches=2"]) == 0
+    assert main([*factor, "--device=xpu:7"]) == 1
+    assert "device='xpu:7': torch finds no such device here" in capsys.readouterr().err
+    assert main([*factor, "--batches=2", "--device=cpu"]) == 0
     start = ["--trainer.callbacks=lrcompress.StartFrom", "--trainer.callbacks.checkpoint=f.ckpt"]
     assert main(["fit", *one, none, "--trainer.max_steps=1"]) == 0
     assert main(["fit", *one, *start, "--trainer.max_steps=1"]) == 0

@@ -37,7 +37,8 @@ def test_what_no_machine_has_is_refused_before_the_first_step(trainer: Make) -> 
     assert said.startswith("Factorize would take about ")
     assert "GiB on cpu, which has" in said
     assert "statistics 7" in said  # thousand GiB: one triangle of two million squared
-    assert said.endswith("several processes with deal=True, or offload='cpu' for the statistics")
+    way_out = "several processes with deal=True, solve_device='cpu', or offload='cpu' for the "
+    assert said.endswith(way_out + "statistics")
 
 
 def test_it_is_said_when_training_starts(
@@ -50,3 +51,20 @@ def test_it_is_said_when_training_starts(
     assert "memory of a process, in GiB: weights 0.00, gradients 0.00, optimizer 0.00" in said
     assert "checkpoint within the window" in said
     assert "solving takes about 1 s" in said
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: lrcompress.Factorize(keep=0.5, at=0.5, method="svd", solve_device="xpu:7"),
+        lambda: lrcompress.Factorize(keep=0.5, at=0.5, offload="xpu:7"),
+        lambda: lrcompress.LoSparse(keep=0.5, solve_device="xpu:7"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_the_first_step(
+    tagger: Make, loader: Make, trainer: Make, callback: Make
+) -> None:
+    run = trainer(callback())
+    with pytest.raises(PlatformError, match=r"='xpu:7': torch finds no such device here"):
+        run.fit(tagger(), loader(), loader())
+    assert run.global_step == 0

@@ -88,6 +88,18 @@ def test_bytes_are_those_that_the_fit_will_have() -> None:
     assert shared.seconds == before.seconds / 2
 
 
+def test_what_is_solved_elsewhere_is_said() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(40, 30))
+    here, there = (
+        footprint(model, ["0"], "kfac", 0, solve_device=where, rate=1.0) for where in (None, "cpu")
+    )
+    assert here.solve == there.solve
+    assert (here.solved_on, there.solved_on) == ("", "cpu")
+    assert "solve 0.00 (on cpu)" in there.lines[0]
+    assert "solve 0.00, solutions" in here.lines[0]
+
+
 def test_the_time_of_a_solve_is_foretold() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(384, 384) for _ in range(4)))

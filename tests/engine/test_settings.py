@@ -7,7 +7,7 @@ from torch import nn
 
 from lrcompress.engine.compress import compress
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import SettingError
+from lrcompress.errors import PlatformError, SettingError
 from lrcompress.report.tables import point_table
 
 
@@ -56,3 +56,16 @@ def test_a_keep_that_is_missed_is_in_the_report() -> None:
         console.print(point_table(record))
     assert "keep=0.5 is missed, 1.000 remains: 2 of 2 layers" in capture.get()
     assert "2: stays as it is: a rank of 4 takes" in capture.get()
+
+
+@pytest.mark.parametrize("given", ["gpu", 1.5])
+def test_a_device_is_one_of_torch(given: object) -> None:
+    with pytest.raises(SettingError, match=f"solve_device must be a device .* got {given!r}"):
+        Settings(solve_device=given)  # type: ignore[arg-type]
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_observed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    settings = {"targets": ["*"], "keep": 0.5, "solve_device": "xpu:7"}
+    with pytest.raises(PlatformError, match=r"solve_device='xpu:7': torch finds no such device"):
+        compress(model, [], lambda *_: torch.zeros(()), **settings)

@@ -14,6 +14,7 @@
 #include <c10/core/Allocator.h>
 #include <torch/library.h>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <optional>
@@ -31,6 +32,13 @@ static constexpr DeviceIndex DEVICES = 2;
 static thread_local DeviceIndex g_cur = 0;
 static std::atomic<int64_t> g_now{0}, g_peak{0}, g_waits{0}, g_uploads{0};
 
+// What the device is behind the host, by work that was only launched; in milliseconds.
+static std::atomic<double> g_behind{0};
+static double device_time() {
+  auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return g_behind + std::chrono::duration<double, std::milli>(now).count();
+}
+
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::PrivateUse1; }
   Device exchangeDevice(Device d) const override { auto o = g_cur; g_cur = d.index() < 0 ? g_cur : d.index(); return Device(DeviceType::PrivateUse1, o); }
@@ -43,10 +51,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   Stream getStreamFromGlobalPool(Device d, bool) const override { return getStream(d); }
   Stream exchangeStream(Stream s) const noexcept override { return s; }
   DeviceIndex deviceCount() const noexcept override { return DEVICES; }
-  void record(void** e, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void record(void** e, const Stream&, const DeviceIndex, const EventFlag) const override {
+    if (!*e) *e = new double;
+    *static_cast<double*>(*e) = device_time();
+  }
+  double elapsedTime(void* a, void* b, const DeviceIndex) const override { return *static_cast<double*>(b) - *static_cast<double*>(a); }
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
-  void destroyEvent(void*, const DeviceIndex) const noexcept override {}
+  void destroyEvent(void* e, const DeviceIndex) const noexcept override { delete static_cast<double*>(e); }
   bool queryStream(const Stream&) const override { return true; }
   void synchronizeStream(const Stream&) const override { g_waits++; }
   void synchronizeEvent(void*) const override { g_waits++; }
@@ -80,6 +92,30 @@ struct Alloc final : c10::Allocator {
 static Alloc g_alloc;
 REGISTER_ALLOCATOR(c10::DeviceType::PrivateUse1, &g_alloc);
 
+// Memory of the host that copies go to without a wait.
+static std::mutex g_pins;
+static std::set<void*> g_pinned;
+static void unpin(void* p) {
+  std::lock_guard<std::mutex> lock(g_pins);
+  g_pinned.erase(p);
+  std::free(p);
+}
+struct Pinned final : c10::Allocator {
+  DataPtr allocate(size_t n) override {
+    void* p = n ? std::aligned_alloc(64, (n + 63) / 64 * 64) : nullptr;
+    std::lock_guard<std::mutex> lock(g_pins);
+    if (p) g_pinned.insert(p);
+    return {p, p, &unpin, Device(kCPU)};
+  }
+  DeleterFnPtr raw_deleter() const override { return &unpin; }
+  void copy_data(void* d, const void* s, std::size_t n) const override { memcpy(d, s, n); }
+};
+static Pinned g_pinning;
+static bool is_pinned(const void* p) {
+  std::lock_guard<std::mutex> lock(g_pins);
+  return g_pinned.count(const_cast<void*>(p)) > 0;
+}
+
 static Tensor as_cpu(const Tensor& t) {  // a CPU view of the same memory
   auto storage_bytes = t.storage().nbytes();
   auto opts = TensorOptions().dtype(t.dtype()).device(kCPU);
@@ -108,7 +144,8 @@ struct Inside {
 };
 
 static Tensor v_copy_from(const Tensor& self, const Tensor& dst, bool non_blocking) {
-  if (!g_inside && is_v(self) && !is_v(dst)) g_waits++;
+  bool at_once = non_blocking && !is_v(dst) && is_pinned(dst.storage().data());
+  if (!g_inside && is_v(self) && !is_v(dst) && !at_once) g_waits++;
   if (!g_inside && !is_v(self) && is_v(dst) && !non_blocking) g_uploads++;
   Tensor d = is_v(dst) ? as_cpu(dst) : dst, s = is_v(self) ? as_cpu(self) : self;
   if (dst.numel()) d.copy_(s);
@@ -254,6 +291,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return true; }
   const Generator& getDefaultGenerator(DeviceIndex i) const override { return generator(i < 0 ? g_cur : i); }
   Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  bool isPinnedPtr(const void* p) const override { return is_pinned(p); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &g_pinning; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   Device getDeviceFromPtr(void*) const override { return Device(DeviceType::PrivateUse1, g_cur); }
   void resizePrivateUse1Bytes(const Storage& s, size_t n) const override {
@@ -270,11 +309,13 @@ static std::vector<int64_t> v_stats(bool reset) {
   return r;
 }
 static int64_t v_set_device(int64_t i) { auto o = g_cur; if (i >= 0) g_cur = i; return o; }
+static void v_launch(double seconds) { g_behind = g_behind + 1000 * seconds; }
 static Tensor v_get_state(int64_t i) { return generator(i).get_state(); }
 static void v_set_state(int64_t i, const Tensor& state) { generator(i).set_state(state); }
 static void v_seed(int64_t i, int64_t seed) { generator(i).set_current_seed(seed); }
 TORCH_LIBRARY(vgpu, m) {
   m.def("stats(bool reset) -> int[]", v_stats);
+  m.def("launch(float seconds) -> ()", v_launch);
   m.def("set_device(int i) -> int", v_set_device);
   m.def("get_rng_state(int i) -> Tensor", v_get_state);
   m.def("set_rng_state(int i, Tensor state) -> ()", v_set_state);

@@ -41,6 +41,11 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return counts().peak - before
 
 
+def launch(seconds: float) -> None:
+    """Launch work that keeps the devices busy for so long; the host goes on at once."""
+    _ops.launch(seconds)
+
+
 class _Stream:
     """The only stream: everything in it is done at once."""
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.amp import GradScaler
@@ -39,6 +39,9 @@ class StandIn(Accelerator):
     @staticmethod
     def name() -> str:
         return "vgpu"
+
+
+AcceleratorRegistry.register("vgpu", StandIn)
 
 
 def trainer(*callbacks: L.Callback, precision: str = "32-true", **kwargs: Any) -> L.Trainer:

@@ -1,0 +1,68 @@
+"""Step timing: seconds per training step by phase, on an accelerator without waiting for it."""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class StepTimer:
+    """Measures training steps, by events of the accelerator where there is one.
+
+    There a step ends for the host long before the device has done it. Events lie between its
+    kernels, and are read in later steps, once the device has passed them.
+
+    Attributes:
+        spent: phase to its steps and the seconds they took together.
+    """
+
+    def __init__(self, spent: Mapping[str, Sequence[float]] | None = None) -> None:
+        self.spent = {phase: list(both) for phase, both in (spent or {}).items()}
+        self._started: Any = None
+        self._passing: deque[tuple[str, Any, Any]] = deque()
+
+    def start(self, device: torch.device | None) -> None:
+        """Begin a step on a device; None leaves it out."""
+        self._started = None if device is None else _event(device)
+
+    def stop(self, phase: str) -> None:
+        """End the step, which counts for a phase; nothing happens if none has begun."""
+        if self._started is None:
+            return
+        if isinstance(self._started, float):
+            self._add(phase, time.perf_counter() - self._started)
+        else:
+            self._passing.append((phase, self._started, _event(self._started.device)))
+            while self._passing and self._passing[0][2].query():
+                self._read()
+        self._started = None
+
+    def seconds_per_step(self) -> dict[str, float]:
+        """Return the seconds that a step of each phase took; waits for the steps before."""
+        while self._passing:
+            self._passing[0][2].synchronize()
+            self._read()
+        return {phase: seconds / steps for phase, (steps, seconds) in self.spent.items()}
+
+    def _read(self) -> None:
+        phase, start, end = self._passing.popleft()
+        self._add(phase, start.elapsed_time(end) / 1000)
+
+    def _add(self, phase: str, seconds: float) -> None:
+        both = self.spent.setdefault(phase, [0, 0.0])
+        both[0] += 1
+        both[1] += seconds
+
+
+def _event(device: torch.device) -> Any:
+    """Return an event that the device will pass now; the time, where it has none."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    try:
+        event = torch.Event(device, enable_timing=True)
+        event.record()
+    except (RuntimeError, NotImplementedError):  # of a backend without timed events
+        return time.perf_counter()
+    return event
