@@ -57,7 +57,7 @@ class BlockSummary:
         ``1 / (1 − k/N)``. Ranks fit nothing of the kind. With fewer than two tokens a feature
         nothing is known, and the factor stays at four.
         """
-        share = torch.arange(len(self.losses)).double() * _ALIKE / max(1, self.tokens)
+        share = double(torch.arange(len(self.losses))) * _ALIKE / max(1, self.tokens)
         return (self.losses / (1 - share.clamp(max=0.5)).square()).cummin(0).values
 
     def loss(self, width: int) -> float:

@@ -80,7 +80,7 @@ def check_version(version: object, where: str) -> int:
     """
     if type(version) is int and version > VERSION:
         raise CheckpointError(
-            f"{where} is of version {version}, this lrcompress reads {VERSION}; update lrcompress"
+            f"{where} is of version {version}, this lrcompress reads {VERSION}; update it"
         )
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{where} must have a version from 1 to {VERSION}, got {version!r}")

@@ -91,6 +91,7 @@ def test_is_near_brute_force_over_all_choices_ranks_and_widths(keep: float) -> N
 def test_never_loses_more_than_ranks_alone_or_widths_alone(keep: float, seed: int) -> None:
     layers, blocks = problem(seed, blocks=4, width=12, inner=40)
     mixed = loss_of(allocate_with_blocks(layers, blocks, keep), layers, blocks)
+    mixed *= 1 - 1e-12  # equal choices are summed in another order
     ranks = allocate(layers, keep, "global")
     assert mixed <= loss_of((ranks, {}), layers, blocks)
     narrow = allocate([layers[0], *(one for one, _ in blocks.values())], keep, "global")

@@ -35,7 +35,7 @@ def test_the_entry_of_a_config_comes_back() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "config.json is of version 2, this lrcompress reads 1; update it: pip"),
+        ({"version": 2}, "config.json is of version 2, this lrcompress reads 1; update it"),
         ({"version": "1"}, "config.json must have a version from 1 to 1, got '1'"),
         ({"version": 0}, "must have a version from 1 to 1, got 0"),
         ({"plan": None}, "config.json: expected a plan, got NoneType"),
