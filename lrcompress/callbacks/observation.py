@@ -282,7 +282,7 @@ class Observation:
             self._watching.commit(finite=finite)
             return
         assert self._recorder is not None
-        if not self._labelled:
+        if not self._labelled and self._tap is None:  # drawn labels have terms of their own
             self._terms = loss_terms(loss) or self._terms
         logits = self._tap.take() if self._tap is not None and finite else None
         # labels are drawn wherever there are logits, also where nothing is to be predicted

@@ -173,7 +173,8 @@ def factor_(
         SettingError: if the budget cannot be met.
 
     Cost:
-        One symmetric eigendecomposition of the smaller side per layer, and its products.
+        One symmetric eigendecomposition of the smaller side per layer, and its products; twice
+        that for sums of Kronecker products.
     """
     started = time.perf_counter()
     names = settings.select(model).names

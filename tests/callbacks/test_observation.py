@@ -229,3 +229,27 @@ def test_a_language_models_loss_is_predicted_without_labels_in_its_batches(
         found.append([layer.predicted_loss for layer in factorize.report.points[0].layers])
     without, labelled = found
     assert without == labelled  # 24 times too low, the length, where examples were counted
+
+
+class Still(Encoder):
+    """Steps that change nothing."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def test_drawn_labels_count_all_rows_whatever_the_loss_leaves_out(
+    batches: Make, loader: Make, trainer: Make
+) -> None:
+    (batch,) = batches(1)
+    found = []
+    for left_out in (0, 5):
+        labels = batch["labels"].clone()
+        labels[:left_out] = -100
+        factorize = lrcompress.Factorize(
+            0.5, "step:1", every_n_steps=1, fisher="model", logits="head", **QUIET
+        )
+        torch.manual_seed(0)
+        trainer(factorize, max_epochs=2).fit(Still(), loader([batch | {"labels": labels}]))
+        found.append([layer.predicted_loss for layer in factorize.report.points[0].layers])
+    assert found[0] == found[1]  # 2.7 times less where the terms of the loss were taken
