@@ -5,7 +5,8 @@ In this package a rank is that of a matrix; a member of a process group is a pro
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +19,7 @@ from lrcompress.errors import LRCompressError, PlatformError
 
 T = TypeVar("T")
 BUCKET = 1 << 23  # values sent at once
+_PATIENCE = timedelta(hours=6)  # with one that solves; of one that has died gloo tells at once
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Processes:
         index: number of this process in the group, from 0.
         size: how many there are.
         group: their process group; None is the default one.
+        control: the group of gloo that objects travel over, where ``group`` is one of an
+            accelerator: NCCL's collectives return at once, and one that fails ends the process.
         sharded: whether each process holds a part of every parameter.
     """
 
@@ -40,6 +44,7 @@ class Processes:
     index: int = 0
     size: int = 1
     group: Any = None
+    control: Any = None
 
     @classmethod
     def of(cls, group: Any = None) -> "Processes":
@@ -50,7 +55,8 @@ class Processes:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
-        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+        found = cls(dist.get_rank(group), dist.get_world_size(group), group)
+        return replace(found, control=_control(group)) if found.device.type != "cpu" else found
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +78,7 @@ class Processes:
             return [value]
         found: list[Any] = [None] * self.size
         with self._explain_failure():
-            dist.all_gather_object(found, value, group=self.group)
+            dist.all_gather_object(found, value, group=self.control or self.group)
         return found
 
     def run_on_all(self, work: Callable[[], T]) -> list[T]:
@@ -112,6 +118,7 @@ class Processes:
             return
         group: Any = self.group or dist.group.WORLD
         source = dist.get_global_rank(group, source)
+        self._meet()
         for part in _parts(tensors):
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in part]).to(self.device)
             with self._explain_failure():
@@ -129,6 +136,12 @@ class Processes:
             dist.all_reduce(there, group=self.group)
         if there is not flat:
             flat.copy_(there)
+
+    def _meet(self) -> None:
+        """Wait for all processes where gloo can say that one is lost, before NCCL could not."""
+        if self.control is not None:
+            with self._explain_failure():
+                dist.barrier(group=self.control)
 
     @contextmanager
     def _explain_failure(self) -> Iterator[None]:
@@ -218,6 +231,21 @@ class Processes:
 
 
 ONE_PROCESS = Processes()
+_controls: list[tuple[Any, Any]] = []  # a group and that of its control traffic
+
+
+def _control(group: Any) -> Any:
+    """Return the group of gloo beside one of an accelerator, made once; collective then."""
+    group = group or dist.group.WORLD
+    for known, control in _controls:
+        if known is group:
+            return control
+    ranks = dist.get_process_group_ranks(group)
+    control = dist.new_group(
+        ranks, _PATIENCE, "gloo", use_local_synchronization=group is not dist.group.WORLD
+    )
+    _controls.append((group, control))
+    return control
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, slice]:

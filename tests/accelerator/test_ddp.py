@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 # every process takes its rows of the same batches
@@ -78,3 +79,70 @@ def test_two_processes_end_alike_and_are_resumed(
         assert one.keys() == other.keys()
         for key, value in one.items():
             assert torch.equal(value, other[key]), (name, key)
+
+
+LOST = """
+import copy, os, sys
+sys.path.insert(0, {standin!r})
+import torch
+import vgpu, vccl
+from torch import nn
+from lrcompress.distributed import Processes
+from lrcompress.engine.compress import factor_
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import PlatformError
+from lrcompress.statistics.moments import Statistics
+
+number = int(os.environ["RANK"])
+torch.vgpu.set_device(number)
+torch.distributed.init_process_group("vccl")
+processes = Processes.of()
+assert Processes.of().control is processes.control  # made once
+
+
+vgpu.counts(reset=True)
+held = vgpu.counts().now
+assert processes.all_gather("told by " + str(number)) == ["told by 0", "told by 1"]
+assert vgpu.counts().peak == held, "objects were laid out on the device"
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.device("vgpu", number))
+before = copy.deepcopy(model.state_dict())
+
+
+def dies(names):
+    for name in names:
+        if number == 1 and {when!r} == "solving":
+            os._exit(7)
+        yield name
+
+
+if {when!r} == "sending":
+    sent = Processes.broadcast_
+
+    def broadcast_(self, tensors, source):
+        if number == 1:
+            os._exit(7)
+        sent(self, tensors, source)
+
+    Processes.broadcast_ = broadcast_
+try:
+    settings = Settings(method="svd", keep=0.5, targets=["*"])
+    factor_(model, Statistics(), settings, processes=processes, track=dies)
+except PlatformError as error:
+    assert "process 0 of 2 waited for the others in vain" in str(error), error
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[key], x) for key, x in model.state_dict().items())
+    sys.stdout.write("ok")
+    sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("when", ["solving", "sending"])
+def test_a_process_that_is_lost_at_a_point_leaves_the_others_as_they_were(
+    device: SimpleNamespace, tmp_path: Path, launch: Callable[..., list[str]], when: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LOST.format(standin=str(Path(__file__).parent / "standin"), when=when))
+    assert launch(script, 2, 0, 7)[0].splitlines()[-1] == "ok"

@@ -1,5 +1,7 @@
 """Blocks that were compiled one by one stay compiled after a point gave each other ranks."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,3 +107,33 @@ def test_blocks_of_other_ranks_stay_compiled(
         fit(6, ckpt_path=tmp_path / "step=4.ckpt")
     assert per_step == [NUM] * len(per_step)
     assert len(per_step) >= 2
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_graphs_of_the_dense_model_are_freed_at_the_point(
+    trainer: Callable[..., L.Trainer], loader: Any, calls: list[None], whole: bool
+) -> None:
+    made: list[tuple[int, weakref.ref[Any]]] = []
+    callback = lrcompress.Factorize(
+        0.5, at="step:2", method="svd", targets=["*.up", "*.down"], verbose=False, validate=False,
+        report_path=None,
+    )  # fmt: skip
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        made.append((callback._stage, weakref.ref(graph)))
+        return graph.forward
+
+    def compiled(block: nn.Module) -> nn.Module:
+        return block if whole else torch.compile(block, backend=backend)
+
+    torch.manual_seed(0)
+    module: Any = Deep(compiled)
+    if whole:
+        module = torch.compile(module, backend=backend)
+    run = trainer(callback, max_steps=4, max_epochs=-1)
+    run.fit(module, loader([torch.randn(4, 32) for _ in range(10)]))
+    gc.collect()
+    alive = [(stage, graph()) for stage, graph in made]
+    assert any(stage == 0 for stage, _ in alive)
+    assert all(graph is None for stage, graph in alive if stage == 0)
+    assert any(graph is not None for stage, graph in alive if stage == 1)

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrcompress.engine.compress import Settings, factor_
 from lrcompress.engine.distributed_solve import greatest_rank
 from lrcompress.engine.footprint import _duration, footprint
 from lrcompress.engine.observation import observe
+
+INPUTS = ("input_moment", "input_sum")
 
 
 class Peak(TorchDispatchMode):
@@ -61,6 +64,25 @@ def test_solving_a_layer_takes_no_more_than_is_said(method: str, shape: tuple[in
     with Peak() as peak:
         factor_(model, statistics, Settings(method=method, keep=0.5, targets=["*"]))
     assert 0.35 * said.solve <= peak.most <= said.solve + said.solutions
+
+
+def test_the_formulas_of_a_llama_are_what_is_measured() -> None:
+    """Bytes of statistics to the byte, of the solve within a quarter."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "head_dim": 16}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=100, **sizes))
+    ids = torch.randint(100, (4, 64))
+    with observe(model, method="kfac") as recorder, recorder.step():
+        model(input_ids=ids, labels=ids).loss.backward()
+    names = [*recorder.layers]
+    shared = [name for name in names if name.endswith(("k_proj", "v_proj", "up_proj"))]
+    twice = [4 * math.prod(recorder.shapes[n][k]) for n in shared for k in INPUTS]
+    statistics = recorder.statistics
+    assert statistics.nbytes == recorder.nbytes - sum(twice)
+    said = footprint(model, names, "kfac", statistics.nbytes, rate=1.0)
+    with Peak() as peak:
+        factor_(model, statistics, Settings(method="kfac", keep=0.5))
+    assert peak.most == pytest.approx(said.solve, rel=0.25)
 
 
 def test_bytes_are_those_that_the_fit_will_have() -> None:

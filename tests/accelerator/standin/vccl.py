@@ -1,5 +1,7 @@
 """Collectives on the stand-in device by the rules of NCCL, with gloo underneath."""
 
+import os
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +35,12 @@ class Group(dist.ProcessGroup):
             assert tensor.is_contiguous(), f"NCCL takes contiguous tensors: {what}"
             assert tensor.dtype not in REFUSED, f"NCCL has no such numbers: {what}"
         there = [tensor.detach().cpu() for tensor in tensors]
-        getattr(self.gloo, name)(there, *options).wait()
+        try:
+            getattr(self.gloo, name)(there, *options).wait()
+        except RuntimeError as error:  # NCCL's watchdog finds it later, and ends the process
+            sys.stderr.write(f"vccl: watchdog: {error}\n")
+            sys.stderr.flush()
+            os.abort()
         for tensor, value in zip(tensors, there, strict=True):
             tensor.detach().copy_(value)
         return _Done(tensors)
