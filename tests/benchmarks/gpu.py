@@ -166,7 +166,11 @@ def layers(device: torch.device, args: argparse.Namespace) -> Iterable[list[obje
             model.to(device, torch.bfloat16)
         for shape in shapes:
             x = torch.randn(*shape, in_features, device=device, dtype=torch.bfloat16)
-            cells: list[object] = [f"{out_features} × {in_features}", rank, f"{shape[0]} × {shape[1]}"]
+            cells: list[object] = [
+                f"{out_features} × {in_features}",
+                rank,
+                f"{shape[0]} × {shape[1]}",
+            ]
             for call in (forward, trained):
                 mine = {name: partial(call, model, x) for name, model in work.items()}
                 taken = interleaved(mine, args.rounds, calls)

@@ -45,7 +45,7 @@ if CARD == "standin":  # before a backward pass has run, for it comes too late a
     sys.path.insert(0, str(HERE.parent / "accelerator" / "standin"))
     import vgpu
     import vtrainer
-import short_runs
+import short_runs  # noqa: E402
 
 
 class Card:

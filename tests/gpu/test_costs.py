@@ -1,4 +1,4 @@
-"""What watching costs on the card: waits of ordinary steps, bytes of observed ones and of points."""
+"""What watching costs on the card: waits of ordinary steps, bytes of observed steps and points."""
 
 import sys
 from pathlib import Path
@@ -56,9 +56,7 @@ def test_steps_that_are_not_observed_wait_no_more_than_plain_ones(
 
 
 @pytest.mark.parametrize("name", ["kfac", "kronecker", "losparse", "dsee", "embedding low_rank"])
-def test_steps_of_a_compressed_model_wait_for_nothing(
-    card: Any, tmp_path: Path, name: str
-) -> None:
+def test_steps_of_a_compressed_model_wait_for_nothing(card: Any, tmp_path: Path, name: str) -> None:
     """Not counted beside a plain run but refused; what a fit leaves is trained without it."""
     model, _ = card.fit(name, tmp_path)
     model.to(card.device).train()
@@ -81,7 +79,7 @@ def test_steps_of_a_compressed_model_wait_for_nothing(
 def test_a_wait_is_refused(card: Any) -> None:
     """Else the tests above would show nothing."""
     x = torch.ones(3, device=card.device)
-    with pytest.raises((RuntimeError, AssertionError), match="synchroniz|waits"), card.no_waits():
+    with pytest.raises((RuntimeError, AssertionError), match=r"synchroniz|waits"), card.no_waits():
         x.nonzero()
 
 

@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),
+    pytest.mark.filterwarnings("ignore:Grad strides do not match"),  # of a side of one
 ]
 QUIET: dict[str, Any] = {"verbose": False, "validate": False, "report_path": None}
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "callbacks"))
-from conftest import Tagger
 from short_runs import RUNS
+
+from conftest import Tagger
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),

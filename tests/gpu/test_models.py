@@ -66,9 +66,7 @@ def test_a_model_is_compressed_as_on_the_cpu(card: Any, method: str, attention: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_in_half_precision_is_compressed_on_the_card(
-    card: Any, dtype: torch.dtype
-) -> None:
+def test_a_model_in_half_precision_is_compressed_on_the_card(card: Any, dtype: torch.dtype) -> None:
     model = llama().to(card.device, dtype)
     batches = texts(card.device)
     with torch.no_grad():

@@ -72,9 +72,7 @@ def test_the_random_state_is_that_of_the_process_and_its_own_device(card: Any) -
 
 
 @pytest.mark.parametrize("name", ["kfac", "losparse", "dsee", "embedding low_rank"])
-def test_a_checkpoint_of_the_card_is_resumed_on_a_cpu(
-    card: Any, tmp_path: Path, name: str
-) -> None:
+def test_a_checkpoint_of_the_card_is_resumed_on_a_cpu(card: Any, tmp_path: Path, name: str) -> None:
     folder = saving(tmp_path / "card")
     card.fit(name, tmp_path, folder, enable_checkpointing=True, dropout=0.0)
     for step in (2, 6):
