@@ -1,4 +1,4 @@
-"""What waits for a GPU runs without one: the tests of this folder, and the benchmark's command."""
+"""What waits for a GPU runs without one: tests of this folder, and the benchmark's command."""
 
 import os
 import re
@@ -12,11 +12,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 HERE = "tests/gpu"
-# A part of them, for time: of a list of cases, those of one method and one precision.
-SOME = (
-    "not tf32 and not test_dry_run and not 16-mixed and not kronecker and not weighted and not auto"
-    " and not entries and not asvd and not drone and not fwsvd and not row_fisher"
-)
+# A part of them, for time; all are tried by LRCOMPRESS_CARD=cpu pytest tests/gpu, and =standin.
+SOME = [f"{HERE}/test_precision.py", f"{HERE}/test_draws_and_losses.py"]
 
 
 def run(*command: str, **settings: str) -> str:
@@ -30,14 +27,14 @@ def run(*command: str, **settings: str) -> str:
 
 
 @pytest.mark.parametrize("card", ["cpu", "standin"])
-def test_the_tests_of_this_folder_pass_without_a_gpu(card: str) -> None:
+def test_tests_of_this_folder_pass_without_a_gpu(card: str) -> None:
     if card == "standin" and (sys.platform != "linux" or shutil.which("g++") is None):
         pytest.skip("no g++ to compile the stand-in device with, which is built for Linux")
-    chosen = ["-q", "-p", "no:cacheprovider", "-n0", "-k", SOME]
-    said = run("-m", "pytest", *chosen, HERE, LRCOMPRESS_CARD=card)
+    chosen = ["-q", "-p", "no:cacheprovider", "-n0"]
+    said = run("-m", "pytest", *chosen, *SOME, LRCOMPRESS_CARD=card)
     passed = re.search(r"(\d+) passed", said)
     assert passed is not None, said
-    assert int(passed[1]) >= 40
+    assert int(passed[1]) >= 25
 
 
 def test_without_a_gpu_they_are_skipped_with_the_reason() -> None:
@@ -55,7 +52,7 @@ def test_the_benchmark_prints_its_tables() -> None:
     heads = [line for line in said.splitlines() if set(line) == {"|", "-"}]
     rows = [line for line in said.splitlines() if line.startswith("| ")]
     assert len(heads) == 3
-    assert len(rows) == 3 + 3 + 1 + 1 + 4  # heads, steps, one place to solve, layers
+    assert len(rows) == 3 + 3 + 1 + 4  # heads, steps, one place to solve, layers
     figures = [float(cell) for row in rows for cell in re.findall(r"\d+\.\d+", row)]
     assert len(figures) > 20
     assert all(figure >= 0 for figure in figures)
