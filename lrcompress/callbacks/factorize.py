@@ -313,11 +313,22 @@ class Factorize(CompressionCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._processes.sharded:
+            self._check_layers(pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._processes.sharded:  # by now the checkpoint has told what is done already
+            self._check_layers(pl_module)
+        super().on_train_start(trainer, pl_module)
+
+    def _check_layers(self, module: nn.Module) -> None:
+        """Check that the layers of the next point can be factored."""
         if self._stage < len(self.points):
             settings = self.settings[self._stage]
-            check_layers(pl_module, settings.select(pl_module).names, settings)
+            check_layers(module, settings.select(module).names, settings)
             check_present("solve_device", settings.solve_device)
-        super().on_fit_start(trainer, pl_module)
 
     @override
     def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:

@@ -1,5 +1,6 @@
 """Every callback in real fits on the stand-in device, in every precision."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,15 +8,11 @@ import lightning as L
 import pytest
 import torch
 
-from lrcompress.objective import METHODS
+sys.path.insert(0, str(Path(__file__).parents[1] / "callbacks"))
+from short_runs import RUNS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
-]
-RUNS = [
-    *METHODS,
-    *("losparse", "losparse auto", "losparse entries", "dsee", "distilled"),
-    *("embedding low_rank", "embedding kronecker"),
 ]
 
 

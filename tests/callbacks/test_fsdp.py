@@ -138,6 +138,7 @@ CASES = [
     ("one point", "one point fsdp", 3, False),
     ("losparse", "losparse fsdp", 9, True),  # mid-window, half pruned
     ("distilled", "distilled fsdp", 12, False),
+    ("kronecker", "kronecker fsdp", 15, False),  # after the point
 ]
 
 
