@@ -63,6 +63,10 @@ class Factorize(CompressionCallback):
             a pattern, as ``{"*.query": [384, 768]}``; by default the divisors that lose least.
         keep_range: Least and greatest share that any one layer may keep.
         align: Ranks are multiples of it, as far as no budget is lost by that.
+        storage: What a low-rank matrix is kept as: ``balanced`` factors of ``rank·(out + in)``
+            parameters, or ``pivoted`` rows: ``rank`` rows and how the others follow from them,
+            ``rank·(out + in − rank)``. The matrices are the same, but of higher ranks at the same
+            ``keep``, by which less is lost, most of all at high ``keep``.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
             ``"step:N"``.
         every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
@@ -146,6 +150,7 @@ class Factorize(CompressionCallback):
         shapes: dict[str, list[int]] | None = None,
         keep_range: tuple[float, float] = (0.0, 1.0),
         align: int = 8,
+        storage: str = "balanced",
         window: float | str = "epoch:1",
         every_n_steps: int | None = None,
         max_tokens: int | None = None,
@@ -187,6 +192,7 @@ class Factorize(CompressionCallback):
                 shapes=shapes or {},
                 keep_range=keep_range,
                 align=align,
+                storage=storage,
                 refit_bias=refit_bias,
                 shrink=shrink,
                 shared=shared,
