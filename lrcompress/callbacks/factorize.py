@@ -66,7 +66,8 @@ class Factorize(CompressionCallback):
         storage: What a low-rank matrix is kept as: ``balanced`` factors of ``rank·(out + in)``
             parameters, or ``pivoted`` rows: ``rank`` rows and how the others follow from them,
             ``rank·(out + in − rank)``. The matrices are the same, but of higher ranks at the same
-            ``keep``, by which less is lost, most of all at high ``keep``.
+            ``keep``, by which less is lost, most of all at high ``keep``. Training goes on in
+            that form; rows bear lower learning rates than balanced factors do.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
             ``"step:N"``.
         every_n_steps: Observe every n-th step of the window; by default every 10th, or more often

@@ -11,7 +11,6 @@ then about two a figure.
 
 import argparse
 import math
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -25,6 +24,11 @@ from lrcompress.statistics.moments import Statistics
 
 DATA = Path("../shared/data/wikitext-2")
 WINDOW = 512
+
+
+def loaded(folder: Path) -> nn.Module:
+    """Return the dense model in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-any-return]
 
 
 def windows(folder: Path, part: str, count: int) -> Tensor:
@@ -71,16 +75,17 @@ def main() -> None:
     parser.add_argument("--storage", nargs="+", default=["balanced", "pivoted"])
     parser.add_argument("--statistics", type=Path, default=Path("runs/smollm2/statistics.pt"))
     args = parser.parse_args()
-    dense = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
+    dense = loaded(args.folder)
     statistics = observed(dense, windows(args.folder, "train", 48), args.statistics)
     texts = windows(args.folder, "test", 16)
     print(f"dense {perplexity(dense, texts):.1f}", flush=True)
+    del dense
     print("| storage | " + " | ".join(f"{keep:g}" for keep in args.keep) + " |")
     print("|---|" + "---|" * len(args.keep))
     for storage in args.storage:
         cells = []
         for keep in args.keep:
-            model = deepcopy(dense)
+            model = loaded(args.folder)
             factor_(model, statistics, Settings(method="kfac", keep=keep, storage=storage))
             cells.append(f"{perplexity(model, texts):.1f}")
         print(f"| {storage} | " + " | ".join(cells) + " |", flush=True)
