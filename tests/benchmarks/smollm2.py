@@ -1,6 +1,6 @@
 """SmolLM2-135M on WikiText-2: perplexity of every storage at several keeps, without training.
 
-    python tests/benchmarks/smollm2.py FOLDER [--keep .8 .6 .4] [--storage balanced pivoted]
+    python tests/benchmarks/smollm2.py FOLDER [--keep .8 .6 .4] [--storage balanced] [--narrow]
 
 FOLDER holds the model and its tokenizer as ``save_pretrained`` writes them. All linear layers of
 its blocks are factored by ``kfac`` with global ranks, from statistics of 48 × 512 tokens of the
@@ -21,6 +21,8 @@ from lrcompress import observe
 from lrcompress.engine.compress import factor_
 from lrcompress.engine.settings import Settings
 from lrcompress.statistics.moments import Statistics
+from lrcompress.structure.feed_forward import Blocks, BlockTrace
+from lrcompress.structure.selection import select
 
 DATA = Path("../shared/data/wikitext-2")
 WINDOW = 512
@@ -67,18 +69,28 @@ def observed(model: nn.Module, texts: Tensor, cache: Path) -> Statistics:
     return recorder.statistics
 
 
+def blocks_of(model: nn.Module, ids: Tensor) -> Blocks:
+    """Return the feed-forward blocks, as one pass shows them."""
+    trace = BlockTrace(model, select(model).names)
+    with trace.forward():
+        loss = loss_of(model, ids[:16])
+    return trace.blocks(loss)
+
+
 def main() -> None:
     """Print a Markdown table: a row a storage, a column a keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--storage", nargs="+", default=["balanced", "pivoted"])
+    parser.add_argument("--narrow", action="store_true", help="feed-forward blocks may be narrowed")
     parser.add_argument("--statistics", type=Path, default=Path("runs/smollm2/statistics.pt"))
     args = parser.parse_args()
     dense = loaded(args.folder)
     statistics = observed(dense, windows(args.folder, "train", 48), args.statistics)
     texts = windows(args.folder, "test", 16)
     print(f"dense {perplexity(dense, texts):.1f}", flush=True)
+    blocks = blocks_of(dense, texts[0]) if args.narrow else None
     del dense
     print("| storage | " + " | ".join(f"{keep:g}" for keep in args.keep) + " |")
     print("|---|" + "---|" * len(args.keep))
@@ -86,7 +98,8 @@ def main() -> None:
         cells = []
         for keep in args.keep:
             model = loaded(args.folder)
-            factor_(model, statistics, Settings(method="kfac", keep=keep, storage=storage))
+            settings = Settings(keep=keep, storage=storage, narrow_blocks=args.narrow)
+            print(factor_(model, statistics, settings, blocks=blocks).note, flush=True)
             cells.append(f"{perplexity(model, texts):.1f}")
         print(f"| {storage} | " + " | ".join(cells) + " |", flush=True)
 
