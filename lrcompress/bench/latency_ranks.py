@@ -11,7 +11,7 @@ from torch import nn
 from lrcompress.bench.timing import interleaved, ratio
 from lrcompress.budget import Candidate, allocate, kept_share
 from lrcompress.errors import SettingError
-from lrcompress.nn import LowRankLinear
+from lrcompress.nn import LowRankLinear, PivotedLinear
 from lrcompress.statistics.views import view
 
 # Makes a context that a forward pass runs in, such as that of autocast.
@@ -104,9 +104,11 @@ def _not_faster(
         rank, layer = ranks[one.name], model.get_submodule(one.name)
         if rank is None:
             continue
-        key = (one.out_features, one.in_features, getattr(layer, "rank", None), rank)
+        pivoted = bool(one.costs)
+        now = type(layer).__name__, getattr(layer, "rank", None)
+        key = (one.out_features, one.in_features, *now, rank, pivoted)
         if key not in times:
-            times[key] = relative_time(layer, rank, tokens, context)
+            times[key] = relative_time(layer, rank, tokens, context, pivoted=pivoted)
         if times[key] >= 1:
             found[one.name] = (
                 f"stays as it is: a rank of {rank} takes {times[key]:.2f} × its time at {tokens} "
@@ -118,21 +120,27 @@ def _not_faster(
 def _candidate_as_is(one: Candidate, model: nn.Module) -> Candidate:
     """Return a layer as a candidate for the rank, or the density, that it has."""
     layer = model.get_submodule(one.name)
-    if isinstance(layer, LowRankLinear):
+    if isinstance(layer, LowRankLinear | PivotedLinear):
         return replace(one, rank=layer.rank)
     return replace(one, keep=1.0)
 
 
 @torch.no_grad()
 def relative_time(
-    layer: nn.Module, rank: int, tokens: int, context: Context = nullcontext, rounds: int = 11
+    layer: nn.Module,
+    rank: int,
+    tokens: int,
+    context: Context = nullcontext,
+    rounds: int = 11,
+    *,
+    pivoted: bool = False,
 ) -> float:
     """Return the latency of factors of a rank / that of a layer like ``layer``.
 
     Both are new, of its sizes, dtype and device, and applied to ``(tokens, in)`` in turns within
     ``context``, without gradients; the median over rounds. Autocast converts the weights in every
     call, as it does in every step. Random numbers that others draw are the same with
-    it and without.
+    it and without. With ``pivoted``, the factors are pivoted rows.
     """
     old = view(layer)
     weight = old.parameters[-1]
@@ -140,10 +148,11 @@ def relative_time(
     bias, kind = old.bias is not None, weight.device.type
     with torch.random.fork_rng([] if kind == "cpu" else [weight.device], device_type=kind):
         x = torch.randn(tokens, in_features)
-        new: nn.Module = LowRankLinear(in_features, out_features, rank, bias=bias)
+        made = PivotedLinear if pivoted else LowRankLinear
+        new: nn.Module = made(in_features, out_features, rank, bias=bias)
         now: nn.Module = nn.Linear(in_features, out_features, bias=bias)
-        if isinstance(layer, LowRankLinear):
-            now = LowRankLinear(in_features, out_features, layer.rank, bias=bias)
+        if isinstance(layer, LowRankLinear | PivotedLinear):
+            now = type(layer)(in_features, out_features, layer.rank, bias=bias)
         x = x.to(weight)
         new, now = (one.to(weight.device, weight.dtype) for one in (new, now))
 

@@ -68,6 +68,11 @@ class Factorize(CompressionCallback):
             where that is predicted to lose less: their layers become narrower dense ones, and
             what reads the features is solved anew. Blocks are found in the graph of the first
             step that is looked at; for methods that know the predicted loss, and not under FSDP2.
+        storage: What a low-rank matrix is kept as: ``balanced`` factors of ``rank·(out + in)``
+            parameters, or ``pivoted`` rows: ``rank`` rows and how the others follow from them,
+            ``rank·(out + in − rank)``. The matrices are the same, but of higher ranks at the same
+            ``keep``, by which less is lost, most of all at high ``keep``. Training goes on in
+            that form; rows bear lower learning rates than balanced factors do.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
             ``"step:N"``.
         every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
@@ -154,6 +159,7 @@ class Factorize(CompressionCallback):
         keep_range: tuple[float, float] = (0.0, 1.0),
         align: int = 8,
         narrow_blocks: bool = False,
+        storage: str = "balanced",
         window: float | str = "epoch:1",
         every_n_steps: int | None = None,
         max_tokens: int | None = None,
@@ -197,6 +203,7 @@ class Factorize(CompressionCallback):
                 keep_range=keep_range,
                 align=align,
                 narrow_blocks=narrow_blocks,
+                storage=storage,
                 refit_bias=refit_bias,
                 shrink=shrink,
                 shared=shared,

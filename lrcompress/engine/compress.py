@@ -11,10 +11,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
-from lrcompress.budget import Candidate, allocate, match_bounds
+from lrcompress.budget import Candidate, allocate, cost, match_bounds, pivoted_costs
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.block_budget import allocate_with_blocks
-from lrcompress.engine.distributed_solve import Found, LayerSummary, install_factors_, solve_layers
+from lrcompress.engine.distributed_solve import (
+    Found,
+    LayerSummary,
+    greatest_rank,
+    install_factors_,
+    solve_layers,
+)
+from lrcompress.engine.factored_layers import is_pivoted, keep_lower_ranks, put_factors
 from lrcompress.engine.kronecker_shapes import (
     KroneckerShapes,
     by_layer,
@@ -26,13 +33,10 @@ from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
 from lrcompress.engine.observation import Loss, observe_batches
 from lrcompress.engine.settings import Settings, check_device, check_present
 from lrcompress.errors import SettingError
-from lrcompress.linalg import double
-from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
-from lrcompress.nn.kronecker import carry_kronecker
-from lrcompress.objective import METHODS, Metric
+from lrcompress.nn import LowRankLinear, PivotedLinear
+from lrcompress.objective import METHODS
 from lrcompress.report.record import LayerRecord, PointRecord
-from lrcompress.solvers.kronecker import KroneckerFactors, Sizes
-from lrcompress.solvers.truncation import Factors
+from lrcompress.solvers.kronecker import Sizes
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.masks import MASK, MaskSource
 from lrcompress.statistics.moments import Statistics
@@ -40,14 +44,8 @@ from lrcompress.statistics.views import view
 from lrcompress.structure.feed_forward import Blocks
 from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
 from lrcompress.structure.selection import Selection
-from lrcompress.structure.surgery import (
-    Carry,
-    carry_dense,
-    carry_factors,
-    carry_later,
-    replace_,
-    swap_parameters_,
-)
+
+PIVOTED = "stored as pivoted rows, rank·(out + in − rank) parameters a layer"
 
 
 def candidates(
@@ -79,8 +77,9 @@ def candidates(
         shape = view(layer).shape
         one = measured.get(name)
         unit = one.unit if one else 0
-        lowest, highest = match_bounds(settings.keep_range, *shape, unit or None)
-        if isinstance(layer, LowRankLinear):
+        costs = pivoted_costs(*shape) if is_pivoted(layer, settings) else ()
+        lowest, highest = match_bounds(settings.keep_range, *shape, unit or None, costs)
+        if isinstance(layer, LowRankLinear | PivotedLinear):
             highest = layer.rank if highest is None else min(highest, layer.rank)
         result.append(
             Candidate(
@@ -93,9 +92,15 @@ def candidates(
                 highest=highest,
                 unit=unit,
                 most=len(one.energies) if one else 0,
+                costs=costs,
             )
         )
     return result
+
+
+def _parameters(one: Candidate, rank: int | None) -> int | None:
+    """Return the parameters of a layer that is no pair of factors, for the record."""
+    return cost(one, rank) if one.costs and rank is not None else None
 
 
 def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Selection, int]:
@@ -116,12 +121,13 @@ def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Se
     ]
     ranks = allocate(asked, settings.keep, "uniform", settings.align)
     stood = replaced_sizes(model, selection.names)
-    _keep_lower_ranks(model, ranks)
+    keep_lower_ranks(model, ranks)
     records = [
         LayerRecord(
             *(c.name, c.out_features, c.in_features, rank := ranks[c.name], None, None),
             first=firsts.get(c.name) if rank else None,
             stood=stood.get(c.name),
+            parameters=_parameters(c, rank),
         )
         for c in asked
     ]
@@ -183,6 +189,7 @@ def factor_(
     narrowing = solve_blocks(model, names, blocks, statistics, settings, **shared)
     narrow = narrowing.narrow
     ranked = tuple(name for name in names if name not in narrow) if narrow else names
+    pivoted = {name: is_pivoted(model.get_submodule(name), settings) for name in ranked}
     solutions = solve_layers(
         model,
         ranked,
@@ -190,6 +197,7 @@ def factor_(
         settings.method,
         refit_bias=settings.refit_bias,
         shrink=settings.shrink,
+        most={n: greatest_rank(model.get_submodule(n), pivoted=pivoted[n]) for n in ranked},
         solver=solver_for(model, ranked, settings),
         device=settings.solve_device,
         **shared,
@@ -201,13 +209,15 @@ def factor_(
     choice, widths = processes.run_on_first(
         lambda: _choose_sizes(model, asked, narrowing, settings, seen, forward_context)
     )
-    _keep_lower_ranks(model, ranks := choice.ranks)
+    keep_lower_ranks(model, ranks := choice.ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
+    stored = PIVOTED if any(pivoted.values()) else ""
     (before, bytes_before), stood = sizes_before(model), replaced_sizes(model, names)
     held = tuple(optimizers)
 
     def put(name: str, found: Found | None) -> None:
-        _put_factors(model, name, chosen[name], measured[name].first, found, held)
+        sizes = measured[name].first
+        put_factors(model, name, chosen[name], sizes, found, held, pivoted=pivoted[name])
 
     with narrowing.narrowed_(widths, held) as records:
         reached = install_factors_(model, solutions, chosen, put, held)
@@ -219,6 +229,7 @@ def factor_(
             choice.notes.get(c.name, "") or narrowing.left_alone.get(c.name, ""),
             reached.get(c.name),
             stood.get(c.name),
+            _parameters(c, ranks[c.name]),
         )
         for c in asked
         if c.name in ranks
@@ -233,7 +244,7 @@ def factor_(
         time.perf_counter() - started,
         bytes_before=bytes_before,
         bytes_after=stored_bytes(model),
-        note="; ".join(filter(None, (choice.missed, narrowing.note(widths)))),
+        note="; ".join(filter(None, (choice.missed, narrowing.note(widths), stored))),
     )
 
 
@@ -255,55 +266,6 @@ def _choose_sizes(
         return RankChoice(allocate(asked, *budget)), {}
     tokens = settings.measured_tokens or max(1, round(seen))
     return allocate_by_latency(model, asked, *budget, tokens, context), {}
-
-
-def _keep_lower_ranks(model: nn.Module, ranks: dict[str, int | None]) -> None:
-    """Leave a layer alone whose factors would only grow: truncation cannot add rank."""
-    for name, rank in ranks.items():
-        layer = model.get_submodule(name)
-        if isinstance(layer, LowRankLinear) and (rank is None or rank > layer.rank):
-            ranks[name] = layer.rank
-
-
-def _put_factors(
-    model: nn.Module,
-    name: str,
-    rank: int,
-    first: Sizes | None,
-    found: Found | None,
-    optimizers: Sequence[Optimizer],
-) -> None:
-    """Put factors in place of a layer; without any, a layer that another process fills."""
-    layer = model.get_submodule(name)
-    old, parts = view(layer), None
-    new: FactoredLinear
-    if first is None:
-        new = LowRankLinear.in_place_of(layer, rank)
-    else:
-        new, parts = KroneckerLinear.in_place_of(layer, rank, *first), ("first", "second")
-    carry = _set_factors_(new, layer, *found) if found else carry_later(new.factors)
-    replace_(model, name, new)
-    tied = any(parameter is old.parameters[0] for parameter in model.parameters())
-    swap_parameters_(optimizers, old.parameters, new.factors, carry, names=parts, staying=tied)
-
-
-def _set_factors_(
-    new: FactoredLinear, layer: nn.Module, factors: Factors | KroneckerFactors, metric: Metric
-) -> Carry:
-    """Give ``new`` its values, and return how ``layer``'s optimizer state carries over."""
-    old = view(layer)
-    for parameter, value in zip(new.factors, factors.values, strict=True):
-        parameter.copy_(value)
-    if metric.mean is not None and old.bias is not None:
-        lost = double(old.weight)
-        lost -= factors.product().to(lost)
-        old.bias.add_((lost @ metric.mean.to(lost)).to(old.bias))
-    if isinstance(factors, KroneckerFactors):
-        return carry_kronecker(factors.first, factors.second, old.transposed)
-    if isinstance(layer, LowRankLinear):
-        held = (layer.left.weight, layer.right.weight)
-        return carry_factors(held, (factors.left, factors.right))
-    return carry_dense(factors.left, factors.right, old.transposed)
 
 
 def compress(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.distributed import ONE_PROCESS, Processes
-from lrcompress.nn import LowRankLinear
+from lrcompress.nn import LowRankLinear, PivotedLinear
 from lrcompress.objective import Metric, metric_of
 from lrcompress.report.record import LayerRecord
 from lrcompress.solvers.kronecker import KroneckerFactors, KroneckerSums, Sizes
@@ -76,6 +76,7 @@ class LayerSummary:
         note: str = "",
         reached: tuple[float, float] | None = None,
         stood: int | None = None,
+        parameters: int | None = None,
     ) -> LayerRecord:
         """Return what became of the layer at ``rank``, with some of its error curve.
 
@@ -87,6 +88,7 @@ class LayerSummary:
             reached: the relative error and the squared one, where they are known better than
                 from the energies.
             stood: parameters that stood there before, where it was not dense.
+            parameters: of what stands there now, where it is no pair of factors.
         """
         most = len(self.energies)
         shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)} if most else ()
@@ -99,7 +101,7 @@ class LayerSummary:
         notes = "; ".join(filter(None, (self.note, note)))
         first = None if rank is None else self.first
         given = (name, *shape, rank, error, loss, notes)
-        return LayerRecord(*given, curve=curve, first=first, stood=stood)
+        return LayerRecord(*given, curve=curve, first=first, stood=stood, parameters=parameters)
 
 
 @dataclass(frozen=True)
@@ -238,16 +240,22 @@ def _weight(layer: nn.Module, whole: Tensor | None) -> Tensor:
     return view(layer).weight if whole is None else whole
 
 
-def greatest_rank(layer: nn.Module) -> int:
+def greatest_rank(layer: nn.Module, *, pivoted: bool = False) -> int:
     """Return up to which rank factors of a layer are of use, or the rank that it has already.
+
+    Args:
+        layer: dense or low-rank.
+        pivoted: whether they are stored as pivoted rows, of which every rank is.
 
     Example:
         >>> greatest_rank(nn.Linear(30, 20))  # 12 ranks take 600 parameters, as the weight does
         12
     """
     shape = view(layer).shape
+    if pivoted:
+        return min(shape)
     useful = max(1, min(*shape, -(-math.prod(shape) // sum(shape))))
-    return max(useful, layer.rank) if isinstance(layer, LowRankLinear) else useful
+    return max(useful, layer.rank) if isinstance(layer, LowRankLinear | PivotedLinear) else useful
 
 
 def _summary(one: SolvedLayer, dense: int) -> LayerSummary:
@@ -336,7 +344,7 @@ def broadcast_layers_(
     optimizers: Iterable[Optimizer],
     processes: Processes,
 ) -> None:
-    """Broadcast parameters and optimizer state of layers from the processes that solved them.
+    """Broadcast tensors and optimizer state of layers from the processes that solved them.
 
     Args:
         model: of the same structure in all processes.
@@ -350,9 +358,11 @@ def broadcast_layers_(
     for source in range(processes.size):
         tensors: list[Tensor] = []
         for name in (name for name, whose in owner.items() if whose == source):
-            for parameter in model.get_submodule(name).parameters():
+            layer = model.get_submodule(name)
+            for parameter in layer.parameters():
                 tensors.append(parameter)
                 tensors += _state(held, parameter)
+            tensors += layer.buffers()
         processes.broadcast_(tensors, source)
 
 

@@ -27,8 +27,9 @@ from lrcompress.structure.surgery import carry_left, check_kinds, replace_, swap
 from lrcompress.structure.transaction import all_or_nothing
 
 _SHOWN = 20  # widths of an error curve that are kept for the report
-# Tokens that count as one: features are heavy-tailed and neighbours alike. So many explain what
-# narrowed blocks of a language model lose on other text than they were solved on.
+# Tokens that count as one: features are heavy-tailed and neighbours alike. On text that was held
+# out, narrowed blocks of SmolLM2 lose 1.33 (keep .8) and 1.17 times (.5) as much more than on
+# what they were solved on as ranks do; three make that 1.38 and 1.22, one would 1.11 and 1.07.
 _ALIKE = 3.0
 
 

@@ -12,6 +12,8 @@ from lrcompress.objective import COMPARABLE, METHODS, method_named
 from lrcompress.solvers.kronecker import are_sizes
 from lrcompress.structure.selection import Selection, select
 
+STORAGES = ("balanced", "pivoted")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -32,6 +34,9 @@ class Settings:
         align: what ranks are multiples of, as far as no budget is lost by it.
         narrow_blocks: let feed-forward blocks keep some of their inner features in place of ranks,
             where that is predicted to lose less.
+        storage: what low-rank layers are stored as, a key of :data:`STORAGES`: ``"balanced"``
+            factors of ``rank·(out + in)`` parameters, or ``"pivoted"`` rows of
+            ``rank·(out + in − rank)``, by which ranks are higher at the same ``keep``.
         refit_bias: let the bias take up the mean error, where the input moment is known.
         shrink: shares of their mean diagonal mixed into the input and the output metric.
         shared: also factor layers used in several places, and untie tied weights.
@@ -55,6 +60,7 @@ class Settings:
     keep_range: tuple[float, float] = (0.0, 1.0)
     align: int = 8
     narrow_blocks: bool = False
+    storage: str = "balanced"
     refit_bias: bool = True
     shrink: tuple[float, float] = (0.0, 0.1)
     shared: bool = False
@@ -123,6 +129,15 @@ class Settings:
                 raise SettingError(
                     f"shapes[{pattern!r}] must be two whole sizes from 1, got {first!r}"
                 )
+        if self.storage not in STORAGES:
+            raise SettingError(
+                f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}"
+            )
+        if self.storage == "pivoted" and form != "low_rank":
+            raise SettingError(
+                f"storage='pivoted' stores rows of low-rank layers, which method {self.method!r} "
+                "does not make; leave it out"
+            )
         if self.keep_measured and form != "low_rank":
             raise SettingError(
                 f"keep_measured measures low-rank factors, which method {self.method!r} does not "

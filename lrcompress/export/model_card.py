@@ -58,6 +58,8 @@ def _forms(plan: Plan) -> str:
     kinds = Counter(layer.kind for layer in plan)
     if set(kinds) <= {"low_rank"}:
         return "in low-rank form"
+    if set(kinds) <= {"pivoted"}:
+        return "in low-rank form, as pivoted rows"
     return "replaced: " + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in kinds.items())
 
 

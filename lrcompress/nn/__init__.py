@@ -8,6 +8,7 @@ from lrcompress.nn.low_rank import FactoredLinear, LowRankLinear
 from lrcompress.nn.low_rank_embedding import FactoredEmbedding, LowRankEmbedding
 from lrcompress.nn.low_rank_sparse import LowRankSparseLinear
 from lrcompress.nn.low_rank_update import LowRankUpdateLinear
+from lrcompress.nn.pivoted_linear import PivotedLinear
 from lrcompress.nn.pruned_linear import PrunedLinear
 from lrcompress.nn.replacement import Replacement
 from lrcompress.nn.safe_embedding import SafeEmbedding
@@ -17,6 +18,7 @@ KINDS: Mapping[str, type[Replacement]] = {
     kind.kind: kind
     for kind in (
         LowRankLinear,
+        PivotedLinear,
         LowRankSparseLinear,
         KroneckerLinear,
         LowRankUpdateLinear,
@@ -37,6 +39,7 @@ __all__ = [
     "LowRankLinear",
     "LowRankSparseLinear",
     "LowRankUpdateLinear",
+    "PivotedLinear",
     "PrunedLinear",
     "Replacement",
     "SafeEmbedding",

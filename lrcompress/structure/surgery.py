@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad, Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
 from lrcompress.linalg import double, full_precision, least_squares
-from lrcompress.nn import LowRankLinear, LowRankSparseLinear, Replacement
+from lrcompress.nn import LowRankLinear, LowRankSparseLinear, PivotedLinear, Replacement
 from lrcompress.statistics.views import view
 
 # Optimizer state that is linear in past gradients, and state that is quadratic in them.
@@ -21,6 +21,7 @@ _PAIRS = (("exp_avg", "exp_avg_sq"), ("grad_avg", "square_avg"))  # averages of 
 # Kinds of layers that are not factored further, in words.
 _MADE_BY = {
     "low_rank": "is low rank already",
+    "pivoted": "is low rank already, in pivoted rows",
     "kronecker": "is a sum of Kronecker products already",
     "low_rank_sparse": "is low rank plus sparse rows, which LoSparse made",
     "updated": "is frozen with an update, which DSEE made and merges at the end",
@@ -43,7 +44,8 @@ def check_kinds(model: nn.Module, names: Iterable[str], *, dense: bool = False) 
     for name in names:
         layer = model.get_submodule(name)
         takes = "dense" if dense else "dense or low-rank"
-        if isinstance(layer, Replacement) and (dense or not isinstance(layer, LowRankLinear)):
+        low_rank = isinstance(layer, LowRankLinear | PivotedLinear)
+        if isinstance(layer, Replacement) and (dense or not low_rank):
             raise LayerError(
                 f"layer {name!r} {_MADE_BY.get(layer.kind, f'is a {type(layer).__name__}')}; this "
                 f"starts from {takes} layers: leave it out with exclude=, or make it dense with "
@@ -283,7 +285,7 @@ def swap_parameters_(
         carry: turns state of ``old`` into state of ``new``; None drops it.
         names: of ``new`` within their layer, for groups that name their parameters; by default
             ``weight`` for one, and ``right.weight`` and ``left.weight`` for two; ``first`` and
-            ``second`` for Kronecker factors.
+            ``second`` for Kronecker factors, ``right`` and ``rest`` for pivoted rows.
         staying: leave ``old`` in its groups too, for a tied weight that others still use.
         exact: whether ``carry`` is exact for second moments too. Where it is not, they are raised
             to the squares of the first ones at least, for an average of squares is no less than
@@ -381,23 +383,21 @@ def _swap_in_group(group: dict[str, Any], successors: Successors, staying: bool)
     params: list[Tensor] = []
     names: list[str] = []
     renamed: dict[str, str] = {}
-    num_new = sum(map(len, successors.values()))
     given = group.get("param_names") or [""] * len(group["params"])
     for parameter, name in zip(group["params"], given, strict=True):
         if staying or id(parameter) not in successors:
             params.append(parameter)
             names.append(name)
         if id(parameter) in successors:
-            path = name.split(".")[: -len(successors)]  # a factor's name has one part more
-            base = "".join(f"{part}." for part in path)
+            path, of_layer = name.split("."), len(successors) > 1 and name.endswith(".weight")
+            base = "".join(f"{part}." for part in path[: -2 if of_layer else -1])
             params += [successor for successor, _ in successors[id(parameter)]]
             names += [base + named for _, named in successors[id(parameter)]]
-            # Kronecker factors have their bias beside them, not on one of them
-            own = any(named == "first" for some in successors.values() for _, named in some)
-            before, after = (
-                "left.bias" if count > 1 and not own else "bias"
-                for count in (len(successors), num_new)
+            # a layer that is a factor has the bias, parameters have it beside them
+            on_left = any(
+                named == "left.weight" for some in successors.values() for _, named in some
             )
+            before, after = ("left.bias" if left else "bias" for left in (of_layer, on_left))
             renamed[base + before] = base + after
     group["params"][:] = params
     if "param_names" in group:

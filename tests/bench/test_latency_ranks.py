@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrcompress.bench.latency_ranks import allocate_by_latency, relative_time
-from lrcompress.budget import Candidate, allocate, kept_share
-from lrcompress.nn import LowRankLinear
+from lrcompress.budget import Candidate, allocate, kept_share, pivoted_costs
+from lrcompress.nn import LowRankLinear, PivotedLinear
 
 # Two calls in place of one are slower where there is next to nothing to compute, and faster
 # where there is much: far from where noise could turn it.
@@ -99,15 +99,33 @@ def test_a_factored_layer_stays_factored() -> None:
     assert allocate_by_latency(model, layers, 0.5, "uniform", 1, 4).ranks == {"0": 1}
 
 
+def test_pivoted_rows_are_measured_and_paid_as_such() -> None:
+    model = nn.Sequential(WIDE, nn.Linear(16, 16), PivotedLinear(16, 16, rank=3))
+    layers = [
+        Candidate(name, *sizes, highest=highest, costs=pivoted_costs(*sizes))
+        for name, sizes, highest in (
+            ("0", (2048, 1024), None),
+            ("1", (16, 16), None),
+            ("2", (16, 16), 3),
+        )
+    ]
+    choice = allocate_by_latency(model, layers, 0.3, "uniform", 1, TOKENS)
+    assert (choice.ranks["1"], choice.ranks["2"]) == (None, 3)
+    assert 0.299 < kept_share(layers, choice.ranks) <= 0.3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_is_compared_with_what_stands_there(dtype: torch.dtype) -> None:
     wide, tiny = (nn.Linear(*sizes, dtype=dtype) for sizes in ((1024, 2048), (16, 16)))
     high, low = (LowRankLinear(1024, 2048, rank, dtype=dtype) for rank in (512, 16))
+    rows = PivotedLinear(1024, 2048, 512, dtype=dtype)
     state = torch.get_rng_state()
     assert relative_time(wide, 16, TOKENS) < 0.5
     assert relative_time(high, 16, TOKENS) < 0.5
     assert relative_time(low, 512, TOKENS) > 2
     assert relative_time(tiny, 7, 1) > 1
+    assert relative_time(rows, 16, TOKENS, pivoted=True) < 0.5
+    assert relative_time(low, 512, TOKENS, pivoted=True) > 2
     assert torch.get_rng_state().equal(state)
 
 

@@ -92,8 +92,9 @@ def test_a_fine_tune_comes_out_smaller(
         {"method": "drone", "at": "step:7", "restart_scale": 0.3, "restart_steps": 4},
         {"method": "row_fisher", "fisher": "model", "logits": "head", "window": "step:5"},
         {"method": "kronecker", "keep": 0.6, "shapes": {"*up": [16, 16]}, "window": "step:5"},
+        {"at": ["epoch:1", 0.7], "keep": [0.8, 0.4], "storage": "pivoted"},
     ],
-    ids=["one point", "two points", "restart", "drawn labels", "kronecker"],
+    ids=["one point", "two points", "restart", "drawn labels", "kronecker", "pivoted"],
 )
 def test_a_run_resumed_at_any_step_ends_bit_identical(
     options: dict[str, Any], tagger: Make, loader: Make, trainer: Make, tmp_path: Path

@@ -286,3 +286,26 @@ def test_fsdp_is_as_ddp_and_a_killed_run_ends_as_the_whole_one(
         alone = torch.load(tmp_path / f"{name} alone.pt")
         assert_same(one["plan"], alone["plan"])
         assert_same(one["model"], alone["model"], rtol=2e-3, atol=2e-4)
+
+
+PIVOTED = """
+ends = {}
+for name, strategy in (("ddp", "ddp"), ("fsdp", fsdp())):
+    callback = lrcompress.Factorize(
+        keep=[0.8, 0.4], at=["epoch:1", 0.7], every_n_steps=1, storage="pivoted", validate=False,
+        **QUIET)
+    model = tagger(dropout=0.0)
+    run = trainer(callback, root=root, strategy=strategy)
+    run.fit(model, loader())
+    ends[name] = kept(run, model)
+    if NUMBER == 0:
+        torch.save(ends[name], f"{root}/{name}.pt")
+"""
+
+
+def test_pivoted_rows_are_sharded_as_they_are_whole(launch: Make, tmp_path: Path) -> None:
+    launch(write(tmp_path, PIVOTED), 2)
+    one, other = (torch.load(tmp_path / f"{name}.pt") for name in ("ddp", "fsdp"))
+    assert {layer["kind"] for layer in one["plan"]["layers"]} == {"pivoted"}
+    assert one["optimizer"]
+    assert_same(one, other)

@@ -693,7 +693,7 @@ def test_optimizer_state_follows_the_second_time_as_defined() -> None:
 
 
 @pytest.mark.parametrize(
-    "failing", ["distributed_solve.broadcast_layers_", "compress._set_factors_"]
+    "failing", ["distributed_solve.broadcast_layers_", "factored_layers._set_factors_"]
 )
 def test_what_fails_in_the_middle_of_replacing_leaves_all_as_it_was(
     failing: str, monkeypatch: pytest.MonkeyPatch

@@ -290,6 +290,16 @@ def test_put_pruned_composes() -> None:
     assert (layer.to_dense().weight[[0, 2, 4, 5]] == 0).all()
 
 
+@pytest.mark.parametrize("keep", [0.5, 0.3])
+def test_pivoted_rows_and_narrow_blocks_share_one_budget(keep: float) -> None:
+    record = narrowed(model := Net(), keep=keep, storage="pivoted", ranks={"*.0.mix": 3})
+    assert record.keep == pytest.approx(keep, abs=0.03)
+    assert any(x.narrow for x in record.layers)
+    kinds = {layer.kind for layer in Plan.of(model)}
+    assert kinds == {"narrow", "pivoted"}
+    model(data()[0][0])
+
+
 # What is refused, and said
 
 

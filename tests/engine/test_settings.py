@@ -21,6 +21,14 @@ def test_tokens_to_measure_at_are_known_or_given() -> None:
         Settings(method="svd", keep_measured=True)
 
 
+def test_a_storage_is_known_and_fits_the_method() -> None:
+    assert Settings(storage="pivoted").storage == "pivoted"
+    with pytest.raises(SettingError, match="storage must be one of balanced, pivoted, got 'rows'"):
+        Settings(storage="rows")
+    with pytest.raises(SettingError, match=r"storage='pivoted' .* which method 'kronecker' does"):
+        Settings(method="kronecker", storage="pivoted")
+
+
 def test_layers_are_measured_at_the_tokens_of_a_step() -> None:
     tiny = [nn.Linear(8, 8) for _ in range(100)]
     model = nn.Sequential(nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 8), *tiny)

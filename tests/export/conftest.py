@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from lrcompress.nn import LowRankSparseLinear
+from lrcompress.nn import LowRankSparseLinear, PivotedLinear
 from lrcompress.statistics.views import is_linear, view
 from lrcompress.structure.plan import LayerPlan, Plan
 from lrcompress.structure.selection import select
@@ -100,6 +100,7 @@ def give_structure_(model: nn.Module, kind: str) -> Plan:
         out_features, in_features = view(model.get_submodule(name)).shape
         own = {
             "low_rank": {"rank": 3},
+            "pivoted": {"rank": 3},
             "low_rank_sparse": {"rank": 3, "rows": out_features // 2},
             "kronecker": {"terms": 2, "first_out": out_features // 2, "first_in": 4},
         }[kind]
@@ -110,6 +111,9 @@ def give_structure_(model: nn.Module, kind: str) -> Plan:
         module.index.copy_(torch.arange(module.num_rows) + 1)
         if i % 2:
             module.prune_(torch.arange(len(module.kept)) % 3 != 1)
+    for module in model.modules():
+        if isinstance(module, PivotedLinear):
+            module.order.copy_(torch.randperm(module.out_features))
     return plan
 
 

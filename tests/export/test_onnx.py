@@ -21,6 +21,8 @@ from .test_torch_export import bert, example, other
         ("gpt2", "low_rank_sparse"),
         ("llama", "low_rank"),
         ("bert", "kronecker"),
+        ("bert", "pivoted"),
+        ("gpt2", "pivoted"),
     ],
 )
 def test_onnxruntime_gives_what_the_model_gives(

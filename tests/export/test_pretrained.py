@@ -23,7 +23,7 @@ from lrcompress.tasks import TextClassification, TextData
 
 from .conftest import ARCHITECTURES, inputs, made, train_step_
 
-KINDS = ["low_rank", "low_rank_sparse", "kronecker"]
+KINDS = ["low_rank", "low_rank_sparse", "kronecker", "pivoted"]
 
 
 def same_state(one: nn.Module, other: nn.Module) -> bool:
@@ -48,7 +48,8 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
         train_step_(model)
     expected = logits(model)
     save_pretrained(model, tmp_path)
-    form = "in low-rank form" if kind == "low_rank" else f"replaced: {len(Plan.of(model))} {kind}"
+    forms = {"low_rank": "in low-rank form", "pivoted": "in low-rank form, as pivoted rows"}
+    form = forms.get(kind, f"replaced: {len(Plan.of(model))} {kind}")
     assert f"of its layers {form}".replace("_", " ") in (tmp_path / "README.md").read_text()
     again = load_pretrained(tmp_path)
     assert type(again) is type(model)
