@@ -18,8 +18,8 @@ KINDS: Mapping[str, type[Replacement]] = {
     kind.kind: kind
     for kind in (
         LowRankLinear,
-        PivotedLinear,
         LowRankSparseLinear,
+        PivotedLinear,
         KroneckerLinear,
         LowRankUpdateLinear,
         PrunedLinear,
