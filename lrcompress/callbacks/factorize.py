@@ -17,6 +17,7 @@ from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.callbacks.sensitivity import DenseLayers
 from lrcompress.callbacks.warmup import check_warmup
 from lrcompress.engine.compress import factor_, preview
+from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.engine.kronecker_shapes import check_layers
 from lrcompress.engine.narrow_blocks import check_sharding
 from lrcompress.engine.settings import Settings, check_present
@@ -68,11 +69,14 @@ class Factorize(CompressionCallback):
             where that is predicted to lose less: their layers become narrower dense ones, and
             what reads the features is solved anew. Blocks are found in the graph of the first
             step that is looked at; for methods that know the predicted loss, and not under FSDP2.
-        storage: What a low-rank matrix is kept as: ``balanced`` factors of ``rank·(out + in)``
+        storage: What a low-rank matrix ends as: ``balanced`` factors of ``rank·(out + in)``
             parameters, or ``pivoted`` rows: ``rank`` rows and how the others follow from them,
             ``rank·(out + in − rank)``. The matrices are the same, but of higher ranks at the same
-            ``keep``, by which less is lost, most of all at high ``keep``. Training goes on in
-            that form; rows bear lower learning rates than balanced factors do.
+            ``keep``, by which less is lost, most of all at high ``keep``. What is trained are
+            balanced factors, which bear higher learning rates; after the last step they are
+            stored as pivoted rows. Checkpoints of before that hold balanced factors:
+            ``lrcompress export --pivoted`` turns them, or
+            :func:`~lrcompress.engine.factored_layers.store_pivoted_`.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
             ``"step:N"``.
         every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
@@ -354,6 +358,7 @@ class Factorize(CompressionCallback):
             track=reporting.solving_bar if self.verbose else iter,
             forward_context=trainer.precision_plugin.forward_context,
             blocks=self._observation.blocks,
+            train_balanced=True,
         )
         self._sync_structure(trainer, module)
         record.metrics = {"before": before, "after": {}}
@@ -363,6 +368,31 @@ class Factorize(CompressionCallback):
             record.note = "; ".join(filter(None, (record.note, dealt)))
         self.report.points.append(record)
         self._warm_up(self.restart_steps, self.restart_scale)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer_state.steps_done(trainer) >= self._total:  # before the last validation
+            self._store(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._store(trainer, pl_module)  # where training ended before its last step
+        super().on_train_end(trainer, pl_module)
+
+    def _store(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Store the layers that were factored in the form asked for, once training is over."""
+        done = [one for one in self.settings[: self._stage] if one.storage == "pivoted"]
+        names = {name for one in done for name in one.select(module).names}
+        if store_pivoted_(module, names, trainer.optimizers, processes=self._processes):
+            self._sync_structure(trainer, module)
 
     @override
     def _validate_after(self, trainer: pl.Trainer, record: PointRecord) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lrcompress.callbacks.between_fits import load_weights_
 from lrcompress.cli.int8 import check_measured, int8_table
+from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.errors import CheckpointError, RecipeError, nearest
 from lrcompress.export import merge_dense, save_pretrained
 from lrcompress.export.model_card import model_card
@@ -27,11 +28,16 @@ from lrcompress.structure.plan import Plan
 from lrcompress.tasks.locations import model_folder
 
 FORMATS = ("transformers", "dense", "onnx", "torch-export")
-FLAG, OPTIONS = "--int8", ("--config", "--format")
+INT8_FLAG, PIVOTED = "--int8", "--pivoted"
+FLAGS, OPTIONS = (INT8_FLAG, PIVOTED), ("--config", "--format")
 USAGE = (
-    "lrcompress export CHECKPOINT FOLDER --config RECIPE [--format FORMAT] [--int8] "
+    "lrcompress export CHECKPOINT FOLDER --config RECIPE [--format FORMAT] [--int8] [--pivoted] "
     "[--model.KEY VALUE] [--data.KEY VALUE]"
 )
+HELP = """\
+  --int8: for FORMAT onnx: in 8-bit whole numbers too, with a table of what that loses
+  --pivoted: store low-rank layers as pivoted rows: the same model in fewer parameters
+"""
 TEXT = "one short text, as long as any other, stands for all there will be"
 
 
@@ -47,15 +53,17 @@ def export(options: list[str]) -> None:
         ExportError: if a graph cannot be made, or computes something else than the model.
     """
     if {"-h", "--help"} & {*options}:
-        sys.stdout.write(f"usage: {USAGE}\n\n  FORMAT: {', '.join(FORMATS)}\n")
+        sys.stdout.write(f"usage: {USAGE}\n\n  FORMAT: {', '.join(FORMATS)}\n{HELP}")
         return
     places, given, overrides = _checked(options)
-    kind, int8 = given["--format"], FLAG in given
+    kind, int8 = given["--format"], INT8_FLAG in given
     checkpoint = read_lightning_checkpoint(Path(places[0]))
     module, data = _parts(Path(given["--config"]), overrides, int8)
     if int8:
         check_measured(module)
     load_weights_(module, checkpoint, places[0])
+    if PIVOTED in given:
+        store_pivoted_(module)
     if kind in ("onnx", "torch-export"):
         _write_graph(module, data, kind, places[1])
         return
@@ -116,8 +124,10 @@ def _checked(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
     kind = given.setdefault("--format", FORMATS[0])
     if kind not in FORMATS:
         raise RecipeError(f"--format: unknown format {kind!r}; nearest: {nearest(kind, FORMATS)}")
-    if FLAG in given and kind != "onnx":
-        raise RecipeError(f"{FLAG} is for --format onnx, got --format {kind}")
+    if INT8_FLAG in given and kind != "onnx":
+        raise RecipeError(f"{INT8_FLAG} is for --format onnx, got --format {kind}")
+    if PIVOTED in given and kind == "dense":
+        raise RecipeError(f"{PIVOTED} is for low-rank layers, of which --format dense has none")
     if len(places) != 2 or "--config" not in given:
         raise RecipeError(f"expected a checkpoint, a folder and --config; usage: {USAGE}")
     return places, given, overrides
@@ -138,7 +148,7 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
         if not name.startswith("--"):
             places.append(f"{name}{equals}{value}")
             continue
-        if name == FLAG and not equals:
+        if name in FLAGS and not equals:
             given[name] = ""
             continue
         if not equals and not rest:
@@ -149,7 +159,7 @@ def _split(options: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
         elif name.startswith(("--model.", "--data.")):
             overrides.append(f"{name}={value}")
         else:
-            known = (*OPTIONS, FLAG, "--model.path")
+            known = (*OPTIONS, *FLAGS, "--model.path")
             raise RecipeError(
                 f"unknown option {name}; of the recipe only --model.KEY and --data.KEY count here, "
                 f"nearest: {nearest(name, known)}"

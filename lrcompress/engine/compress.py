@@ -21,7 +21,12 @@ from lrcompress.engine.distributed_solve import (
     install_factors_,
     solve_layers,
 )
-from lrcompress.engine.factored_layers import is_pivoted, keep_lower_ranks, put_factors
+from lrcompress.engine.factored_layers import (
+    is_pivoted,
+    keep_lower_ranks,
+    put_factors,
+    saved_by_pivoting,
+)
 from lrcompress.engine.kronecker_shapes import (
     KroneckerShapes,
     by_layer,
@@ -46,6 +51,7 @@ from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, 
 from lrcompress.structure.selection import Selection
 
 PIVOTED = "stored as pivoted rows, rank·(out + in − rank) parameters a layer"
+TRAINED = "trained as balanced factors; as such they take {} parameters more"
 
 
 def candidates(
@@ -148,6 +154,7 @@ def factor_(
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
     forward_context: Context = nullcontext,
     blocks: Blocks | None = None,
+    train_balanced: bool = False,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -166,6 +173,9 @@ def factor_(
         track: yields layers while they are solved, as a progress bar does.
         forward_context: that the model runs in, such as autocast; layers are timed in it.
         blocks: the feed-forward blocks of the model, where they may be narrowed.
+        train_balanced: put balanced factors in place even where pivoted rows are to be stored:
+            :func:`~lrcompress.engine.factored_layers.store_pivoted_` turns them at the end. Sizes
+            in the record are those of pivoted rows.
 
     Returns:
         What was done, layer by layer.
@@ -211,13 +221,15 @@ def factor_(
     )
     keep_lower_ranks(model, ranks := choice.ranks)
     chosen = {name: rank for name, rank in ranks.items() if rank is not None}
-    stored = PIVOTED if any(pivoted.values()) else ""
-    (before, bytes_before), stood = sizes_before(model), replaced_sizes(model, names)
+    later = [name for name in pivoted if pivoted[name] and train_balanced]
+    before, bytes_before = _as_stored(sizes_before(model), saved := saved_by_pivoting(model, later))
+    stood = replaced_sizes(model, names)
+    stood |= {name: stood[name] - fewer for name, (fewer, _) in saved.items()}
     held = tuple(optimizers)
 
     def put(name: str, found: Found | None) -> None:
-        sizes = measured[name].first
-        put_factors(model, name, chosen[name], sizes, found, held, pivoted=pivoted[name])
+        rows, first = pivoted[name] and not train_balanced, measured[name].first
+        put_factors(model, name, chosen[name], first, found, held, pivoted=rows)
 
     with narrowing.narrowed_(widths, held) as records:
         reached = install_factors_(model, solutions, chosen, put, held)
@@ -234,17 +246,30 @@ def factor_(
         for c in asked
         if c.name in ranks
     }
+    now = sum(p.numel() for p in model.parameters()), stored_bytes(model)
+    after, bytes_after = _as_stored(now, saved := saved_by_pivoting(model, later))
+    notes = [choice.missed, narrowing.note(widths), PIVOTED if any(pivoted.values()) else ""]
+    notes += [TRAINED.format(f"{now[0] - after:,}")] if saved else []
     return PointRecord(
         settings.method,
         step,
         [records[name] for name in names],
         before,
-        sum(p.numel() for p in model.parameters()),
+        after,
         statistics.figures(),
         time.perf_counter() - started,
         bytes_before=bytes_before,
-        bytes_after=stored_bytes(model),
-        note="; ".join(filter(None, (choice.missed, narrowing.note(widths), stored))),
+        bytes_after=bytes_after,
+        note="; ".join(filter(None, notes)),
+    )
+
+
+def _as_stored(sizes: tuple[int, int], saved: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Return parameters and bytes of a model without what is saved of layers."""
+    parameters, nbytes = sizes
+    return (
+        parameters - sum(fewer for fewer, _ in saved.values()),
+        nbytes - sum(fewer for _, fewer in saved.values()),
     )
 
 

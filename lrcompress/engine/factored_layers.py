@@ -1,11 +1,13 @@
 """Factors in place of layers, in the storage asked for, with the optimizer state carried over."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrcompress.engine.distributed_solve import Found
+from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.distributed_solve import Found, broadcast_layers_
 from lrcompress.engine.settings import Settings
 from lrcompress.linalg import double
 from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear, PivotedLinear
@@ -22,6 +24,7 @@ from lrcompress.structure.surgery import (
     replace_,
     swap_parameters_,
 )
+from lrcompress.structure.tied_weights import tied_layers
 
 
 def is_pivoted(layer: nn.Module, settings: Settings) -> bool:
@@ -71,6 +74,71 @@ def put_factors(
     replace_(model, name, new)
     tied = any(parameter is old.parameters[0] for parameter in model.parameters())
     swap_parameters_(optimizers, old.parameters, new.factors, carry, names=parts, staying=tied)
+
+
+@torch.no_grad()
+def store_pivoted_(
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    optimizers: Sequence[Optimizer] = (),
+    *,
+    processes: Processes = ONE_PROCESS,
+) -> list[str]:
+    """Store low-rank layers as pivoted rows: the same matrices in fewer parameters.
+
+    A layer of ``rank·(out + in)`` parameters becomes a :class:`~lrcompress.nn.PivotedLinear` of
+    ``rank·(out + in − rank)``; its weight is the same to rounding.
+
+    Args:
+        model: changed in place.
+        names: of layers, by default all; those that are no :class:`~lrcompress.nn.LowRankLinear`,
+            or share their factors with an embedding, are left alone.
+        optimizers: whose parameters and state follow.
+        processes: those that do the same with the same model; sharded layers are turned in full.
+
+    Returns:
+        The names of the layers that were turned.
+
+    Cost:
+        ``O(rank²·out)`` a layer.
+
+    Example:
+        >>> model = nn.Sequential(LowRankLinear(6, 4, rank=2))
+        >>> sum(p.numel() for p in model.parameters())
+        24
+        >>> store_pivoted_(model), sum(p.numel() for p in model.parameters())
+        (['0'], 20)
+    """
+    modules = dict(model.named_modules())
+    tied = tied_layers(modules)
+    wanted = (modules.keys() if names is None else {*names}) - tied.keys() - {*tied.values()}
+    turned = [n for n, m in modules.items() if n in wanted and isinstance(m, LowRankLinear)]
+    for name in turned:
+        with processes.unsharded(model, [name], optimizers):
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LowRankLinear)
+            factors = Factors(layer.left.weight.detach(), layer.right.weight.detach(), 0.0, 0.0)
+            found = factors, Metric()
+            put_factors(model, name, layer.rank, None, found, optimizers, pivoted=True)
+            broadcast_layers_(model, {name: 0}, optimizers, processes)
+    return turned
+
+
+def saved_by_pivoting(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return the parameters, and their bytes, that pivoted rows take less than balanced factors.
+
+    Args:
+        model: whose layers they are.
+        names: of layers; those that are no :class:`~lrcompress.nn.LowRankLinear` are left out.
+
+    Example:
+        >>> saved_by_pivoting(nn.Sequential(LowRankLinear(6, 4, rank=2), nn.Linear(3, 3)), "01")
+        {'0': (4, 16)}
+    """
+    layers = {name: model.get_submodule(name) for name in names}
+    found = {n: layer for n, layer in layers.items() if isinstance(layer, LowRankLinear)}
+    fewer = {n: layer.rank**2 for n, layer in found.items()}
+    return {n: (fewer[n], fewer[n] * found[n].right.weight.element_size()) for n in found}
 
 
 def _set_factors_(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcompress
+from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.errors import (
     CheckpointError,
     LayerError,
@@ -33,7 +34,7 @@ from lrcompress.errors import (
     SettingError,
     ShapeError,
 )
-from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear
+from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear, PivotedLinear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
@@ -111,6 +112,62 @@ def test_a_run_resumed_at_any_step_ends_bit_identical(
         trainer(factorize(**options)).fit(model, loader(), loader(), ckpt_path=path)
         assert same(model, whole), path.name
         assert hooks(model) == 0
+
+
+class Seen(L.Callback):
+    """The kinds of factored layers after each step."""
+
+    def __init__(self) -> None:
+        self.kinds: list[set[str]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.kinds.append({m.kind for m in pl_module.modules() if isinstance(m, FactoredLinear)})
+
+
+def test_balanced_factors_are_trained_and_pivoted_rows_are_stored(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    model, callback, seen = tagger(), factorize(keep=0.9, storage="pivoted"), Seen()
+    run = trainer(seen, callback, every_step=True)
+    run.fit(model, loader(), loader())
+
+    assert seen.kinds == [set()] * 9 + [{"low_rank"}] * 9  # it sees a step before it is over
+    rows = {n: m for n, m in model.named_modules() if isinstance(m, PivotedLinear)}
+    (point,) = callback.report.points
+    assert rows.keys() == {layer.name for layer in point.layers if layer.rank}
+    assert point.model_after == sum(p.numel() for p in model.parameters())
+    assert point.bytes_after == sum(p.nbytes for p in model.parameters())
+    more = sum(m.rank**2 for m in rows.values())
+    assert f"balanced factors; as such they take {more} parameters more" in point.note
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == set(map(id, model.parameters())) == set(map(id, run.optimizers[0].state))
+
+    ended = {name: value.clone() for name, value in run.callback_metrics.items()}
+    (same_figures,) = run.validate(model, loader(), verbose=False)
+    torch.testing.assert_close(same_figures["val_loss"], float(ended["val_loss"]))
+    before = tmp_path / "step=16.ckpt"  # with balanced factors, by a trainer that has fitted
+    (figures,) = run.validate(model, loader(), ckpt_path=before, verbose=False)
+    assert {layer.kind for layer in lrcompress.Plan.of(model)} == {"low_rank"}
+    other = lrcompress.restore_structure(tagger(), before)
+    other.load_state_dict(torch.load(before, weights_only=True)["state_dict"])
+    assert store_pivoted_(other) == list(rows)
+    torch.testing.assert_close(
+        trainer().validate(other, loader(), verbose=False)[0]["val_loss"], figures["val_loss"]
+    )
+
+
+def test_rows_are_stored_where_training_ends_early(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 14
+
+    model = tagger()
+    run = trainer(factorize(keep=0.9, storage="pivoted"), Stop())
+    run.fit(model, loader(), loader())
+    assert run.global_step == 14
+    assert {layer.kind for layer in lrcompress.Plan.of(model)} == {"pivoted"}
 
 
 def test_kronecker_factors_are_given_or_found_and_only_of_dense_layers(

@@ -73,6 +73,19 @@ def test_a_checkpoint_becomes_a_plain_model(recipe: Path, checkpoint: Path, tmp_
     torch.testing.assert_close(model.get_submodule(name).weight, product)
 
 
+def test_low_rank_layers_are_stored_as_pivoted_rows(
+    recipe: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    places = [str(checkpoint), "--config", str(recipe)]
+    assert main(["export", *places, str(tmp_path / "factors")]) == 0
+    assert main(["export", *places, str(tmp_path / "rows"), "--pivoted"]) == 0
+    factors, rows = (load_pretrained(tmp_path / name) for name in ("factors", "rows"))
+    ids = torch.arange(5, 25).reshape(2, 10)
+    torch.testing.assert_close(rows(ids).logits, factors(ids).logits)
+    assert {layer.kind for layer in Plan.of(rows)} == {"pivoted"}
+    assert rows.num_parameters() == factors.num_parameters() - 2 * 5**2
+
+
 def rows(path: Path, words: list[str]) -> str:
     path.write_text("".join(f"{i % 2}\t{words[i % 2]} film {i}\n" for i in range(20)))
     return str(path)
@@ -170,6 +183,7 @@ def test_what_was_typed_wrong_is_told(
         ([*good, "--format", "densee"], 2, "--format: unknown format 'densee'; nearest: dense"),
         ([*good, "--int8"], 2, "--int8 is for --format onnx, got --format transformers"),
         ([*good, "--format", "onnx", "--int8"], 2, "has no data"),
+        ([*good, "--format", "dense", "--pivoted"], 2, "--pivoted is for low-rank layers, of whi"),
         (
             [*good, "--formt", "dense"],
             2,

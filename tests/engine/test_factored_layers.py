@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lrcompress.embedding import EmbeddingSettings, factor_tables_
 from lrcompress.engine.compress import compress, factor_, preview
+from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError
 from lrcompress.nn import LowRankLinear, PivotedLinear
@@ -173,3 +175,44 @@ def test_what_starts_from_dense_layers_refuses_rows_by_name() -> None:
     check_kinds(model, ["0"])
     with pytest.raises(LayerError, match="layer '0' is low rank already, in pivoted rows; this"):
         check_kinds(model, ["0"], dense=True)
+
+
+def test_layers_are_stored_as_rows_with_the_state_of_their_factors() -> None:
+    """The same products; moments as the chain rule has them; twice is once; others stay."""
+    model, batches = net().append(nn.Linear(NARROW, 2)), data()
+    squeezed(model, batches, method="svd", ranks={"0": 4, "2": 3}, targets=["0", "2"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    loss_of(model[:3], batches[0]).backward()
+    optimizer.step()
+    (old, last), weight = (model[0], model[3].weight), model[0].weight[:].detach()
+    of_left, of_right = (
+        optimizer.state[p.weight]["momentum_buffer"] for p in (old.left, old.right)
+    )
+    before = sum(p.numel() for p in model.parameters())
+
+    assert store_pivoted_(model, optimizers=[optimizer]) == ["0", "2"]
+    assert store_pivoted_(model, optimizers=[optimizer]) == []
+    assert model[3].weight is last
+    new = model[0]
+    torch.testing.assert_close(new.weight[:], weight)
+    assert sum(p.numel() for p in model.parameters()) == before - 4**2 - 3**2
+    # G rightᵀ and leftᵀ G of any G that has the momentum of the factors, solved for and applied
+    mix = torch.linalg.lstsq(old.left.weight.double(), new.left.double()).solution
+    expected = mix.mT @ of_right.double()
+    stored = optimizer.state[new.right]["momentum_buffer"]
+    torch.testing.assert_close(stored.double(), expected, rtol=1e-4, atol=1e-6)
+    turn = torch.linalg.lstsq(old.right.weight.mT.double(), new.right.mT.double()).solution
+    rows = (of_left.double() @ turn)[new.order.argsort()[4:]]
+    stored = optimizer.state[new.rest]["momentum_buffer"]
+    torch.testing.assert_close(stored.double(), rows, rtol=1e-4, atol=1e-6)
+
+
+def test_factors_that_an_embedding_shares_stay_as_they_are() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(20, 8), "head": nn.Linear(8, 20, bias=False)})
+    model["head"].weight = model["embed"].weight
+    table = EmbeddingSettings(method="low_rank", targets=["embed"], weighting="none", rank=4)
+    factor_tables_(model, Statistics({}), table)
+    count = sum(p.numel() for p in model.parameters())
+    assert isinstance(model["head"], LowRankLinear)
+    assert store_pivoted_(model) == []
+    assert sum(p.numel() for p in model.parameters()) == count
