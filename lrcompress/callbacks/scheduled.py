@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state
+from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state, unfreezing
 from lrcompress.callbacks.memory import check_memory
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.step_timing import StepTimer
@@ -154,12 +154,19 @@ class CompressionCallback(pl.Callback, ABC):
         names = self.settings_at(0).select(pl_module).names
         ddp.check_layers(pl_module, names, self._processes, owner)
         if self._loaded is not None:
+            unfreezing.resume_unfrozen_(trainer, pl_module, self._loaded.get("frozen", ()))
             self._resume(pl_module, trainer.optimizers, self._loaded)
             ddp.rebuild_ddp_(trainer)
-        self._check_trained(trainer, names)
+        if not unfreezing.finetuning_callbacks(trainer):  # else when layers are observed
+            self._check_trained(trainer, names)
         active = [x for x in self._compression_callbacks(trainer) if not x._is_done]
         for other in active[: active.index(self)] if self in active else ():
             compatibility.check_apart(names, other.settings_at(0).watched(pl_module), other, owner)
+
+    def _check_unfrozen(self, trainer: pl.Trainer, module: nn.Module) -> None:
+        """Check that layers are trained by now which another callback unfreezes."""
+        if unfreezing.finetuning_callbacks(trainer):
+            self._check_trained(trainer, self.settings_at(self._stage).select(module).names)
 
     def _check_trained(self, trainer: pl.Trainer, names: Sequence[str]) -> None:
         """Check that the factors of layers will be trained."""
@@ -197,6 +204,7 @@ class CompressionCallback(pl.Callback, ABC):
             "plan": Plan.of(module).to_dict(),
             "stage": self._stage,
             "param_names": trainer_state.parameter_names(module, optimizers),
+            "frozen": unfreezing.frozen_names(module),
             "observation": self._observation.state_dict(),
             "report": self.report.to_dict(),
             "restart": warmup and {"schedule": vars(warmup.schedule).copy(), "taken": warmup.taken},
@@ -291,16 +299,14 @@ class CompressionCallback(pl.Callback, ABC):
             for one in self._compression_callbacks(trainer):
                 one._loaded = None
         now = trainer_state.steps_done(trainer)
-        if (
-            self._next_step is not None
-            and now >= self._next_step
-            and trainer_state.between_steps(trainer)
-        ):
+        reached = self._next_step is not None and now >= self._next_step
+        if reached and trainer_state.between_steps(trainer):
             self._run_point(trainer, pl_module, now)
         if self._next_step is not None and self._observes(self._stage):
             previous = self._point_steps[self._stage - 1] if self._stage else 0
             window = min(self._window_steps, self._next_step - previous)
             if self._observation.due(self._next_step - now, window):
+                self._check_unfrozen(trainer, pl_module)
                 self._observation.open_step(batch)
             elif not self._tried:  # what would fail at an observed step fails at the first one
                 self._observation.open_step(batch, trial=True)
@@ -333,6 +339,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     def _run_point(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         trainer_state.drop_gradients(module)
+        self._check_unfrozen(trainer, module)
         if self._observes(self._stage):
             self._observation.merge_()
             self._observation.check(self.points[self._stage])
@@ -363,6 +370,7 @@ class CompressionCallback(pl.Callback, ABC):
     def _sync_structure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check that all processes have the same structure, and adapt what runs it."""
         ddp.sync_structure_(trainer, module, self._processes)
+        unfreezing.rename_unfrozen_(trainer, module)
 
     def _warm_up(self, steps: float, scale: float) -> None:
         """Start a learning-rate warmup over a number or a fraction of all steps.
