@@ -21,7 +21,7 @@ from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state, u
 from lrcompress.callbacks.memory import check_memory
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.step_timing import StepTimer
-from lrcompress.callbacks.warmup import LearningRateWarmup
+from lrcompress.callbacks.warmup import LearningRateWarmup, show_true_rates
 from lrcompress.distributed import ONE_PROCESS
 from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
@@ -149,6 +149,7 @@ class CompressionCallback(pl.Callback, ABC):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._live = (pl_module, trainer.optimizers)
+        show_true_rates(trainer, self._hooks)
         owner = type(self).__name__
         compatibility.check_optimizers(trainer.optimizers, owner, matrices=self._makes_matrices)
         names = self.settings_at(0).select(pl_module).names
@@ -384,11 +385,10 @@ class CompressionCallback(pl.Callback, ABC):
 
     def _start_warmup(self, schedule: Warmup, taken: int) -> None:
         assert self._live is not None
-        if self._warmup is not None:
-            self._warmup.schedule, self._warmup.taken = schedule, taken
-            return
-        self._warmup = LearningRateWarmup(schedule, taken)
-        self._warmup.attach(self._live[1], self._hooks)
+        if self._warmup is None:
+            self._warmup = LearningRateWarmup(schedule, taken)
+            self._warmup.attach(self._live[1], self._hooks)
+        self._warmup.schedule, self._warmup.taken = schedule, taken
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
