@@ -63,10 +63,10 @@ class _Pass:
 
 
 class _Eager:
-    """Turns ``torch.compile`` off while a recorder observes a step.
+    """Turns ``torch.compile``, and attention that calls no layers, off while a step is observed.
 
     Several recorders may observe one step, and leave it in any order: the last one restores
-    torch's stance, as the first found it.
+    both, as the first found them.
     """
 
     def __init__(self) -> None:
@@ -77,6 +77,9 @@ class _Eager:
     def held(self) -> Iterator[None]:
         if self._holders == 0:
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            fast = torch.backends.mha.get_fastpath_enabled()  # nested tensors, without gradients
+            self._stance.callback(torch.backends.mha.set_fastpath_enabled, fast)
+            torch.backends.mha.set_fastpath_enabled(False)
         self._holders += 1
         try:
             yield

@@ -6,6 +6,7 @@ import torch
 import lrcompress
 from lrcompress.errors import LayerError, ObservationError
 from lrcompress.nn import LowRankLinear
+from lrcompress.statistics.capture import Recorder
 from lrcompress.structure.plan import Plan
 from lrcompress.structure.selection import select
 
@@ -73,3 +74,22 @@ def test_torchs_fast_path_calls_factored_layers() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, slow, rtol=1e-4, atol=1e-5)
     assert len(called) == 2 * len(factored), "torch multiplied by their weights itself"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_torchs_fast_path_is_off_while_it_is_observed_without_gradients(padded: bool) -> None:
+    """Its nested tensors have no lengths; the moments are those of the path with gradients."""
+    model = made("`nn.TransformerEncoder`").eval()
+    batch = batch_for(model)
+    if not padded:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    name, moments = "encoder.layers.1.linear2", []
+    for grad in (True, False):
+        recorder = Recorder(model, [name], ("input_moment",), forward_only=True)
+        with torch.set_grad_enabled(grad), recorder.step(batch["attention_mask"]):
+            model(**batch)
+        assert torch.backends.mha.get_fastpath_enabled()
+        assert recorder.statistics.tokens == int(batch["attention_mask"].sum())
+        moments.append(recorder.statistics.of(name, ["input_moment"]).moment("input_moment"))
+    torch.testing.assert_close(*moments)
+    lrcompress.compress(model, [batch], lambda m, b: m(**b).loss, method="drone", keep=0.4, align=1)
