@@ -66,7 +66,7 @@ class FactorizeEmbedding(CompressionCallback):
         every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
             where that would be fewer than 16 steps.
         max_tokens: Stop observing after so many tokens, padding excluded.
-        fisher: Whose gradients: of ``labels``, or of labels drawn from the ``model``.
+        fisher: Whose gradients: of ``labels``, or of labels as the ``model`` predicts.
         logits: For ``fisher: model``, the name of the submodule that returns the logits.
         mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
             within), an index or a function of the batch. ``~key``: nonzero at padding, as in

@@ -84,8 +84,10 @@ class Factorize(CompressionCallback):
         max_tokens: Stop observing after so many tokens, padding excluded.
         also_observe: Statistics to accumulate besides the method's own. A checkpoint that holds
             them can be resumed with other methods and other ``keep``.
-        fisher: Whose gradients: ``labels`` of the training data, or labels drawn from the
-            ``model``'s own prediction, for runs that have fitted their training data.
+        fisher: Whose gradients: ``labels`` of the training data, or labels as the ``model``
+            predicts them, for runs that have fitted their training data: exact with one
+            prediction an example among up to 8 classes (a backward pass a class less one, of the
+            observed steps), drawn otherwise.
         logits: For ``fisher: model``, the name of the submodule that returns the logits; by
             default the first output with ``.logits``.
         mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one

@@ -81,7 +81,7 @@ class LoSparse(CompressionCallback):
             where that would be fewer than 16 steps.
         max_tokens: Stop observing after so many tokens, padding excluded.
         also_observe: Statistics to accumulate besides those of ``init``.
-        fisher: Whose gradients to observe: of ``labels``, or of labels drawn from the ``model``.
+        fisher: Whose gradients to observe: of ``labels``, or of labels as the ``model`` predicts.
         logits: For ``fisher: model``, the name of the submodule that returns the logits.
         mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
             within), an index or a function of the batch. ``~key``: nonzero at padding, as in

@@ -14,7 +14,7 @@ from lrcompress.engine.settings import Settings, check_device
 from lrcompress.errors import CheckpointError, ObservationError, SettingError, nearest
 from lrcompress.statistics.batches import batch_terms, labelled_terms, loss_terms
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.fisher import LogitsCapture, drawn_loss
+from lrcompress.statistics.fisher import LogitsCapture, add_fisher, check_fisher
 from lrcompress.statistics.masks import MaskSource, batch_decoder_mask, batch_mask, check_mask
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
 from lrcompress.statistics.reduction import (
@@ -39,7 +39,7 @@ class Sampling:
         every_n_steps: every n-th step before a point, counted back from it; None is every 10th,
             or more often where that would be fewer than 16 steps.
         max_tokens: observing stops after so many tokens of all processes; None is no limit.
-        fisher: gradients of ``"labels"``, or of labels drawn from the ``"model"``.
+        fisher: gradients of ``"labels"``, or of labels as the ``"model"`` predicts them.
         logits: the submodule that returns the logits, for ``"model"``.
         mask: where a batch has its padding mask; see
             :func:`lrcompress.statistics.masks.batch_mask`.
@@ -71,8 +71,7 @@ class Sampling:
                     f"also_observe takes {', '.join(KINDS)}; got {kind!r}, "
                     f"nearest: {nearest(kind, KINDS, 1)}"
                 )
-        if self.fisher not in ("labels", "model"):
-            raise SettingError(f"fisher must be 'labels' or 'model', got {self.fisher!r}")
+        check_fisher(self.fisher)
         for name in ("every_n_steps", "max_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -291,10 +290,7 @@ class Observation:
         if self._tap is None:
             return
         if logits is not None:  # in the loss scale's range: half-precision gradients may vanish
-            drawn = drawn_loss(logits, self._generator) * factor
-            outputs = self._recorder.outputs
-            if outputs:  # none where this process observes no layer
-                torch.autograd.grad(drawn, outputs, retain_graph=True, allow_unused=True)
+            add_fisher(self._recorder, logits, self._generator, factor, keep_graph=True)
         self._recorder.arm(False)
 
     def close_step(self) -> None:

@@ -43,6 +43,7 @@ from lrcompress.objective import METHODS
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import Sizes
 from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.fisher import LogitsCapture, check_fisher
 from lrcompress.statistics.masks import MASK, MaskSource
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
@@ -300,6 +301,8 @@ def compress(
     *,
     mask: MaskSource = MASK,
     examples: Callable[[Any], int] | None = None,
+    fisher: str = "labels",
+    logits: str | None = None,
     offload: str | None = None,
     **settings: Any,
 ) -> PointRecord:
@@ -321,6 +324,10 @@ def compress(
             :func:`~lrcompress.statistics.masks.batch_mask` says; None if nothing is padded.
         examples: of how many terms a batch's loss is the mean; by default as
             :func:`~lrcompress.statistics.batches.batch_terms` counts them.
+        fisher: whose gradients: ``"labels"``, those of the loss, or ``"model"``: of labels as the
+            model predicts them, as :func:`~lrcompress.statistics.fisher.fisher_losses` says.
+        logits: for ``fisher="model"``, the name of the submodule that returns the logits; by
+            default the first output with ``.logits``.
         offload: device for the statistics, ``"cpu"`` for large models; by default each layer's own.
         **settings: of :class:`~lrcompress.engine.settings.Settings`: ``method``, ``keep``, …
 
@@ -330,7 +337,8 @@ def compress(
     Raises:
         TypeError: if a setting has an unknown name.
         SettingError: if a setting is not what it may be, ``keep`` is missing, or it cannot be met.
-        NoMatchError: if a pattern matches no layer, or no layer is left to factor.
+        NoMatchError: if a pattern matches no layer, no layer is left to factor, or ``logits`` names
+            no submodule.
         LayerError: if a layer is of a kind that cannot be factored.
         ShapeError: if a mask is not two-dimensional, or ``shapes`` do not divide their layers'.
         ObservationError: if ``batches`` is empty, or all its losses are not finite; if a layer
@@ -355,6 +363,7 @@ def compress(
     method = METHODS[chosen.method]
     if chosen.keep is None and not (chosen.ranks or chosen.keeps):
         raise SettingError("keep is missing: give keep=, or ranks or keeps for every layer")
+    check_fisher(fisher)
     check_device("offload", offload)
     for argument, where in (("offload", offload), ("solve_device", chosen.solve_device)):
         check_present(argument, where)
@@ -370,5 +379,7 @@ def compress(
     if method.kinds:
         given: dict[str, Any] = {"mask": mask, "examples": examples}
         given["find_blocks"] = chosen.narrow_blocks
+        if fisher == "model" and method.needs_gradients:
+            given["logits"] = LogitsCapture(model, logits)
         blocks = observe_batches(recorder, model, batches, loss, **given)
     return factor_(model, recorder.statistics, chosen, blocks=blocks)

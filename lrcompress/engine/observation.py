@@ -11,6 +11,7 @@ from lrcompress.errors import ObservationError, SettingError
 from lrcompress.objective import method_named
 from lrcompress.statistics.batches import batch_terms
 from lrcompress.statistics.capture import Recorder
+from lrcompress.statistics.fisher import LogitsCapture, add_fisher
 from lrcompress.statistics.masks import MASK, MaskSource, batch_decoder_mask, batch_mask
 from lrcompress.statistics.moments import KINDS
 from lrcompress.statistics.views import view
@@ -80,6 +81,7 @@ def observe_batches(
     *,
     mask: MaskSource = MASK,
     examples: Callable[[Any], int] | None = None,
+    logits: LogitsCapture | None = None,
     find_blocks: bool = False,
 ) -> Blocks | None:
     """Observe one pass over batches, in evaluation mode; no ``.grad`` is touched.
@@ -93,6 +95,8 @@ def observe_batches(
             :func:`~lrcompress.statistics.masks.batch_mask` says; None if nothing is padded.
         examples: of how many terms a batch's loss is the mean; by default as
             :func:`~lrcompress.statistics.batches.batch_terms` counts them.
+        logits: captures them, for the gradients of labels as the model predicts them; None takes
+            those of the loss.
         find_blocks: whether to look for feed-forward blocks of the recorder's layers.
 
     Returns:
@@ -104,11 +108,12 @@ def observe_batches(
             :meth:`~lrcompress.statistics.capture.Recorder.step`.
     """
     blocks: Blocks | None = None
+    fisher = None if logits is None else (logits, torch.Generator().manual_seed(0))
     with _observable(model, recorder):
         for batch in batches:
-            looks = find_blocks and blocks is None
-            trace = BlockTrace(model, recorder.layers) if looks else None
-            blocks = _observe_batch(recorder, model, batch, loss, mask, examples, trace) or blocks
+            trace = BlockTrace(model, recorder.layers) if find_blocks and blocks is None else None
+            given = mask, examples, fisher, trace
+            blocks = _observe_batch(recorder, model, batch, loss, *given) or blocks
     if not recorder.statistics.steps:
         raise ObservationError(
             f"nothing to learn from: {recorder.statistics.skipped} batches, none with a finite loss"
@@ -123,20 +128,28 @@ def _observe_batch(
     loss: Loss,
     mask: MaskSource,
     examples: Callable[[Any], int] | None,
+    fisher: tuple[LogitsCapture, torch.Generator] | None,
     trace: BlockTrace | None,
 ) -> Blocks | None:
     found, missing = batch_mask(batch, mask, "compress")
     decoder = None if mask is None else batch_decoder_mask(batch)
     blocks = None
     with recorder.step(found, decoder_mask=decoder, missing=missing, keep_outputs=True):
-        with trace.forward() if trace else nullcontext():
+        listening = fisher[0].listening() if fisher else nullcontext()
+        with trace.forward() if trace else nullcontext(), listening:
             value = loss(model, batch)
         finite = bool(value.isfinite())
         if trace and finite and value.requires_grad:
             blocks = trace.blocks(value)
-        count = batch_terms(batch, value) if examples is None else examples(batch)
+        if fisher:
+            logits = fisher[0].take()
+            count = logits[..., 0].numel()
+        else:
+            count = batch_terms(batch, value) if examples is None else examples(batch)
         recorder.commit(float(count), terms=count, finite=finite)
-        if finite and recorder.outputs and value.requires_grad:
+        if fisher and finite:
+            add_fisher(recorder, logits, fisher[1])
+        elif finite and recorder.outputs and value.requires_grad:
             torch.autograd.grad(value, recorder.outputs, allow_unused=True)
     return blocks
 

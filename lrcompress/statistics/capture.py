@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import ObservationError
+from lrcompress.statistics.eager import EAGER
 from lrcompress.statistics.masks import (
     Mask,
     PaddingCheck,
@@ -60,36 +61,6 @@ class _Pass:
     armed: bool = True
     scale: float = 1.0
     terms: int | None = None  # of the loss
-
-
-class _Eager:
-    """Turns ``torch.compile``, and attention that calls no layers, off while a step is observed.
-
-    Several recorders may observe one step, and leave it in any order: the last one restores
-    both, as the first found them.
-    """
-
-    def __init__(self) -> None:
-        self._holders = 0
-        self._stance = ExitStack()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        if self._holders == 0:
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-            fast = torch.backends.mha.get_fastpath_enabled()  # nested tensors, without gradients
-            self._stance.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            torch.backends.mha.set_fastpath_enabled(False)
-        self._holders += 1
-        try:
-            yield
-        finally:
-            self._holders -= 1
-            if self._holders == 0:
-                self._stance.close()
-
-
-_EAGER = _Eager()
 
 
 class Recorder:
@@ -197,7 +168,7 @@ class Recorder:
         self._pass = _Pass(own, decoders, missing, trial, [] if keep_outputs else None)
         with ExitStack() as stack:
             stack.callback(self._forget)
-            stack.enter_context(_EAGER.held())
+            stack.enter_context(EAGER.held())
             for name, layer in self.layers.items():
                 hook = partial(self._saw, name)
                 handle = layer.register_forward_hook(hook, with_kwargs=True)
@@ -241,6 +212,12 @@ class Recorder:
         current.pending, current.read, current.encoded = {}, {}, None
         current.committed, current.scale, current.armed = True, scale, armed and finite
         current.terms = terms
+
+    def again(self) -> None:
+        """Add the gradients of one more backward pass, of terms that are counted already."""
+        assert self._pass is not None, "again outside of step"
+        self._add_gradients(*self._pass.parts)
+        self._pass.terms = 0
 
     def arm(self, armed: bool = True) -> None:
         """Add gradients from here on, or ignore them."""

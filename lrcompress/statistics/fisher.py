@@ -1,4 +1,4 @@
-"""True Fisher: labels sampled from the model's prediction, in place of the empirical Fisher's."""
+"""True Fisher: labels as the model predicts them, in place of the empirical Fisher's."""
 
 import math
 from collections.abc import Iterator
@@ -10,9 +10,98 @@ from torch.nn import functional as F
 
 from lrcompress.errors import NoMatchError, ObservationError, SettingError, nearest
 from lrcompress.linalg import double, where_it_is
+from lrcompress.statistics.capture import Recorder
 
 # Chances that are computed at once, 32 MiB in float32.
 _CHUNK = 2**23
+MOST_CLASSES = 8  # of which all labels are gone through; of more, one is drawn
+
+
+def check_fisher(fisher: str) -> None:
+    """Check whose gradients are asked for.
+
+    Raises:
+        SettingError: unless it is ``"labels"`` or ``"model"``.
+    """
+    if fisher not in ("labels", "model"):
+        raise SettingError(f"fisher must be 'labels' or 'model', got {fisher!r}")
+
+
+def fisher_losses(logits: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Return losses whose gradients' second moments, summed, are the Fisher information.
+
+    Of one prediction an example among few classes it is exact: with chances ``p`` the gradients
+    of log-likelihoods have the second moment ``Jᵀ (diag(p) − p pᵀ) J``, ``J`` the Jacobian of the
+    logits, and ``diag(p) − p pᵀ = L Lᵀ`` with ``L (classes, classes − 1)``, whose columns weight
+    the logits of a loss each. Otherwise labels are drawn, see :func:`drawn_loss`: a label for
+    every token, as products of gradients of different tokens have to vanish on average.
+
+    Args:
+        logits: ``(examples, classes)``, or ``(…, classes)``, with their graph.
+        generator: for the draws.
+
+    Returns:
+        One loss, or ``classes − 1`` up to :data:`MOST_CLASSES`; each takes a backward pass.
+
+    Raises:
+        SettingError: if there are fewer than two classes.
+
+    Example:
+        >>> logits = torch.zeros(1, 2, requires_grad=True)
+        >>> (loss,) = fisher_losses(logits, torch.Generator())
+        >>> torch.autograd.grad(loss, logits)
+        (tensor([[ 0.5000, -0.5000]]),)
+    """
+    if logits.ndim != 2 or not 2 <= logits.shape[1] <= MOST_CLASSES:
+        return [drawn_loss(logits, generator)]
+    weights = _covariance_factor(logits.detach().float().softmax(-1))
+    return [(logits.float() * column).sum(-1).mean() for column in weights.unbind(-1)]
+
+
+def add_fisher(
+    recorder: Recorder,
+    logits: Tensor,
+    generator: torch.Generator,
+    scale: float = 1.0,
+    *,
+    keep_graph: bool = False,
+) -> None:
+    """Add the gradients of :func:`fisher_losses` to a step of a recorder; no ``.grad`` is touched.
+
+    Args:
+        recorder: within its ``step(keep_outputs=True)``, which is committed.
+        logits: of this step.
+        generator: for draws.
+        scale: multiplies the losses, as that of half precision does.
+        keep_graph: for the loss's own backward pass.
+    """
+    losses = fisher_losses(logits, generator)
+    for number, loss in enumerate(losses, start=1):
+        if number > 1:
+            recorder.again()
+        if recorder.outputs:  # none where this process observes no layer
+            keep = keep_graph or number < len(losses)
+            torch.autograd.grad(
+                loss * scale, recorder.outputs, retain_graph=keep, allow_unused=True
+            )
+
+
+def _covariance_factor(chances: Tensor) -> Tensor:
+    """Return ``L (rows, classes, classes − 1)`` with ``diag(p) − p pᵀ = L Lᵀ``, lower triangular.
+
+    Its column ``k`` is that of the label ``k`` against all later ones, given that it is none of
+    the earlier: ``√(p_k rest_{k+1} / rest_k)``, and below it that times ``−p_j / rest_{k+1}``.
+    """
+    classes = chances.shape[1]
+    rest = chances @ torch.ones(classes, classes).to(chances).tril()  # of the label and all later
+    tiny = torch.finfo(chances.dtype).tiny
+    later = rest[:, 1:].clamp(min=tiny)
+    size = (chances[:, :-1] * later / rest[:, :-1].clamp(min=tiny)).sqrt()
+    shares = chances[:, :, None] / later[:, None, :]
+    below = torch.ones(classes, classes - 1).to(chances).tril(-1)
+    return (
+        torch.eye(classes, classes - 1).to(chances) * size[:, None] - below * shares * size[:, None]
+    )
 
 
 def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:

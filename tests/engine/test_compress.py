@@ -108,6 +108,39 @@ def read_by(model: nn.Module, name: str, data: list[Batch]) -> Tensor:
 # What is done
 
 
+@pytest.mark.parametrize("method", ["row_fisher", "kfac", "weighted_kfac"])
+def test_gradients_may_be_those_of_labels_as_the_model_predicts_them(method: str) -> None:
+    """Whatever the labels say, and however surely the model has learnt them."""
+    dense, data = Net(), batches()
+    others = [batch | {"labels": (batch["labels"] + 1) % CLASSES} for batch in data]
+    found: dict[str, list[float | None]] = {"labels": [], "model": []}
+    for fisher, losses in found.items():
+        for given in (data, others):
+            model, options = copy.deepcopy(dense), {"fisher": fisher, "logits": "head"}
+            record = compress(model, given, loss_of, method=method, keep=0.4, align=1, **options)
+            losses.append(record.predicted_loss)
+    assert found["model"][0] == found["model"][1] != found["labels"][0] != found["labels"][1]
+
+    # the increase of the loss on average over the labels that the model predicts: KL
+    record = compress(
+        model := copy.deepcopy(dense), data, loss_of, method="kfac", keep=0.2, align=1,
+        allocation="global", fisher="model", logits="head", refit_bias=False, shrink=(0, 0),
+    )  # fmt: skip
+    with torch.no_grad():
+        pairs = [[m.eval()(b["x"], b["attention_mask"]) for b in data] for m in (dense, model)]
+        before, after = (torch.cat(one).log_softmax(-1) for one in pairs)
+    lost = F.kl_div(after, before, log_target=True, reduction="batchmean").item()
+    assert record.predicted_loss is not None
+    assert 0.3 * lost < record.predicted_loss < 3 * lost
+
+    with pytest.raises(SettingError, match="fisher must be 'labels' or 'model', got 'expected'"):
+        compress(model, data, loss_of, method=method, keep=0.4, fisher="expected")
+    with pytest.raises(NoMatchError, match="logits='haed' names no submodule; nearest: head"):
+        compress(model, data, loss_of, method=method, keep=0.4, fisher="model", logits="haed")
+    with pytest.raises(ObservationError, match="fisher='model' found no logits: no module's outp"):
+        compress(model, data, loss_of, method=method, keep=0.4, fisher="model")
+
+
 @each_method
 def test_every_method_factors_what_is_targeted_and_says_what_it_did(method: str) -> None:
     model, data = Net(), batches()

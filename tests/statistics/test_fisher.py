@@ -11,7 +11,13 @@ from transformers import BertConfig, BertForSequenceClassification
 from lrcompress.errors import NoMatchError, ObservationError, SettingError
 from lrcompress.statistics import fisher
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.fisher import LogitsCapture, drawn_loss
+from lrcompress.statistics.fisher import (
+    MOST_CLASSES,
+    LogitsCapture,
+    add_fisher,
+    drawn_loss,
+    fisher_losses,
+)
 
 DRAWS = 20_000
 
@@ -44,6 +50,67 @@ def test_the_mean_of_drawn_gradients_is_the_exact_fisher(generator: torch.Genera
         ("output_fisher", squares.sum(1)),
     ):
         torch.testing.assert_close(sums.moment(kind) / DRAWS, expected, rtol=0.05, atol=0.01)
+
+
+def exact_fisher(model: nn.Module, x: Tensor, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+    """Every label of every example in its own backward pass, weighted by its chance."""
+    sums: dict[str, Tensor] = {}
+    for one in x:
+        chances = model(one[None]).detach().softmax(-1)[0]
+        for label, chance in enumerate(chances):
+            recorder = Recorder(model, ["0"], kinds)
+            with recorder.step(keep_outputs=True):
+                loss = nn.functional.cross_entropy(model(one[None]), torch.tensor([label]))
+                recorder.commit(1.0, terms=1)
+                torch.autograd.grad(loss, recorder.outputs)
+            for kind in kinds:
+                found = recorder.statistics.of("0", [kind]).moment(kind) * chance
+                sums[kind] = sums.get(kind, 0) + found
+    return sums
+
+
+@pytest.mark.parametrize("classes", [2, 3, MOST_CLASSES])
+def test_few_classes_give_the_fisher_itself(classes: int, generator: torch.Generator) -> None:
+    """Also where the model is sure: with what is drawn, nothing would be seen there."""
+    kinds = ("output_moment", "input_fisher", "output_fisher", "weighted_moment")
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, classes)).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    x[0] *= 30
+    before = generator.get_state()
+    recorder = Recorder(model, ["0"], kinds)
+    with recorder.step(keep_outputs=True):
+        logits = model(x)
+        recorder.commit(len(x), terms=len(x))
+        add_fisher(recorder, logits, generator)
+    assert generator.get_state().equal(before), "nothing is drawn"
+    assert len(fisher_losses(logits, generator)) == classes - 1
+    expected = exact_fisher(model, x, kinds)
+    for kind in kinds:
+        found = recorder.statistics.of("0", [kind])
+        torch.testing.assert_close(found.moment(kind), expected[kind], rtol=1e-4, atol=1e-7)
+        assert found.examples == len(x)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("sure", [0.0, 1e2, 1e4])
+def test_what_is_certain_has_no_fisher_and_no_nan(sure: float, generator: torch.Generator) -> None:
+    for place in range(4):
+        logits = torch.zeros(1, 4)
+        logits[0, place] = sure
+        logits.requires_grad_()
+        found = torch.zeros(4, 4)
+        for loss in fisher_losses(logits, generator):
+            (slope,) = torch.autograd.grad(loss, logits, retain_graph=True)
+            found += slope.mT @ slope
+        chances = logits.detach().softmax(-1)[0]
+        torch.testing.assert_close(found, chances.diag() - torch.outer(chances, chances))
+
+
+def test_tokens_and_many_classes_are_drawn(generator: torch.Generator) -> None:
+    for shape in ((3, 4, 2), (3, MOST_CLASSES + 1)):
+        logits = torch.randn(shape, requires_grad=True)
+        (loss,) = fisher_losses(logits, generator.manual_seed(0))
+        assert loss == drawn_loss(logits, generator.manual_seed(0))
 
 
 def test_labels_are_drawn_as_often_as_the_model_says(generator: torch.Generator) -> None:
