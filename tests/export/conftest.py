@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from lrcompress.nn import LowRankSparseLinear, PivotedLinear
+from lrcompress.nn import LowRankSparseLinear, PivotedLinear, PrunedLinear
 from lrcompress.statistics.views import is_linear, view
 from lrcompress.structure.plan import LayerPlan, Plan
 from lrcompress.structure.selection import select
@@ -94,8 +94,12 @@ ARCHITECTURES: dict[str, Callable[[], tf.PreTrainedModel]] = {
 
 
 def give_structure_(model: nn.Module, kind: str) -> Plan:
-    """Factor the numbered layers at random, all of one kind; of sparse rows some are pruned."""
+    """Factor the numbered layers at random, all of one kind; of sparse rows some are pruned.
+
+    Of kind ``narrow`` are only the layers of feed-forward blocks, which keep 10 inner features.
+    """
     layers = []
+    inner = 64 if model.config.model_type == "gpt2" else 24
     for name in select(model).names:
         out_features, in_features = view(model.get_submodule(name)).shape
         own = {
@@ -103,7 +107,13 @@ def give_structure_(model: nn.Module, kind: str) -> Plan:
             "pivoted": {"rank": 3},
             "low_rank_sparse": {"rank": 3, "rows": out_features // 2},
             "kronecker": {"terms": 2, "first_out": out_features // 2, "first_in": 4},
+            "narrow": {
+                "rows": 10 if out_features == inner else out_features,
+                "columns": 10 if in_features == inner else in_features,
+            },
         }[kind]
+        if kind == "narrow" and inner not in (out_features, in_features):
+            continue
         layers.append(LayerPlan(name, kind, {"in": in_features, "out": out_features} | own))
     plan = Plan(tuple(layers))
     plan.apply_(model)
@@ -112,6 +122,8 @@ def give_structure_(model: nn.Module, kind: str) -> Plan:
         if i % 2:
             module.prune_(torch.arange(len(module.kept)) % 3 != 1)
     for module in model.modules():
+        if isinstance(module, PrunedLinear):
+            nn.init.normal_(module.weight, std=0.1)
         if isinstance(module, PivotedLinear):
             module.order.copy_(torch.randperm(module.out_features))
     return plan

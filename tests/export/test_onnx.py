@@ -23,6 +23,8 @@ from .test_torch_export import bert, example, other
         ("bert", "kronecker"),
         ("bert", "pivoted"),
         ("gpt2", "pivoted"),
+        ("gpt2", "narrow"),
+        ("llama", "narrow"),
     ],
 )
 def test_onnxruntime_gives_what_the_model_gives(

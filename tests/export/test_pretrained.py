@@ -23,7 +23,7 @@ from lrcompress.tasks import TextClassification, TextData
 
 from .conftest import ARCHITECTURES, inputs, made, train_step_
 
-KINDS = ["low_rank", "low_rank_sparse", "kronecker", "pivoted"]
+KINDS = ["low_rank", "low_rank_sparse", "kronecker", "pivoted", "narrow"]
 
 
 def same_state(one: nn.Module, other: nn.Module) -> bool:

@@ -39,7 +39,13 @@ def bert(forward: Callable[..., Any]) -> tf.PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("bert", "low_rank_sparse"), ("vit", "low_rank"), ("gpt2", "kronecker"), ("bert", "pivoted")],
+    [
+        ("bert", "low_rank_sparse"),
+        ("vit", "low_rank"),
+        ("gpt2", "kronecker"),
+        ("bert", "pivoted"),
+        ("llama", "narrow"),
+    ],
 )
 def test_a_program_gives_what_the_model_gives(architecture: str, kind: str, tmp_path: Path) -> None:
     model = made(architecture, kind).train()
