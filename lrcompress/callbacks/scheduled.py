@@ -20,6 +20,7 @@ from typing_extensions import override
 from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state, unfreezing
 from lrcompress.callbacks.memory import check_memory
 from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.callbacks.run_description import describe_run
 from lrcompress.callbacks.step_timing import StepTimer
 from lrcompress.callbacks.warmup import LearningRateWarmup, show_true_rates
 from lrcompress.distributed import ONE_PROCESS
@@ -402,9 +403,8 @@ class CompressionCallback(pl.Callback, ABC):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.report.seconds_per_step |= self._timer.seconds_per_step()
-        now = trainer_state.steps_done(trainer)
-        taken = {name: curve[-1] for name, curve in self.report.history.items()}
-        self.report.final = {name: value for name, (step, value) in taken.items() if step == now}
+        self.report.finish(trainer_state.steps_done(trainer))
+        self.report.about = describe_run(trainer, pl_module, self._timer.started)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

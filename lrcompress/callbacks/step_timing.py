@@ -16,9 +16,11 @@ class StepTimer:
 
     Attributes:
         spent: phase to its steps and the seconds they took together.
+        started: when it was made, in seconds of ``time.time``.
     """
 
     def __init__(self, spent: Mapping[str, Sequence[float]] | None = None) -> None:
+        self.started = time.time()
         self.spent = {phase: list(both) for phase, both in (spent or {}).items()}
         self._started: Any = None
         self._passing: deque[tuple[str, Any, Any]] = deque()

@@ -39,6 +39,33 @@ def number(value: float | None) -> str:
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:,.4f}"
 
 
+def count(value: int) -> str:
+    """Return a number of parameters in the unit that a reader would say.
+
+    Example:
+        >>> [count(x) for x in (950, 48_200, 7_012_345, 8_030_000_000)]
+        ['950', '48.2 k', '7.01 M', '8.03 B']
+    """
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in hours, minutes and seconds, the two largest of them.
+
+    Example:
+        >>> [duration(x) for x in (0.4, 61, 3_725.0)]
+        ['0 s', '1 min 1 s', '1 h 2 min']
+    """
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (whole, "s")]
+    first = next((i for i, (number, _) in enumerate(parts) if number), 2)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])
+
+
 def change(value: float | None) -> str:
     """Return a difference with its sign.
 

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lrcompress.report.record import LayerRecord
 
@@ -25,6 +25,30 @@ def by_layer_type(layers: Iterable[LayerRecord]) -> tuple[str, dict[str, list[La
     parts = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
     shared = ".".join(level[0] for level in parts)
     return shared, {kind[len(shared) :].removeprefix("."): kinds[kind] for kind in kinds}
+
+
+def is_in_block(layer: LayerRecord) -> bool:
+    """Return whether a layer is in a numbered block.
+
+    Example:
+        >>> is_in_block(LayerRecord("embeddings.word", 4, 4, 1, None, None))
+        False
+    """
+    return _NUMBER.search(layer.name) is not None
+
+
+def common_path(names: Sequence[str]) -> str:
+    """Return the modules that all names begin with, with the dot that follows, or "".
+
+    Example:
+        >>> common_path(["m.layer.0.up", "m.layer.1.up"]), common_path(["m.layer.0.up"])
+        ('m.layer.', '')
+    """
+    if len(names) < 2:
+        return ""
+    paths = [name.split(".")[:-1] for name in names]
+    parts = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return "".join(f"{level[0]}." for level in parts)
 
 
 def block_number(layer: LayerRecord) -> int:

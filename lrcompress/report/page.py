@@ -15,9 +15,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lrcompress.report.formatting import change, number, share
+from lrcompress.report.headline import headline
+from lrcompress.report.layer_groups import common_path
 from lrcompress.report.plots import COLOURS, Plot, plots
 from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
-from lrcompress.report.summary import summary
+from lrcompress.report.summary import Summary, summary
 
 _DARK = {
     "ink": "#ececf1",
@@ -49,9 +51,16 @@ _MEANING = {
     "of the dense weight all the same",
     "error": "error: of the layer's weight, relative, in what the method measures errors in",
     "predicted change": "predicted change: of the training loss an example, if this layer alone "
-    "were replaced; right for small cuts near a minimum, too small for large cuts",
+    "were replaced; right for small cuts near a minimum, too small for large cuts, above all of "
+    "classifiers that have fitted their data",
     "measured change": "measured change: of the validation loss, with this layer alone replaced",
 }
+
+
+_PREDICTED = (
+    "predicted change of loss: of the training loss an example, by which ranks are chosen; right "
+    "for small cuts near a minimum, too small for large cuts"
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Table:
 
 def write_page(report: Report, path: str | Path) -> None:
     """Write the report of a run with at least one point as HTML, titled like its folder."""
-    found = summary(report)
+    found, shown = summary(report), plots(report)
     points = [
         {"title": _title(point), "figures": _scalars(point), "layers": _layers(point)}
         for point in report.points
@@ -82,13 +91,25 @@ def write_page(report: Report, path: str | Path) -> None:
         "run.html",
         title=Path(path).resolve().parent.name,
         lead=_lead(report),
-        summary=Table("", found.headings, found.rows, found.notes),
-        drawn=drawn(plots(report)),
+        headline=headline(report),
+        about=Table("", [""], [(what, [text]) for what, text in report.about.items()]),
+        summary=Table("", found.headings, *_measured_alone(found)),
+        drawn=drawn(plot for plot in shown if not plot.detail),
+        details=drawn(plot for plot in shown if plot.detail),
         points=points,
         data=[*_history(report), *_curves(report)],
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
+
+
+def _measured_alone(
+    found: Summary,
+) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Return the rows and notes of a summary without predictions, which stand at the points."""
+    rows = [row for row in found.rows if not row[0].startswith("predicted")]
+    notes = [note for note in found.notes if not note.startswith("predicted")]
+    return rows, notes
 
 
 def render(template: str, **values: object) -> str:
@@ -155,7 +176,11 @@ def _scalars(point: PointRecord) -> Table:
         label = "bytes of statistics" if what == "bytes" else f"observed {what}"
         rows.append((label, ["", number(count)]))
     rows.append(("seconds it took", ["", number(point.seconds)]))
-    return Table("", ("before", "after"), rows)
+    notes = []
+    if point.predicted_loss is not None:
+        rows.append(("predicted change of loss", ["", change(point.predicted_loss)]))
+        notes.append(_PREDICTED)
+    return Table("", ("before", "after"), rows, notes)
 
 
 def _layers(point: PointRecord) -> Table:
@@ -176,10 +201,13 @@ def _layers(point: PointRecord) -> Table:
     }
     shown = {name: [say(layer) for layer in point.layers] for name, say in columns.items()}
     shown = {name: cells for name, cells in shown.items() if any(cells)}
+    within = common_path([layer.name for layer in point.layers])
     rows = [
-        (layer.name, [cells[i] for cells in shown.values()]) for i, layer in enumerate(point.layers)
+        (layer.name.removeprefix(within), [cells[i] for cells in shown.values()])
+        for i, layer in enumerate(point.layers)
     ]
-    return Table("layer", list(shown), rows, [_MEANING[name] for name in shown if name in _MEANING])
+    corner = f"layer of {within.rstrip('.')}" if within else "layer"
+    return Table(corner, list(shown), rows, [_MEANING[name] for name in shown if name in _MEANING])
 
 
 def _history(report: Report) -> list[Table]:
@@ -205,7 +233,11 @@ def _curves(report: Report) -> list[Table]:
                 curve: Curve = getattr(layer, what)
                 if curve:
                     held.setdefault(tuple(x for x, _ in curve), []).append((layer, curve))
+            within = common_path([layer.name for layer in point.layers])
             for places, members in held.items():
-                rows = [(one.name, [number(y) for _, y in curve]) for one, curve in members]
+                rows = [
+                    (one.name.removeprefix(within), [number(y) for _, y in curve])
+                    for one, curve in members
+                ]
                 tables.append(Table(f"{label}: {_title(point)}", [*map(number, places)], rows))
     return tables

@@ -5,7 +5,7 @@ Colours have the names of :data:`COLOURS`; a page replaces them in dark mode.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from lrcompress.report.layer_groups import block_number, by_layer_type
+from lrcompress.report.layer_groups import block_number, by_layer_type, is_in_block
 from lrcompress.report.record import Curve, LayerRecord, PointRecord, PredictedLoss, Report
 
 COLOURS = {
@@ -65,25 +65,27 @@ class Plot:
         title: what it shows.
         caption: how to read it.
         figure: to be drawn on any of matplotlib's canvases.
+        detail: whether it is for those who look closer.
     """
 
     name: str
     title: str
     caption: str
     figure: Figure
+    detail: bool = False
 
 
 def plots(report: Report) -> list[Plot]:
     """Return the plots of a run with at least one point."""
     with rc_context(STYLE):
-        return [
+        details = [
             *_over_depth(report.layers_after(len(report.points))),
-            _budget(report),
-            *_history(report),
             *_measured(report),
             *_curves(report.points[-1]),
             *_importance(report),
         ]
+        first = [*_history(report), _budget(report)]
+        return [*first, *(replace(one, detail=True) for one in details)]
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
@@ -150,10 +152,13 @@ def _over_depth(layers: Sequence[LayerRecord]) -> Iterator[Plot]:
             lambda x: x.predicted_loss,
         ),
     }
+    placed = [layer for layer in layers if is_in_block(layer)]
+    if len(set(map(block_number, placed))) < 2:  # no depth to speak of
+        return
     for name, (title, label, value) in shown.items():
-        if any(value(layer) is not None for layer in layers if not layer.dense):
+        if any(value(layer) for layer in placed if not layer.dense):
             caption = _of_kinds(layers) + (" Hollow: left dense." if name == "kept" else "")
-            yield Plot(name, title, caption, _by_depth(layers, label, value))
+            yield Plot(name, title, caption, _by_depth(placed, label, value))
 
 
 def _of_kinds(layers: Sequence[LayerRecord]) -> str:
@@ -230,18 +235,29 @@ def _last_step(report: Report) -> int:
 def _history(report: Report) -> Iterator[Plot]:
     for number, (name, curve) in enumerate(report.history.items()):
         figure, axes = new_axes("step", name)
-        axes.plot(*_columns(curve), **look(number))
+        axes.plot(*_columns(_with_drops(report, name, curve)), **look(number))
         for point in report.points:
-            if point.step is None:
-                continue
-            axes.axvline(point.step, color=COLOURS["ink"], linewidth=1, linestyle="--")
-            figures = [point.metrics.get(when, {}).get(name) for when in ("before", "after")]
-            taken = [value for value in figures if value is not None]
-            axes.plot([point.step] * len(taken), taken, "s", mfc="none", color=COLOURS["ink"])
+            if point.step is not None:
+                axes.axvline(point.step, color=COLOURS["ink"], linewidth=1, linestyle="--")
+        dense = report.points[0].metrics.get("before", {}).get(name)
+        if dense is not None:
+            axes.axhline(dense, color=COLOURS["ink"], linewidth=1, linestyle=":")
         caption = (
-            "Dashed: points. Squares: just before and just after them, without any retraining."
+            "Dashed: points, at which the line goes from just before to just after, without any "
+            "retraining. Dotted: just before the first point."
         )
         yield Plot(f"history{number}", f"{name} over training", caption, figure)
+
+
+def _with_drops(report: Report, name: str, curve: Curve) -> list[tuple[float, float]]:
+    """Return a curve that goes through the figures just before and just after every point."""
+    parts: list[tuple[float, int, float]] = [(step, 0, value) for step, value in curve]
+    for point in report.points:
+        taken = [point.metrics.get(when, {}).get(name) for when in ("before", "after")]
+        if point.step is not None and None not in taken:
+            # what is noted at the step of a point was taken before it
+            parts += [(point.step, order, y) for order, y in enumerate(taken, 1) if y is not None]
+    return [(step, value) for step, _, value in sorted(parts, key=lambda part: part[:2])]
 
 
 # What was predicted

@@ -199,6 +199,7 @@ class Report:
         seconds_per_step: ``"dense"`` before the first point, ``"factored"`` after the last and,
             where there was gradual pruning, ``"pruning"`` between them.
         history: validation figures during training: name to steps and values.
+        about: what was run, and where: the model, its data, versions, seed, date; for readers.
 
     Example:
         >>> layer = LayerRecord("0", 8, 8, rank=2, error=0.1, predicted_loss=0.5)
@@ -211,6 +212,7 @@ class Report:
     final: dict[str, float] = field(default_factory=dict)
     seconds_per_step: dict[str, float] = field(default_factory=dict)
     history: dict[str, Curve] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, reports: Iterable["Report"]) -> "Report":
@@ -232,7 +234,7 @@ class Report:
         seconds = {k: v for k, v in first.seconds_per_step.items() if k != "factored"}
         seconds |= {k: v for k, v in last.seconds_per_step.items() if k != "dense"}
         points = sorted((p for one in held for p in one.points), key=lambda p: p.step or 0)
-        return cls(points, dict(first.final), seconds, dict(first.history))
+        return cls(points, dict(first.final), seconds, dict(first.history), dict(first.about))
 
     def layers_after(self, point: int) -> list[LayerRecord]:
         """Return all layers that any point targets, as they stand after point number ``point``.
@@ -261,6 +263,11 @@ class Report:
         for name, value in figures.items():
             self.history[name] = with_value(self.history.get(name, ()), step, value, gap)
 
+    def finish(self, step: int) -> None:
+        """Take the figures that were noted at the last step of training as the final ones."""
+        taken = {name: curve[-1] for name, curve in self.history.items()}
+        self.final = {name: value for name, (when, value) in taken.items() if when == step}
+
     def to_dict(self) -> dict[str, object]:
         """Return the report in plain types, with the ``version`` of their form."""
         return {"version": VERSION, **asdict(self)}
@@ -282,7 +289,8 @@ class Report:
         try:
             points = [_point(point) for point in data["points"]]
             history = {name: _curve(pairs) for name, pairs in data.get("history", {}).items()}
-            return cls(points, dict(data["final"]), dict(data["seconds_per_step"]), history)
+            about = {str(name): str(value) for name, value in data.get("about", {}).items()}
+            return cls(points, dict(data["final"]), dict(data["seconds_per_step"]), history, about)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ReportError(f"this is no report: {error!r}") from error
 

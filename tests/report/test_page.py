@@ -10,6 +10,7 @@ import pytest
 
 from lrcompress.report import LayerRecord, Report
 from lrcompress.report.formatting import number
+from lrcompress.report.headline import headline
 from lrcompress.report.page import write_page
 from lrcompress.report.plots import COLOURS
 
@@ -68,7 +69,8 @@ def test_every_figure_of_the_report_stands_in_the_page(
     missing = [one for one in numbers if number(one) not in words]
     assert not missing
     for point in report.points:
-        assert {layer.name for layer in point.layers} <= words
+        assert "model.layer" in words  # which all names begin with
+        assert {layer.name.removeprefix("model.layer.") for layer in point.layers} <= words
         assert all(layer.note.split()[-1] in words for layer in point.layers if layer.note)
 
 
@@ -138,3 +140,22 @@ def test_products_say_how_large_their_factors_are(text: str, whole: Report, tmp_
     text = written(replace(whole, points=[replace(point, layers=products)]), tmp_path)
     assert Page(text).words.count("7×19") == len(products) > 0
     assert "first factor of a Kronecker" in text
+
+
+def test_the_headline_comes_first_then_what_was_run(whole: Report, tmp_path: Path) -> None:
+    whole.about = {"model": "Tagger <b>", "seed": "7"}
+    page = written(whole, tmp_path)
+    figures = [fact.figure for fact in headline(whole)]
+    places = [page.index(f"<b>{figure}</b>") for figure in figures]
+    assert places == sorted(places)
+    assert places[-1] < page.index("<dt>model</dt><dd>Tagger &lt;b&gt;</dd>") < page.index("<svg")
+    assert "<details open" not in page
+    first_table = page[page.index("<table>") : page.index("</table>")]
+    assert "predicted" not in first_table
+
+
+def test_layers_are_named_without_what_all_names_begin_with(whole: Report, tmp_path: Path) -> None:
+    page = written(whole, tmp_path)
+    assert "layer of model.layer</th>" in page
+    assert '<th scope="row">0.up</th>' in page
+    assert '<th scope="row">model.layer.0.up</th>' not in page

@@ -60,10 +60,17 @@ def test_the_budget_falls_at_points_and_while_pruning(whole: Report) -> None:
 def test_validation_is_drawn_with_the_points(whole: Report) -> None:
     axes = named(whole)["history0"].figure.axes[0]
     assert axes.get_ylabel() == "val_loss"
-    curve, first, around, second, *_ = axes.lines
-    assert list(curve.get_ydata()) == [0.6, 0.45]  # type: ignore[arg-type]
+    curve, first, second, dense = axes.lines
+    assert list(curve.get_xdata()) == [20, 40, 40, 90]  # type: ignore[arg-type]
+    assert list(curve.get_ydata()) == [0.6, 0.5, 0.7, 0.45]  # type: ignore[arg-type]
     assert (first.get_xdata()[0], second.get_xdata()[0]) == (40, 80)  # type: ignore[index]
-    assert list(around.get_ydata()) == [0.5, 0.7]  # type: ignore[arg-type]
+    assert list(dense.get_ydata()) == [0.5, 0.5]  # type: ignore[arg-type]
+
+
+def test_a_figure_that_was_noted_at_the_step_of_a_point_was_taken_before_it() -> None:
+    report = Report([factorized()], {}, {}, {"acc": ((40, 0.88), (60, 0.89))})
+    curve = named(report)["history0"].figure.axes[0].lines[0]
+    assert list(curve.get_ydata()) == [0.88, 0.9, 0.8, 0.89]  # type: ignore[arg-type]
 
 
 def test_curves_have_the_chosen_cuts(whole: Report) -> None:
@@ -95,11 +102,18 @@ def test_importance_has_as_many_as_were_kept(
 def test_what_is_not_known_is_not_drawn() -> None:
     bare = factorized(metrics={})
     bare.layers = [LayerRecord("head", 10, 20, 4, None, None)]
-    assert list(named(Report([bare]))) == ["ranks", "kept", "budget"]
+    assert list(named(Report([bare]))) == ["budget"]  # without blocks there is no depth
+    for block in range(2):
+        bare.layers.append(LayerRecord(f"layer.{block}.up", 10, 20, 0, None, None, rows=3))
+    found = named(Report([bare]))
+    assert list(found) == ["budget", "rows", "kept"]  # ranks of 0 say nothing
+    assert lines(found["kept"].figure).keys() >= {"up"}
+    assert "head" not in lines(found["kept"].figure)
+    assert [plot.detail for plot in found.values()] == [False, True, True]
 
 
 def test_pixels_are_an_image_on_white(whole: Report) -> None:
-    image = pixels(plots(whole)[0].figure)
+    image = pixels(named(whole)["ranks"].figure)
     assert image.dtype == np.uint8
     assert image.shape == (324, 500, 3)
     assert (image[0, 0] == 255).all()
@@ -116,7 +130,8 @@ def test_axes_keep_their_height_however_many_names_there_are() -> None:
     heights = []
     for count in (2, 24):
         point = factorized()
-        point.layers = [LayerRecord(f"0.kind{i}", 10, 20, 4, 0.1, None) for i in range(count)]
+        names = [f"{block}.kind{i}" for block in range(2) for i in range(count)]
+        point.layers = [LayerRecord(name, 10, 20, 4, 0.1, None) for name in names]
         figure = named(Report([point]))["ranks"].figure
         pixels(figure)
         heights.append(figure.axes[0].get_window_extent().height)
