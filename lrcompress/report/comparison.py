@@ -1,7 +1,9 @@
 """Comparison of several runs: figures side by side, and quality against size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 
@@ -12,35 +14,70 @@ from lrcompress.report.record import Report
 from lrcompress.report.summary import final_figures
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A figure of a run: its value, how it is written, and when it was taken."""
+
+    value: float
+    say: Callable[[Any], str] = number
+    when: str = ""
+
+    def text(self, first: "_Cell | None") -> str:
+        """Return it as text, with the difference to that of the first run."""
+        written = self.say(self.value) + self.when
+        if first is None or first.value == self.value:
+            return written
+        change = self.value - first.value
+        return f"{written} ({'−' if change < 0 else '+'}{self.say(abs(change))})"
+
+
 def side_by_side(reports: Mapping[str, Report]) -> Table:
-    """Return the sizes, the last figures and the times of runs, a column each."""
-    columns = {name: _figures(report) for name, report in reports.items()}
-    labels = dict.fromkeys(label for column in columns.values() for label in column)
-    rows = [(label, [column.get(label, "") for column in columns.values()]) for label in labels]
-    return Table("", list(columns), rows)
+    """Return the sizes, the last figures and the times of runs, a column each.
+
+    Figures of the second run and later ones have the difference to the first run's. What was run
+    is there as far as it differs.
+    """
+    every = list(reports.values())
+    methods = [", ".join(dict.fromkeys(point.method for point in one.points)) for one in every]
+    rows = [("method", methods)]
+    columns = [_figures(report) for report in every]
+    for label in dict.fromkeys(label for column in columns for label in column):
+        cells = [column.get(label) for column in columns]
+        later = [None if x is None else x.text(cells[0]) for x in cells[1:]]
+        texts = [None if cells[0] is None else cells[0].text(None), *later]
+        rows.append((label, [text or "" for text in texts]))
+    for what in dict.fromkeys(what for one in every for what in one.about):
+        told = [one.about.get(what, "") for one in every]
+        if len(set(told)) > 1:
+            rows.append((what, told))
+    return Table("", list(reports), rows)
 
 
-def _figures(report: Report) -> dict[str, str]:
+def _figures(report: Report) -> dict[str, _Cell]:
     first, last = report.points[0], report.points[-1]
     now = report.layers_after(len(report.points))
     size = sum(x.before for x in now)
     column = {
-        "method": ", ".join(dict.fromkeys(point.method for point in report.points)),
-        "targeted parameters kept": share(sum(x.after for x in now) / size),
-        "all parameters": number(last.model_after),
-        "  kept": share(last.model_after / first.model_before),
-        "size, MiB": mebibytes(last.bytes_after),
+        "targeted parameters kept": _Cell(sum(x.after for x in now) / size, share),
+        "all parameters": _Cell(last.model_after),
+        "  kept": _Cell(last.model_after / first.model_before, share),
     }
+    if last.bytes_after is not None:
+        column["size, MiB"] = _Cell(last.bytes_after, mebibytes)
     before, after = first.metrics.get("before", {}), last.metrics.get("after", {})
     when, end = final_figures(report)
+    late = "" if when == "at the end" else f" ({when})"
     for name in dict.fromkeys([*before, *after, *end]):
-        column[f"{name} before"] = number(before.get(name))
-        column[f"{name} just after"] = number(after.get(name))
-        value = number(end.get(name))
-        column[f"{name} at the end"] = value if when == "at the end" else f"{value} ({when})"
+        for what, held, told in (
+            ("before", before, ""),
+            ("just after", after, ""),
+            ("at the end", end, late),
+        ):
+            if name in held:
+                column[f"{name} {what}"] = _Cell(held[name], when=told)
     for phase, seconds in report.seconds_per_step.items():
-        column[f"seconds per step, {phase}"] = number(seconds)
-    return {label: text for label, text in column.items() if text}
+        column[f"seconds per step, {phase}"] = _Cell(seconds)
+    return column
 
 
 def fronts(reports: Mapping[str, Report]) -> list[Plot]:

@@ -19,10 +19,21 @@ def test_every_run_has_a_column_and_blanks_where_it_knows_nothing(whole: Report)
     assert table.headings == ["both", "small"]
     assert found["method"] == ["kfac, LoSparse", "LoSparse"]
     assert found["all parameters"] == ["500", "500"]
-    assert found["acc at the end"] == ["0.8800", "0.8600"]
+    assert found["acc at the end"] == ["0.8800", "0.8600 (−0.0200)"]
+    assert found["  kept"] == ["0.500", "0.500"]
     assert found["acc just after"] == ["", "0.7000"]
     assert found["val_loss at the end"] == ["0.4500", ""]
-    assert found["seconds per step, factored"] == ["0.2000", "0.1000"]
+    assert found["seconds per step, factored"] == ["0.2000", "0.1000 (−0.1000)"]
+
+
+def test_what_was_run_is_told_as_far_as_it_differs(whole: Report) -> None:
+    one, other = runs(whole).values()
+    one.about = {"seed": "1", "model": "Tagger"}
+    other.about = {"seed": "2", "model": "Tagger", "data": "Files"}
+    found = dict(side_by_side({"a": one, "b": other}).rows)
+    assert found["seed"] == ["1", "2"]
+    assert found["data"] == ["", "Files"]
+    assert "model" not in found
 
 
 def test_a_figure_from_before_the_end_says_when() -> None:
