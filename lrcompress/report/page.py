@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from lrcompress.report.formatting import change, number, share
 from lrcompress.report.plots import COLOURS, Plot, plots
 from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
-from lrcompress.report.summary import summary
+from lrcompress.report.summary import summary, trials
 
 _DARK = {
     "ink": "#ececf1",
@@ -75,7 +75,12 @@ def write_page(report: Report, path: str | Path) -> None:
     """Write the report of a run with at least one point as HTML, titled like its folder."""
     found = summary(report)
     points = [
-        {"title": _title(point), "figures": _scalars(point), "layers": _layers(point)}
+        {
+            "title": _title(point),
+            "figures": _scalars(point),
+            "trials": _trials(point),
+            "layers": _layers(point),
+        }
         for point in report.points
     ]
     page = render(
@@ -156,6 +161,11 @@ def _scalars(point: PointRecord) -> Table:
         rows.append((label, ["", number(count)]))
     rows.append(("seconds it took", ["", number(point.seconds)]))
     return Table("", ("before", "after"), rows)
+
+
+def _trials(point: PointRecord) -> Table | None:
+    found = trials(point)
+    return None if found is None else Table("tried", found.headings, found.rows, found.notes)
 
 
 def _layers(point: PointRecord) -> Table:

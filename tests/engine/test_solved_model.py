@@ -1,4 +1,4 @@
-"""A model that is solved once: its sizes tried without a trace, and installed as they were tried."""
+"""A model that is solved once: sizes are tried without a trace, and installed as tried."""
 
 import copy
 from typing import Any

@@ -13,7 +13,7 @@ from lrcompress.report.formatting import number
 from lrcompress.report.page import write_page
 from lrcompress.report.plots import COLOURS
 
-from .conftest import complete, factorized
+from .conftest import complete, factorized, searched
 
 Distinct = Callable[[Report], tuple[Report, list[float]]]
 VOID = {"meta", "br", "img", "link"}
@@ -138,3 +138,12 @@ def test_products_say_how_large_their_factors_are(text: str, whole: Report, tmp_
     text = written(replace(whole, points=[replace(point, layers=products)]), tmp_path)
     assert Page(text).words.count("7×19") == len(products) > 0
     assert "first factor of a Kronecker" in text
+
+
+def test_every_trial_stands_in_the_page(tmp_path: Path) -> None:
+    words = " ".join(Page(written(Report([searched()]), tmp_path)).words)
+    assert "keep 0.5 0.496 0.9150 -0.0051 within" in words
+    assert "keep 0.25 0.248 not finite too much" in words
+    assert "keep 0.37 0.361 0.8931 0.0168 within taken" in words
+    for said in ("higher values are better", "0.9099", "0.0201", "no test of the result"):
+        assert said in words

@@ -1,6 +1,7 @@
 """A block that fails leaves layers, gradients and optimizers as they were."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -68,16 +69,14 @@ def test_a_block_on_trial_is_undone_however_it_ends() -> None:
     before, layers = copy.deepcopy(model.state_dict()), list(model)
     held = copy.deepcopy(optimizer.state_dict())
     for failure in (None, RuntimeError("failed")):
-        try:
-            with undone(model, ["0"]) as put_away:
-                replace_(model, "0", LowRankLinear.in_place_of(model[0], 2))
-                with torch.no_grad():
-                    layers[0].bias.add_(1)
-                put_away(["0"])
-                if failure:
-                    raise failure
-        except RuntimeError as error:
-            assert error is failure
+        caught = nullcontext() if failure is None else pytest.raises(RuntimeError, match="failed")
+        with caught, undone(model, ["0"]) as put_away:
+            replace_(model, "0", LowRankLinear.in_place_of(model[0], 2))
+            with torch.no_grad():
+                layers[0].bias.add_(1)
+            put_away(["0"])
+            if failure:
+                raise failure
         assert list(model) == layers
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]), name
