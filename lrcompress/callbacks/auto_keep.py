@@ -12,6 +12,7 @@ from lrcompress.callbacks import reporting, trainer_state
 from lrcompress.callbacks.kept_state import run_folder
 from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.callbacks.search import KeepSearch, Run
+from lrcompress.callbacks.search_settings import check_platform
 from lrcompress.engine.settings import Settings
 from lrcompress.engine.solved_model import SolvedModel, solve_model
 from lrcompress.report import PointRecord
@@ -93,7 +94,9 @@ class AutoKeepCallback(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if self._search is None:
             return
-        self._search.check_platform(self._processes)
+        if stage == "fit":
+            others = [x for x in self._compression_callbacks(trainer) if x is not self]
+            check_platform(self._processes, others)
         if held is not None and self._stage:  # a second fit goes on where the first ended
             self._search.load_state_dict(held)
 

@@ -26,7 +26,6 @@ from lrcompress.errors import (
     NoMatchError,
     NotFiniteError,
     ObservationError,
-    PlatformError,
     SettingError,
     nearest,
 )
@@ -112,19 +111,6 @@ class KeepSearch:
             )
 
     # Before training
-
-    def check_platform(self, processes: Processes) -> None:
-        """Check that layers can be put in and taken out again.
-
-        Raises:
-            PlatformError: under FSDP2.
-        """
-        if processes.sharded:
-            raise PlatformError(
-                "keep='auto' puts factors in place of layers and takes them out again, of which "
-                "each process has only a part under FSDP2; give keep as a number, or use "
-                "strategy='ddp'"
-            )
 
     def check_metric(self, trainer: pl.Trainer) -> None:
         """Check on one validation batch that there is such a metric.

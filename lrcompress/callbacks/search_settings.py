@@ -1,13 +1,16 @@
 """Arguments of ``keep="auto"``, checked."""
 
+from collections.abc import Sequence
+
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lrcompress.budget import allocate
 from lrcompress.callbacks.search import BETTER, KeepSearch
+from lrcompress.distributed import Processes
 from lrcompress.engine.settings import Settings
 from lrcompress.engine.solved_model import candidates
-from lrcompress.errors import SettingError
+from lrcompress.errors import PlatformError, SettingError
 from lrcompress.keep_search import Drop, better_direction, check_monitor
 from lrcompress.schedules import Point, parse_points
 
@@ -48,16 +51,7 @@ def search_of(
         )
     if not isinstance(max_trials, int) or isinstance(max_trials, bool) or max_trials < 1:
         raise SettingError(f"max_trials must be a whole number from 1, got {max_trials!r}")
-    if settings.method == "kronecker":
-        raise SettingError(
-            "keep='auto' tries many sizes of one solve, and method='kronecker' would solve "
-            "anew for each; use a method of low-rank factors, or give keep as a number"
-        )
-    if settings.keep_measured:
-        raise SettingError(
-            "keep='auto' tries sizes without measuring speed; leave keep_measured out, or give "
-            "keep as a number"
-        )
+    _check_settings(settings)
     search = KeepSearch(
         Drop.parse(drop),
         monitor,
@@ -72,6 +66,24 @@ def search_of(
             f" for better; by its name {BETTER[guess or '']} ones are"
         )
     return search
+
+
+def _check_settings(settings: Settings) -> None:
+    reason = ""
+    if settings.method == "kronecker":
+        reason = (
+            "tries many sizes of one solve, and method='kronecker' would solve anew for each; use "
+            "a method of low-rank factors"
+        )
+    elif settings.keep_measured:
+        reason = "tries sizes without measuring speed; leave keep_measured out"
+    elif settings.shared:
+        reason = (
+            "may go back to the dense model, and shared=True has untied its weights by then; leave "
+            "shared out"
+        )
+    if reason:
+        raise SettingError(f"keep='auto' {reason}, or give keep as a number")
 
 
 def points_and_keeps(
@@ -104,3 +116,27 @@ def check_free(module: nn.Module, settings: Settings) -> None:
             "own, by ranks= or keeps="
         )
     allocate(asked, 1.0, "uniform", settings.align)
+
+
+def check_platform(processes: Processes, others: Sequence[object]) -> None:
+    """Check that layers can be put in and taken out again.
+
+    Args:
+        processes: of the run.
+        others: callbacks that change the same model.
+
+    Raises:
+        PlatformError: under FSDP2, and with other such callbacks.
+    """
+    if others:
+        raise PlatformError(
+            "keep='auto' may go back to a state of before, which would undo what "
+            f"{type(others[0]).__name__} has done since; leave one of them out, or give keep "
+            "as a number"
+        )
+    if processes.sharded:
+        raise PlatformError(
+            "keep='auto' puts factors in place of layers and takes them out again, of which "
+            "each process has only a part under FSDP2; give keep as a number, or use "
+            "strategy='ddp'"
+        )

@@ -452,6 +452,7 @@ def test_a_second_fit_goes_on_with_what_the_first_has_found(loader: Make, traine
         ({"keep": "car"}, r"keep is a share such as 0.3, a list of them, or 'auto'; got 'car'"),
         ({"method": "kronecker"}, r"method='kronecker' would solve anew for each"),
         ({"keep_measured": True}, r"leave keep_measured out"),
+        ({"shared": True}, r"shared=True has untied its weights by then; leave shared out"),
         ({"at": []}, r"at is a list without a point"),
     ],
 )
@@ -509,6 +510,14 @@ def test_sharded_parameters_are_refused(
 ) -> None:
     with pytest.raises(PlatformError, match="each process has only a part under FSDP2; give keep"):
         trainer(searching(), strategy=sharding, devices=1).fit(tagger(), loader(), loader())
+
+
+def test_other_callbacks_that_change_the_model_are_refused(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    other = lrcompress.LoSparse(keep=0.5, report_path=None)
+    with pytest.raises(PlatformError, match="would undo what LoSparse has done since; leave one"):
+        trainer(searching(), other).fit(tagger(), loader(), loader())
 
 
 def test_it_is_not_for_between_two_fits() -> None:
