@@ -297,13 +297,13 @@ class Cubic:
 
 
 def parse_points(
-    at: float | str | list[float | str], keep: float | list[float] | None
+    at: float | str | list[float | str], keep: float | list[float] | list[None] | None
 ) -> tuple[list[Point], list[float | None]]:
     """Return one or several points, and the keep of each.
 
     Args:
         at: a point or a list of them.
-        keep: the share of each, not checked; a list, falling, if ``at`` is one.
+        keep: the share of each, not checked; a list, falling, if ``at`` is one. None is unknown.
 
     Raises:
         SettingError: if one is no point, there is none, or not a falling keep for each.

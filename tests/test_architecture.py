@@ -14,7 +14,7 @@ import lrcompress
 ROOT = Path(lrcompress.__file__).parent
 LAYERS = [
     {"errors", "files", "linalg", "schedules", "distributed"},
-    {"solvers", "budget", "importance", "report"},
+    {"solvers", "budget", "keep_search", "importance", "report"},
     {"statistics", "nn", "objective"},
     {"structure", "bench"},
     {"engine", "export"},
@@ -26,7 +26,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 STRANGERS = ({"statistics", "solvers"},)  # they meet in the engine
 # The only modules that stand beside the folders.
 ROOT_MODULES = {"errors", "files", "linalg", "schedules", "distributed"}
-ROOT_MODULES |= {"objective", "importance", "budget"}
+ROOT_MODULES |= {"objective", "importance", "budget", "keep_search"}
 KNOW_LIGHTNING = {"tasks", "callbacks", "distill", "recipe", "cli"}
 # What an exported folder is made for, and what draws a report; the other lower levels need neither.
 ALSO = {

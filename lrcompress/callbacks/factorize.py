@@ -1,8 +1,9 @@
 """Factorize: replace linear layers by low-rank or Kronecker factors during a fit."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,12 +12,14 @@ from torch import nn
 from typing_extensions import override
 
 from lrcompress.callbacks import reporting, trainer_state
+from lrcompress.callbacks.auto_keep import AutoKeepCallback
 from lrcompress.callbacks.memory import footprint_of
 from lrcompress.callbacks.observation import Sampling
+from lrcompress.callbacks.plan_preview import plan_preview
 from lrcompress.callbacks.scheduled import CompressionCallback
+from lrcompress.callbacks.search_settings import check_free, points_and_keeps, search_of
 from lrcompress.callbacks.sensitivity import DenseLayers
 from lrcompress.callbacks.warmup import check_warmup
-from lrcompress.engine.compress import factor_, preview
 from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.engine.kronecker_shapes import check_layers
 from lrcompress.engine.narrow_blocks import check_sharding
@@ -24,12 +27,11 @@ from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.report import PointRecord
-from lrcompress.report.tables import plan_table
-from lrcompress.schedules import Point, parse_points
+from lrcompress.schedules import Point
 from lrcompress.statistics.masks import MASK, MaskSource
 
 
-class Factorize(CompressionCallback):
+class Factorize(AutoKeepCallback):
     """Replace linear layers by low-rank ones at chosen points of an ordinary fit.
 
     Before each point it accumulates statistics in some of the training steps; at the point it
@@ -47,7 +49,8 @@ class Factorize(CompressionCallback):
     Args:
         keep: Parameters that remain / parameters before, over the targeted layers, above 0 and
             at most 1. A list, falling, for several points. None if ``ranks`` or ``keeps`` cover
-            every layer.
+            every layer. ``auto``: the least that ends within ``drop`` of the dense model, found at
+            each point by trials on the validation data, which are then no test of the result.
         at: When to factor: a fraction of all steps (``0.4``), ``"epoch:N"`` (after N epochs) or
             ``"step:N"``. A list, rising, for several points.
         method: What errors are measured in: ``svd``, ``fwsvd``, ``asvd``, ``drone``,
@@ -119,6 +122,14 @@ class Factorize(CompressionCallback):
             page of figures beside it. ``auto``: ``report.json`` in the folder of the logger,
             without one in the trainer's ``default_root_dir``. None for no files.
         verbose: Print a table at each point and at the end.
+        drop: With ``keep: auto``, by how much ``monitor`` may be worse than just before the first
+            point: in its own units (``0.01``), or a share (``"1%"``). More may be lost at a point
+            as far as training brings it back, as measured at points before, or half at a point
+            that another follows. What was within ``drop`` last is kept in the run's folder until
+            the fit ends: the run goes back to it where the next point, or the end, is not.
+        monitor: With ``keep: auto``, the metric, as validation logs it.
+        monitor_mode: ``max`` or ``min``: which values are better; by default as its name says.
+        max_trials: Validations a point at most; 7 find any hundredth of ``keep``.
 
     Raises:
         SettingError: If an argument is not what it may be. In ``fit``: if a point is in the past,
@@ -153,7 +164,7 @@ class Factorize(CompressionCallback):
 
     def __init__(
         self,
-        keep: float | list[float] | None = None,
+        keep: float | list[float] | Literal["auto"] | None = None,
         at: float | str | list[float | str] = 0.5,
         method: str = "kfac",
         targets: list[str] | None = None,
@@ -187,6 +198,10 @@ class Factorize(CompressionCallback):
         measure_layers: bool = False,
         report_path: str | None = reporting.AUTO,
         verbose: bool = True,
+        drop: float | str | None = None,
+        monitor: str | None = None,
+        monitor_mode: Literal["max", "min"] | None = None,
+        max_trials: int = 7,
     ) -> None:
         self.keep, self.at, self.method, self.window = keep, at, method, window
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
@@ -195,7 +210,7 @@ class Factorize(CompressionCallback):
         check_warmup(restart_steps, restart_scale)
         if keep is None and not (ranks or keeps):
             raise SettingError("keep is missing: the share of parameters that remains, e.g. 0.3")
-        points, keeps_at = parse_points(at, keep)
+        points, keeps_at = points_and_keeps(at, keep)
         self.settings = [
             Settings(
                 method=method,
@@ -219,6 +234,9 @@ class Factorize(CompressionCallback):
             )
             for share in keeps_at
         ]
+        self._search = search_of(
+            keep, self.settings[0], drop, monitor, monitor_mode, max_trials, verbose=verbose
+        )
         if narrow_blocks and measure_layers:
             raise SettingError(
                 "measure_layers=True puts dense layers back one by one, which do not fit between "
@@ -262,6 +280,8 @@ class Factorize(CompressionCallback):
         """
         if not 1 <= number <= len(self.points):
             raise SettingError(f"point must be from 1 to {len(self.points)}, got {number}")
+        if self._search is not None:
+            raise SettingError("keep='auto' is chosen within a fit; give keep as a number")
         if batches < 1:
             raise SettingError(f"batches must be a whole number from 1, got {batches}")
         made, when = copy.copy(self), Point("step", batches)
@@ -342,34 +362,29 @@ class Factorize(CompressionCallback):
             settings = self.settings[self._stage]
             check_layers(module, settings.select(module).names, settings)
             check_present("solve_device", settings.solve_device)
+            if self._search is not None:
+                check_free(module, settings)
 
     @override
     def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
-        settings, statistics = self.settings[self._stage], self._observation.statistics
-        before = trainer_state.run_validation(trainer) if self.validate else {}
+        settings, seen = self.settings[self._stage], self._observation
         names = settings.select(module).names
         self._dense = DenseLayers(module, names) if self.measure_layers else None
-        record = factor_(
-            module,
-            statistics,
-            settings,
-            optimizers=trainer.optimizers,
-            step=now,
-            processes=self._processes,
-            owner=self._observation.owner,
-            track=reporting.solving_bar if self.verbose else iter,
-            forward_context=trainer.precision_plugin.forward_context,
-            blocks=self._observation.blocks,
-            train_balanced=True,
-        )
-        self._sync_structure(trainer, module)
-        record.metrics = {"before": before, "after": {}}
+        if self._search is None:
+            before = trainer_state.run_validation(trainer) if self.validate else {}
+            solved = self._solve(trainer, module, seen.statistics, seen.owner, seen.blocks)
+            record = solved.install_(solved.choose(), trainer.optimizers, now)
+            self._sync_structure(trainer, module)
+            record.metrics = {"before": before, "after": {}}
+        else:
+            record = self._search_keep(trainer, module, now)
         if self._observation.owner is not None:
             count = self._processes.size
             dealt = f"each layer was observed by one of {count} processes, on its own batches"
             record.note = "; ".join(filter(None, (record.note, dealt)))
         self.report.points.append(record)
-        self._warm_up(self.restart_steps, self.restart_scale)
+        if record.search is None or record.search.chosen is not None:
+            self._warm_up(self.restart_steps, self.restart_scale)
 
     @override
     def on_train_batch_end(
@@ -386,8 +401,8 @@ class Factorize(CompressionCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._store(trainer, pl_module)  # where training ended before its last step
         super().on_train_end(trainer, pl_module)
+        self._store(trainer, pl_module)  # where training ended before its last step
 
     def _store(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Store the layers that were factored in the form asked for, once training is over."""
@@ -398,7 +413,8 @@ class Factorize(CompressionCallback):
 
     @override
     def _validate_after(self, trainer: pl.Trainer, record: PointRecord) -> None:
-        super()._validate_after(trainer, record)
+        if self._search is None:  # which has tried the very model
+            super()._validate_after(trainer, record)
         dense, self._dense = self._dense, None
         if dense is not None:
             lost = dense.loss_increases(trainer, trainer.lightning_module, record.layers)
@@ -414,26 +430,15 @@ class Factorize(CompressionCallback):
             SettingError: if ``keep`` cannot be met.
             ShapeError: if ``shapes`` do not divide a layer.
         """
-        settings = self.settings[0]
-        records, selection, nbytes = preview(model, settings)
-        title = f"Factorize: {settings.method}, keep {settings.keep}, at {self.points[0]}"
-        notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
-        if settings.spread == "global":
-            notes.append("ranks are shown uniform; global allocation shares them out at the point")
-        notes += [
+        settings, observed = self.settings[0], self._observation
+        placed = [
             f"point {point} is step {step:,} of {self._total:,.0f}"
             for point, step in zip(self.points, self._point_steps, strict=False)
         ]
-        if settings.method == "kronecker":
-            notes.append("shapes are those that the weights alone would get; measured at the point")
-        if settings.narrow_blocks:
-            notes.append(
-                "feed-forward blocks are found in the first step that is looked at; at the point "
-                "those are narrowed for which that is predicted to lose less than ranks"
-            )
-        if settings.keep_measured:
-            notes.append("layers that are not faster with factors stay; measured at the point")
         optimizers = self._live[1] if self._live else ()
-        notes += footprint_of(model, settings, self._observation, optimizers, nbytes).lines
-        whole = sum(p.numel() for p in model.parameters())
-        return plan_table(records, title, whole, nbytes, notes)
+
+        def lines(nbytes: int) -> Sequence[str]:
+            return footprint_of(model, settings, observed, optimizers, nbytes).lines
+
+        place, searched = str(self.points[0]), self._search is not None
+        return plan_preview(model, settings, place, placed, lines, searched=searched)

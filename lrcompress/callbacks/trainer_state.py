@@ -112,17 +112,25 @@ def gradient_factor(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     return 1.0 / float(scaler.get_scale())
 
 
-def run_validation(trainer: pl.Trainer) -> dict[str, float]:
+def run_validation(trainer: pl.Trainer, batches: float | None = None) -> dict[str, float]:
     """Validate once inside a fit and return the metrics, without any other effect.
 
     Loggers, checkpoints and early stopping do not see it, and random numbers continue as if it
     had not been. Empty where the trainer has nothing to validate.
+
+    Args:
+        trainer: in a fit.
+        batches: of each loader, as a number or as a share; by default the trainer's own limit.
     """
     if not trainer.enable_validation or trainer.barebones:
         return {}
-    loop = trainer.validate_loop
+    loop, limit = trainer.validate_loop, trainer.limit_val_batches
     with isolate_rng(), _validating(trainer):
-        logged = loop.run()
+        trainer.limit_val_batches = limit if batches is None else batches
+        try:
+            logged = loop.run()
+        finally:
+            trainer.limit_val_batches = limit
     return {name: float(value) for figures in logged for name, value in figures.items()}
 
 

@@ -1,6 +1,5 @@
 """Compression of a bare ``nn.Module``: observe, allocate ranks, solve, replace layers."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,35 +9,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
-from lrcompress.budget import Candidate, allocate, cost, match_bounds, pivoted_costs
+from lrcompress.bench.latency_ranks import Context
+from lrcompress.budget import allocate
 from lrcompress.distributed import ONE_PROCESS, Processes
-from lrcompress.engine.block_budget import allocate_with_blocks
-from lrcompress.engine.distributed_solve import (
-    Found,
-    LayerSummary,
-    greatest_rank,
-    install_factors_,
-    solve_layers,
-)
-from lrcompress.engine.factored_layers import (
-    is_pivoted,
-    keep_lower_ranks,
-    put_factors,
-    saved_by_pivoting,
-)
-from lrcompress.engine.kronecker_shapes import (
-    KroneckerShapes,
-    by_layer,
-    check_layers,
-    solver_for,
-    term_parameters,
-)
-from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
+from lrcompress.engine.factored_layers import keep_lower_ranks
+from lrcompress.engine.kronecker_shapes import KroneckerShapes, check_layers, term_parameters
 from lrcompress.engine.observation import Loss, observe_batches
 from lrcompress.engine.settings import Settings, check_device, check_present
+from lrcompress.engine.solved_model import candidates, parameters_of, solve_model
 from lrcompress.errors import SettingError
-from lrcompress.nn import LowRankLinear, PivotedLinear
 from lrcompress.objective import METHODS
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import Sizes
@@ -46,68 +25,9 @@ from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsCapture, check_fisher
 from lrcompress.statistics.masks import MASK, MaskSource
 from lrcompress.statistics.moments import Statistics
-from lrcompress.statistics.views import view
 from lrcompress.structure.feed_forward import Blocks
-from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
+from lrcompress.structure.parameter_counts import replaced_sizes
 from lrcompress.structure.selection import Selection
-
-PIVOTED = "stored as pivoted rows, rank·(out + in − rank) parameters a layer"
-TRAINED = "trained as balanced factors; as such they take {} parameters more"
-
-
-def candidates(
-    model: nn.Module,
-    names: Sequence[str],
-    settings: Settings,
-    measured: Mapping[str, LayerSummary],
-) -> list[Candidate]:
-    """Return the layers as candidates for ranks, with their error curves and bounds.
-
-    Args:
-        model: whose layers they are.
-        names: of the layers.
-        settings: their ranks, keeps and bounds.
-        measured: the layers as far as they are solved; others cost what low-rank factors do.
-
-    Raises:
-        NoMatchError: if a pattern of ``ranks`` or ``keeps`` matches no targeted layer.
-        SettingError: if a layer has both a rank and a keep of its own.
-    """
-    ranks = by_layer("ranks", settings.ranks, names)
-    keeps = by_layer("keeps", settings.keeps, names)
-    both = sorted(ranks.keys() & keeps.keys())
-    if both:
-        raise SettingError(f"layer {both[0]!r} is given both a rank and a keep")
-    result = []
-    for name in names:
-        layer = model.get_submodule(name)
-        shape = view(layer).shape
-        one = measured.get(name)
-        unit = one.unit if one else 0
-        costs = pivoted_costs(*shape) if is_pivoted(layer, settings) else ()
-        lowest, highest = match_bounds(settings.keep_range, *shape, unit or None, costs)
-        if isinstance(layer, LowRankLinear | PivotedLinear):
-            highest = layer.rank if highest is None else min(highest, layer.rank)
-        result.append(
-            Candidate(
-                name,
-                *shape,
-                energies=one.curve if one else None,
-                rank=ranks.get(name),
-                keep=keeps.get(name),
-                lowest=lowest,
-                highest=highest,
-                unit=unit,
-                most=len(one.energies) if one else 0,
-                costs=costs,
-            )
-        )
-    return result
-
-
-def _parameters(one: Candidate, rank: int | None) -> int | None:
-    """Return the parameters of a layer that is no pair of factors, for the record."""
-    return cost(one, rank) if one.costs and rank is not None else None
 
 
 def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Selection, int]:
@@ -134,7 +54,7 @@ def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Se
             *(c.name, c.out_features, c.in_features, rank := ranks[c.name], None, None),
             first=firsts.get(c.name) if rank else None,
             stood=stood.get(c.name),
-            parameters=_parameters(c, rank),
+            parameters=parameters_of(c, rank),
         )
         for c in asked
     ]
@@ -193,105 +113,18 @@ def factor_(
         One symmetric eigendecomposition of the smaller side per layer, and its products; twice
         that for sums of Kronecker products.
     """
-    started = time.perf_counter()
-    names = settings.select(model).names
-    check_layers(model, names, settings)
-    shared: dict[str, Any] = {"processes": processes, "owner": owner, "track": track}
-    narrowing = solve_blocks(model, names, blocks, statistics, settings, **shared)
-    narrow = narrowing.narrow
-    ranked = tuple(name for name in names if name not in narrow) if narrow else names
-    pivoted = {name: is_pivoted(model.get_submodule(name), settings) for name in ranked}
-    solutions = solve_layers(
+    solved = solve_model(
         model,
-        ranked,
         statistics,
-        settings.method,
-        refit_bias=settings.refit_bias,
-        shrink=settings.shrink,
-        most={n: greatest_rank(model.get_submodule(n), pivoted=pivoted[n]) for n in ranked},
-        solver=solver_for(model, ranked, settings),
-        device=settings.solve_device,
-        **shared,
+        settings,
+        processes=processes,
+        owner=owner,
+        track=track,
+        forward_context=forward_context,
+        blocks=blocks,
+        train_balanced=train_balanced,
     )
-    measured = solutions.measured
-    asked = candidates(model, ranked, settings, measured)
-    observers = 1 if owner else processes.size
-    seen = statistics.tokens / max(1, statistics.steps) / observers
-    choice, widths = processes.run_on_first(
-        lambda: _choose_sizes(model, asked, narrowing, settings, seen, forward_context)
-    )
-    keep_lower_ranks(model, ranks := choice.ranks)
-    chosen = {name: rank for name, rank in ranks.items() if rank is not None}
-    later = [name for name in pivoted if pivoted[name] and train_balanced]
-    before, bytes_before = _as_stored(sizes_before(model), saved := saved_by_pivoting(model, later))
-    stood = replaced_sizes(model, names)
-    stood |= {name: stood[name] - fewer for name, (fewer, _) in saved.items()}
-    held = tuple(optimizers)
-
-    def put(name: str, found: Found | None) -> None:
-        rows, first = pivoted[name] and not train_balanced, measured[name].first
-        put_factors(model, name, chosen[name], first, found, held, pivoted=rows)
-
-    with narrowing.narrowed_(widths, held) as records:
-        reached = install_factors_(model, solutions, chosen, put, held)
-    records |= {
-        c.name: measured[c.name].record(
-            c.name,
-            (c.out_features, c.in_features),
-            ranks[c.name],
-            choice.notes.get(c.name, "") or narrowing.left_alone.get(c.name, ""),
-            reached.get(c.name),
-            stood.get(c.name),
-            _parameters(c, ranks[c.name]),
-        )
-        for c in asked
-        if c.name in ranks
-    }
-    now = sum(p.numel() for p in model.parameters()), stored_bytes(model)
-    after, bytes_after = _as_stored(now, saved := saved_by_pivoting(model, later))
-    notes = [choice.missed, narrowing.note(widths), PIVOTED if any(pivoted.values()) else ""]
-    notes += [TRAINED.format(f"{now[0] - after:,}")] if saved else []
-    return PointRecord(
-        settings.method,
-        step,
-        [records[name] for name in names],
-        before,
-        after,
-        statistics.figures(),
-        time.perf_counter() - started,
-        bytes_before=bytes_before,
-        bytes_after=bytes_after,
-        note="; ".join(filter(None, notes)),
-    )
-
-
-def _as_stored(sizes: tuple[int, int], saved: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-    """Return parameters and bytes of a model without what is saved of layers."""
-    parameters, nbytes = sizes
-    return (
-        parameters - sum(fewer for fewer, _ in saved.values()),
-        nbytes - sum(fewer for _, fewer in saved.values()),
-    )
-
-
-def _choose_sizes(
-    model: nn.Module,
-    asked: Sequence[Candidate],
-    narrowing: SolvedBlocks,
-    settings: Settings,
-    seen: float,
-    context: Context,
-) -> tuple[RankChoice, dict[str, int | None]]:
-    """Return the ranks of layers, and the widths of blocks that are narrowed in their place."""
-    budget = settings.keep, settings.spread, settings.align
-    if narrowing.blocks:
-        blocks = narrowing.candidates(settings.keep_range)
-        ranks, widths = allocate_with_blocks(asked, blocks, settings.keep, settings.align)
-        return RankChoice(ranks), widths
-    if not settings.keep_measured:
-        return RankChoice(allocate(asked, *budget)), {}
-    tokens = settings.measured_tokens or max(1, round(seen))
-    return allocate_by_latency(model, asked, *budget, tokens, context), {}
+    return solved.install_(solved.choose(), optimizers, step)
 
 
 def compress(

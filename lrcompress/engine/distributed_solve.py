@@ -4,8 +4,8 @@ One process alone solves all layers and communicates nothing.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from lrcompress.solvers.kronecker import KroneckerFactors, KroneckerSums, Sizes
 from lrcompress.solvers.truncation import Factors, Truncation, relative_error, truncate
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
-from lrcompress.structure.transaction import all_or_nothing
+from lrcompress.structure.transaction import PutAway, all_or_nothing, undone
 
 Found = tuple[Factors | KroneckerFactors, Metric]
 # Solves a layer of that name, with that weight, in a metric; None where nothing is smaller.
@@ -296,27 +296,62 @@ def install_factors_(
     Returns:
         The relative and the squared error of each layer's factors.
     """
+    # where parameters are sharded, a layer that was open cannot be put back
+    sharded = solutions.processes.sharded
+    guard = None if sharded else all_or_nothing(model, ranks, optimizers)
+    with guard or nullcontext() as put_away:
+        return _install_(model, solutions, ranks, put, optimizers, put_away)
+
+
+@contextmanager
+def factors_on_trial(
+    model: nn.Module,
+    solutions: Solutions,
+    ranks: Mapping[str, int],
+    put: Callable[[str, Found | None], None],
+) -> Iterator[None]:
+    """Replace layers by their factors for the time of the block, the same in all processes.
+
+    The solutions stay for others. Parameters are whole: sharded ones could not be put back.
+
+    Args:
+        model: as it was after the block.
+        solutions: the layers, solved.
+        ranks: of the factors of each.
+        put: as of :func:`install_factors_`, with no optimizers.
+    """
+    with undone(model, ranks) as put_away:
+        held = replace(solutions, own=dict(solutions.own))
+        _install_(model, held, ranks, put, (), put_away)
+        yield
+
+
+def _install_(
+    model: nn.Module,
+    solutions: Solutions,
+    ranks: Mapping[str, int],
+    put: Callable[[str, Found | None], None],
+    optimizers: Sequence[Optimizer],
+    put_away: PutAway | None,
+) -> dict[str, tuple[float, float]]:
     processes = solutions.processes
     reached: dict[str, tuple[float, float]] = {}
-    # where parameters are sharded, a layer that was open cannot be put back
-    guard = None if processes.sharded else all_or_nothing(model, ranks, optimizers)
-    with guard or nullcontext() as put_away:
-        for turn in solutions.rounds(ranks):
-            again = [name for name in turn if solutions.measured[name].first]
-            weights = _weights(model, again, solutions.owner, processes)
-            found: dict[str, Found] = {}
-            work = partial(_cut, solutions, turn, ranks, weights, found)
-            for part_reached in processes.run_on_all(work):
-                reached |= part_reached
-            for part in [[name] for name in turn] if processes.sharded else [turn]:
-                with processes.unsharded(model, part, optimizers):
-                    for name in part:
-                        put(name, found.pop(name, None))
-                    broadcast_layers_(
-                        model, {name: solutions.owner[name] for name in part}, optimizers, processes
-                    )
-            if put_away is not None:
-                put_away(turn)
+    for turn in solutions.rounds(ranks):
+        again = [name for name in turn if solutions.measured[name].first]
+        weights = _weights(model, again, solutions.owner, processes)
+        found: dict[str, Found] = {}
+        work = partial(_cut, solutions, turn, ranks, weights, found)
+        for part_reached in processes.run_on_all(work):
+            reached |= part_reached
+        for part in [[name] for name in turn] if processes.sharded else [turn]:
+            with processes.unsharded(model, part, optimizers):
+                for name in part:
+                    put(name, found.pop(name, None))
+                broadcast_layers_(
+                    model, {name: solutions.owner[name] for name in part}, optimizers, processes
+                )
+        if put_away is not None:
+            put_away(turn)
     return reached
 
 

@@ -19,7 +19,7 @@ from lrcompress.report.headline import headline
 from lrcompress.report.layer_groups import common_path
 from lrcompress.report.plots import COLOURS, Plot, plots
 from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
-from lrcompress.report.summary import Summary, summary
+from lrcompress.report.summary import Summary, summary, trials
 
 _DARK = {
     "ink": "#ececf1",
@@ -84,7 +84,12 @@ def write_page(report: Report, path: str | Path) -> None:
     """Write the report of a run with at least one point as HTML, titled like its folder."""
     found, shown = summary(report), plots(report)
     points = [
-        {"title": _title(point), "figures": _scalars(point), "layers": _layers(point)}
+        {
+            "title": _title(point),
+            "figures": _scalars(point),
+            "trials": _trials(point),
+            "layers": _layers(point),
+        }
         for point in report.points
     ]
     page = render(
@@ -181,6 +186,11 @@ def _scalars(point: PointRecord) -> Table:
         rows.append(("predicted change of loss", ["", change(point.predicted_loss)]))
         notes.append(_PREDICTED)
     return Table("", ("before", "after"), rows, notes)
+
+
+def _trials(point: PointRecord) -> Table | None:
+    found = trials(point)
+    return None if found is None else Table("tried", found.headings, found.rows, found.notes)
 
 
 def _layers(point: PointRecord) -> Table:

@@ -117,6 +117,50 @@ class LayerRecord:
         return LayerRecord(*own, 0, None, None, parameters=self.stood)
 
 
+@dataclass(frozen=True)
+class TrialRecord:
+    """A share of parameters that was tried at a point, and validated.
+
+    Attributes:
+        keep: that was asked for.
+        kept: that it amounts to over the targeted layers.
+        value: of the metric; None where it was not finite.
+        lost: by how much it is worse than the dense model's; below 0 where it is better.
+        within: whether no more is lost than the point allows.
+    """
+
+    keep: float
+    kept: float
+    value: float | None
+    lost: float | None
+    within: bool
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """The search for the smallest model within a drop, at one point.
+
+    Attributes:
+        monitor: name of the metric.
+        mode: ``"max"`` where higher values are better, ``"min"`` where lower ones are.
+        reference: its value for the dense model, just before the first point.
+        drop: by how much it may be worse in the end.
+        allowed: by how much it may be worse just after this point.
+        before: its value just before this point.
+        chosen: the share that was taken; None where the layers stay as they were.
+        trials: in their order.
+    """
+
+    monitor: str
+    mode: str
+    reference: float
+    drop: float
+    allowed: float
+    before: float | None
+    chosen: float | None = None
+    trials: tuple[TrialRecord, ...] = ()
+
+
 @dataclass
 class PointRecord:
     """Record of one point: its layers, sizes, and validation figures before and after.
@@ -138,6 +182,7 @@ class PointRecord:
         trained: parameters that are trained from there on; None where that is all of them.
         effective: parameters of the whole model that are not zero, updates merged; None where it
             was not counted.
+        search: for the smallest model within a drop; None where ``keep`` was given.
 
     Example:
         >>> layer = LayerRecord("0", 8, 8, rank=2, error=0.1, predicted_loss=0.5)
@@ -159,6 +204,7 @@ class PointRecord:
     note: str = ""
     trained: int | None = None
     effective: int | None = None
+    search: SearchRecord | None = None
 
     @property
     def keep(self) -> float:
@@ -333,10 +379,17 @@ def _point(data: Mapping[str, Any]) -> PointRecord:
         )
         for one in data["layers"]
     ]
-    point = PointRecord(**{**data, "layers": layers, "budget": _curve(data.get("budget", ()))})
+    own = {"layers": layers, "budget": _curve(data.get("budget", ()))}
+    point = PointRecord(**{**data, **own, "search": _search(data.get("search"))})
     if not layers:
         raise ValueError("a point without layers")
     return point
+
+
+def _search(data: Mapping[str, Any] | None) -> SearchRecord | None:
+    if data is None:
+        return None
+    return SearchRecord(**{**data, "trials": tuple(TrialRecord(**x) for x in data["trials"])})
 
 
 def _curve(pairs: Iterable[Sequence[float]]) -> Curve:

@@ -152,3 +152,31 @@ def measured_change(point: PointRecord, name: str) -> float | None:
     """Return by how much a point changed a validation figure; None where it was not measured."""
     before, after = (point.metrics.get(when, {}).get(name) for when in ("before", "after"))
     return None if before is None or after is None else after - before
+
+
+def trials(point: PointRecord) -> Summary | None:
+    """Return what was tried at a point to find its ``keep``; None where that was given."""
+    found = point.search
+    if found is None:
+        return None
+    rows = [
+        (
+            f"keep {trial.keep:g}",
+            [
+                share(trial.kept),
+                "not finite" if trial.value is None else number(trial.value),
+                "" if trial.lost is None else change(trial.lost),
+                ("within" if trial.within else "too much")
+                + (", taken" if trial.keep == found.chosen else ""),
+            ],
+        )
+        for trial in found.trials
+    ]
+    better = "higher" if found.mode == "max" else "lower"
+    notes = [
+        f"{found.monitor}, of which {better} values are better: {number(found.reference)} of the "
+        f"dense model before the first point, {number(found.before)} before this one; at most "
+        f"{number(found.allowed)} may be lost here, and {number(found.drop)} in the end",
+        "keep was chosen on these validation data: they are no test of the result",
+    ]
+    return Summary(["kept", found.monitor, "lost", ""], rows, notes)

@@ -16,7 +16,7 @@ from lrcompress.report.record import (
     Report,
     sum_or_none,
 )
-from lrcompress.report.summary import summary
+from lrcompress.report.summary import summary, trials
 
 WIDTH = 130  # columns that the widest table needs
 
@@ -143,7 +143,15 @@ def point_table(point: PointRecord, whole: int | None = None) -> RenderableType:
         )
     lines += [point.note] if point.note else []
     lines += [f"{layer.name}: {layer.note}" for layer in point.layers if layer.note]
-    return Group(table, Text("\n".join(lines)))
+    return Group(*_trials(point), table, Text("\n".join(lines)))
+
+
+def _trials(point: PointRecord) -> list[RenderableType]:
+    found = trials(point)
+    if found is None:
+        return []
+    title = f"lrcompress: {len(found.rows)} trials to find keep"
+    return [columns_table(title, found.headings, found.rows), Text("\n".join(found.notes))]
 
 
 def summary_table(report: Report) -> RenderableType:

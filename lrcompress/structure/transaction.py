@@ -11,11 +11,13 @@ from torch.optim import Optimizer
 from lrcompress.statistics.views import view
 from lrcompress.structure.surgery import replace_
 
+PutAway = Callable[[Iterable[str]], None]
+
 
 @contextmanager
 def all_or_nothing(
     model: nn.Module, names: Iterable[str], optimizers: Iterable[Optimizer]
-) -> Iterator[Callable[[Iterable[str]], None]]:
+) -> Iterator[PutAway]:
     """Replace layers atomically: restore layers and optimizers if the block fails.
 
     Other processes may die in the middle of it, and what is saved then must be consistent.
@@ -30,6 +32,35 @@ def all_or_nothing(
         names of layers that have been. What the model still uses elsewhere stays; other parameters
         are empty from then on, unless the block fails.
     """
+    put_away, put_back = _held(model, names, optimizers)
+    with ExitStack() as stack:
+        stack.callback(put_back)
+        yield put_away
+        stack.pop_all()
+
+
+@contextmanager
+def undone(model: nn.Module, names: Iterable[str]) -> Iterator[PutAway]:
+    """Replace layers for the time of the block only: restore them after it in any case.
+
+    Args:
+        model: changed in the block, and as it was after it; no optimizer may be.
+        names: of the layers that the block replaces; their biases may be changed in place.
+
+    Yields:
+        The same as :func:`all_or_nothing`.
+    """
+    put_away, put_back = _held(model, names, ())
+    try:
+        yield put_away
+    finally:
+        put_back()
+
+
+def _held(
+    model: nn.Module, names: Iterable[str], optimizers: Iterable[Optimizer]
+) -> tuple[PutAway, Callable[[], None]]:
+    """Return what puts layers away that were replaced, and what puts all of them back."""
     layers = {name: model.get_submodule(name) for name in names}
     biases = [view(layer, table=True).bias for layer in layers.values()]
     values = [(bias, bias.detach().clone()) for bias in biases if bias is not None]
@@ -53,10 +84,7 @@ def all_or_nothing(
         for optimizer, groups, state in held:
             _restore_(optimizer, groups, state)
 
-    with ExitStack() as stack:
-        stack.callback(put_back)
-        yield put_away
-        stack.pop_all()
+    return put_away, put_back
 
 
 class _PutAway:

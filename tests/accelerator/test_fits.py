@@ -8,6 +8,8 @@ import lightning as L
 import pytest
 import torch
 
+import lrcompress
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "callbacks"))
 from short_runs import RUNS
 
@@ -44,3 +46,33 @@ def test_a_fit_ends_as_on_the_cpu(device: SimpleNamespace, tmp_path: Path, name:
     cpu, _ = device.fit(name, tmp_path, dropout=0.0, **here)
     mine, theirs = ({k: v.cpu() for k, v in one.state_dict().items()} for one in (cpu, there))
     torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.filterwarnings("ignore:monitor_mode")
+def test_a_search_tries_and_goes_back_as_on_the_cpu(
+    device: SimpleNamespace, tmp_path: Path, precision: str
+) -> None:
+    """Where a lower loss is taken for worse, training makes the model worse than it was."""
+    ends = []
+    for place in ({}, {"accelerator": "cpu", "strategy": "auto"}):
+        given = {"at": [0.3, 0.6], "every_n_steps": 1, "align": 1, "verbose": False}
+        given |= {"drop": 0.01, "monitor": "val_loss", "monitor_mode": "max"}
+        callback = lrcompress.Factorize(keep="auto", report_path=None, **given)
+        model = device.tagger("kfac", tmp_path, dropout=0.0)
+        run = device.trainer(
+            callback, default_root_dir=tmp_path, precision=precision, limit_val_batches=1.0, **place
+        )
+        batches = device.sentences(10)
+        run.fit(model, device.Loader(batches), device.Loader(batches[:2]))
+        points = callback.report.points
+        assert any("went back" in point.note for point in points)
+        assert "ends within" in points[-1].note
+        states = [x for state in run.optimizers[0].state.values() for x in state.values()]
+        places = {x.device.type for x in (*model.parameters(), *states) if x.ndim}
+        ends.append((len(places), [(point.step, len(point.search.trials)) for point in points]))
+        assert all(p.numel() for p in model.parameters())
+        told = [(x.value, x.kept) for point in points for x in point.search.trials]
+        ends[-1] += (told[0],)
+    assert ends[0][0] == ends[1][0] == 1
+    assert ends[0][2] == pytest.approx(ends[1][2], rel=1e-2)

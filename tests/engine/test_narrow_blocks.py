@@ -265,7 +265,7 @@ def test_an_error_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     def failing(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("lrcompress.engine.compress.install_factors_", failing)
+    monkeypatch.setattr("lrcompress.engine.solved_model.install_factors_", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         factor_(
             model,

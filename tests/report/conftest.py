@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lrcompress.report import LayerRecord, PointRecord, Report
+from lrcompress.report.record import SearchRecord, TrialRecord
 
 NAMES = [f"model.layer.{block}.{kind}" for block in range(2) for kind in ("up", "down")]
 
@@ -22,6 +23,15 @@ def factorized(**others: Any) -> PointRecord:
     given = {"metrics": figures, "observed": observed, "bytes_before": 4000, "bytes_after": 3000}
     sizes = {"layers": layers, "model_before": 1000, "model_after": 800}
     return PointRecord("kfac", 40, **(sizes | given | others))
+
+
+def searched() -> PointRecord:
+    trials = (
+        TrialRecord(0.5, 0.496, 0.915, -0.0051, within=True),
+        TrialRecord(0.25, 0.248, None, None, within=False),
+        TrialRecord(0.37, 0.361, 0.8931, 0.0168, within=True),
+    )
+    return factorized(search=SearchRecord("acc", "max", 0.9099, 0.01, 0.0201, 0.9098, 0.37, trials))
 
 
 def pruned(**others: Any) -> PointRecord:

@@ -14,7 +14,7 @@ from lrcompress.report.headline import headline
 from lrcompress.report.page import write_page
 from lrcompress.report.plots import COLOURS
 
-from .conftest import complete, factorized
+from .conftest import complete, factorized, searched
 
 Distinct = Callable[[Report], tuple[Report, list[float]]]
 VOID = {"meta", "br", "img", "link"}
@@ -159,3 +159,12 @@ def test_layers_are_named_without_what_all_names_begin_with(whole: Report, tmp_p
     assert "layer of model.layer</th>" in page
     assert '<th scope="row">0.up</th>' in page
     assert '<th scope="row">model.layer.0.up</th>' not in page
+
+
+def test_every_trial_stands_in_the_page(tmp_path: Path) -> None:
+    words = " ".join(Page(written(Report([searched()]), tmp_path)).words)
+    assert "keep 0.5 0.496 0.9150 -0.0051 within" in words
+    assert "keep 0.25 0.248 not finite too much" in words
+    assert "keep 0.37 0.361 0.8931 0.0168 within taken" in words
+    for said in ("higher values are better", "0.9099", "0.0201", "no test of the result"):
+        assert said in words

@@ -9,7 +9,7 @@ from lrcompress.errors import ReportError
 from lrcompress.report import LayerRecord, PointRecord, Report
 from lrcompress.report.record import sum_or_none
 
-from .conftest import factorized, pruned
+from .conftest import factorized, pruned, searched
 
 FACTORED = LayerRecord("a", 10, 20, 4, 0.25, 0.125, "a note")
 DENSE = LayerRecord("b", 10, 20, None, 0.0, 0.0)
@@ -143,3 +143,10 @@ def test_a_report_that_is_not_there_is_named(tmp_path: Path) -> None:
                 "points": [{**point(FACTORED).__dict__, "layers": []}],
             }
         )
+
+
+def test_what_was_tried_comes_back_from_a_file(tmp_path: Path) -> None:
+    report = Report([searched()])
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path) == report
+    assert "NaN" not in (tmp_path / "report.json").read_text()

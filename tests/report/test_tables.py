@@ -6,6 +6,8 @@ from rich.console import Console, RenderableType
 from lrcompress.report import LayerRecord, PointRecord, Report
 from lrcompress.report.tables import plan_table, point_table, ranks_table, summary_table
 
+from .conftest import searched
+
 LAYERS = [
     LayerRecord("model.layer.0.query", 100, 100, 10, 0.2, 0.001),
     LayerRecord("model.layer.0.up", 400, 100, 20, 0.1, 0.002),
@@ -107,3 +109,11 @@ def test_a_plan_for_layers_that_are_replaced_already_counts_from_what_stands_the
     text = "\n".join(lines(plan_table([factored, dense], "Title", 17_000, 0, [])))
     assert "targeted layers: 16,000 → 6,000 parameters (0.300 of 20,000 in dense ones)" in text
     assert "whole model: 17,000 → 7,000 (0.412)" in text
+
+
+def test_a_point_shows_every_trial_and_says_that_they_are_no_test() -> None:
+    table = point_table(searched())
+    assert row(table, "keep 0.5") == ["0.496", "0.9150", "-0.0051", "within"]
+    assert row(table, "keep 0.25") == ["0.248", "not", "finite", "too", "much"]
+    assert row(table, "keep 0.37") == ["0.361", "0.8931", "+0.0168", "within,", "taken"]
+    assert "no test of the result" in "\n".join(lines(table))

@@ -1,6 +1,7 @@
 """A block that fails leaves layers, gradients and optimizers as they were."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from lrcompress.nn import LowRankLinear
 from lrcompress.structure.surgery import carry_later, replace_, swap_parameters_
-from lrcompress.structure.transaction import all_or_nothing
+from lrcompress.structure.transaction import all_or_nothing, undone
 
 
 def trained() -> tuple[nn.Sequential, torch.optim.AdamW]:
@@ -61,3 +62,22 @@ def test_a_block_that_ends_stays() -> None:
         put_away(["0"])
     assert isinstance(model[0], LowRankLinear)
     assert all(p in optimizer.state for p in model.parameters())
+
+
+def test_a_block_on_trial_is_undone_however_it_ends() -> None:
+    model, optimizer = trained()
+    before, layers = copy.deepcopy(model.state_dict()), list(model)
+    held = copy.deepcopy(optimizer.state_dict())
+    for failure in (None, RuntimeError("failed")):
+        caught = nullcontext() if failure is None else pytest.raises(RuntimeError, match="failed")
+        with caught, undone(model, ["0"]) as put_away:
+            replace_(model, "0", LowRankLinear.in_place_of(model[0], 2))
+            with torch.no_grad():
+                layers[0].bias.add_(1)
+            put_away(["0"])
+            if failure:
+                raise failure
+        assert list(model) == layers
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+    torch.testing.assert_close(optimizer.state_dict(), held, rtol=0, atol=0)

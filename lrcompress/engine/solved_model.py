@@ -1,0 +1,374 @@
+"""A model whose layers are solved for all ranks: sizes chosen, tried and installed."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
+from lrcompress.budget import Candidate, allocate, cost, match_bounds, pivoted_costs
+from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.block_budget import allocate_with_blocks
+from lrcompress.engine.distributed_solve import (
+    Found,
+    LayerSummary,
+    Solutions,
+    factors_on_trial,
+    greatest_rank,
+    install_factors_,
+    solve_layers,
+)
+from lrcompress.engine.factored_layers import (
+    is_pivoted,
+    keep_lower_ranks,
+    put_factors,
+    saved_by_pivoting,
+)
+from lrcompress.engine.kronecker_shapes import by_layer, check_layers, solver_for
+from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import SettingError
+from lrcompress.nn import LowRankLinear, PivotedLinear
+from lrcompress.report.record import PointRecord
+from lrcompress.statistics.moments import Statistics
+from lrcompress.statistics.views import view
+from lrcompress.structure.feed_forward import Blocks
+from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
+from lrcompress.structure.transaction import undone
+
+PIVOTED = "stored as pivoted rows, rank·(out + in − rank) parameters a layer"
+TRAINED = "trained as balanced factors; as such they take {} parameters more"
+
+
+def candidates(
+    model: nn.Module,
+    names: Sequence[str],
+    settings: Settings,
+    measured: Mapping[str, LayerSummary],
+) -> list[Candidate]:
+    """Return the layers as candidates for ranks, with their error curves and bounds.
+
+    Args:
+        model: whose layers they are.
+        names: of the layers.
+        settings: their ranks, keeps and bounds.
+        measured: the layers as far as they are solved; others cost what low-rank factors do.
+
+    Raises:
+        NoMatchError: if a pattern of ``ranks`` or ``keeps`` matches no targeted layer.
+        SettingError: if a layer has both a rank and a keep of its own.
+    """
+    ranks = by_layer("ranks", settings.ranks, names)
+    keeps = by_layer("keeps", settings.keeps, names)
+    both = sorted(ranks.keys() & keeps.keys())
+    if both:
+        raise SettingError(f"layer {both[0]!r} is given both a rank and a keep")
+    result = []
+    for name in names:
+        layer = model.get_submodule(name)
+        shape = view(layer).shape
+        one = measured.get(name)
+        unit = one.unit if one else 0
+        costs = pivoted_costs(*shape) if is_pivoted(layer, settings) else ()
+        lowest, highest = match_bounds(settings.keep_range, *shape, unit or None, costs)
+        if isinstance(layer, LowRankLinear | PivotedLinear):
+            highest = layer.rank if highest is None else min(highest, layer.rank)
+        result.append(
+            Candidate(
+                name,
+                *shape,
+                energies=one.curve if one else None,
+                rank=ranks.get(name),
+                keep=keeps.get(name),
+                lowest=lowest,
+                highest=highest,
+                unit=unit,
+                most=len(one.energies) if one else 0,
+                costs=costs,
+            )
+        )
+    return result
+
+
+def parameters_of(one: Candidate, rank: int | None) -> int | None:
+    """Return the parameters of a layer that is no pair of factors, for the record."""
+    return cost(one, rank) if one.costs and rank is not None else None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a share of parameters is spent on.
+
+    Attributes:
+        choice: the ranks of layers; those of narrowed blocks are not among them.
+        widths: how many inner features the narrowed blocks keep, by the layer that reads them.
+    """
+
+    choice: RankChoice
+    widths: dict[str, int | None]
+
+    @property
+    def key(self) -> tuple[tuple[tuple[str, int | None], ...], tuple[tuple[str, int | None], ...]]:
+        """The same for equal sizes, whatever share they come from."""
+        return tuple(sorted(self.choice.ranks.items())), tuple(sorted(self.widths.items()))
+
+
+@dataclass(frozen=True)
+class SolvedModel:
+    """The targeted layers of a model, solved for all ranks at once, before any is replaced.
+
+    Sizes are chosen for any ``keep`` without solving again, tried, and installed once: installing
+    uses the solutions up. Every method is collective.
+
+    Attributes:
+        model: as it was solved.
+        names: of the targeted layers.
+        settings: what is done; their ``keep`` is that of :meth:`choose` by default.
+        statistics: that it was solved from.
+        processes: those that do the same.
+        solutions: of the layers.
+        narrowing: of the feed-forward blocks.
+        asked: the layers, as candidates for ranks.
+        pivoted: which of them are stored as pivoted rows.
+        train_balanced: whether even those are balanced factors for now.
+        observers: how many processes have seen tokens of a layer.
+        context: that the model runs in.
+        seconds: that solving took.
+    """
+
+    model: nn.Module
+    names: Sequence[str]
+    settings: Settings
+    statistics: Statistics
+    processes: Processes
+    solutions: Solutions
+    narrowing: SolvedBlocks
+    asked: Sequence[Candidate]
+    pivoted: Mapping[str, bool]
+    train_balanced: bool
+    observers: int
+    context: Context
+    seconds: float
+
+    def choose(self, keep: float | None = None) -> Sizes:
+        """Return the ranks and widths for a share of the parameters; nothing is changed.
+
+        Args:
+            keep: parameters that remain / parameters before; by default that of the settings.
+
+        Raises:
+            SettingError: if it cannot be met.
+        """
+        settings = self.settings if keep is None else replace(self.settings, keep=keep)
+        seen = self.statistics.tokens / max(1, self.statistics.steps) / self.observers
+        choice, widths = self.processes.run_on_first(
+            lambda: _choose_sizes(
+                self.model, self.asked, self.narrowing, settings, seen, self.context
+            )
+        )
+        keep_lower_ranks(self.model, choice.ranks)
+        return Sizes(choice, widths)
+
+    @property
+    def standing(self) -> Sizes:
+        """The sizes that the layers have now."""
+        ranks: dict[str, int | None] = {}
+        for one in self.asked:
+            layer = self.model.get_submodule(one.name)
+            factored = isinstance(layer, LowRankLinear | PivotedLinear)
+            ranks[one.name] = layer.rank if factored else None  # type: ignore[assignment]
+        narrow = {n: self.narrowing.features(n) for n in self.narrowing.blocks}
+        widths: dict[str, int | None] = {n: now for n, (now, all_) in narrow.items() if now < all_}
+        return Sizes(RankChoice(ranks), widths)
+
+    def kept(self, sizes: Sizes) -> float:
+        """Return the share of the targeted layers' parameters that sizes amount to."""
+        blocks = self.narrowing.candidates(self.settings.keep_range)
+        every = [(one, sizes.choice.ranks.get(one.name)) for one in self.asked]
+        every = [(one, rank) for one, rank in every if one.name in sizes.choice.ranks]
+        every += [(blocks[name][0], width) for name, width in sizes.widths.items()]
+        return sum(cost(*one) for one in every) / sum(one.dense for one, _ in every)
+
+    @contextmanager
+    def on_trial(self, sizes: Sizes) -> Iterator[None]:
+        """Give the layers these sizes for the time of the block; values and all are as installed.
+
+        Optimizers do not see it. Parameters are whole, as they are not under FSDP2.
+        """
+        with undone(self.model, self.names), torch.no_grad():
+            if sizes.widths:
+                with self.narrowing.narrowed_(sizes.widths, ()):
+                    pass
+            with factors_on_trial(
+                self.model, self.solutions, _factored(sizes), self._putting(sizes, ())
+            ):
+                yield
+
+    @torch.no_grad()
+    def install_(
+        self, sizes: Sizes | None, optimizers: Iterable[Optimizer] = (), step: int | None = None
+    ) -> PointRecord:
+        """Replace the layers, and return what was done, layer by layer.
+
+        An error leaves the model as it was; only where parameters are sharded, layers that were
+        replaced before it stay so.
+
+        Args:
+            sizes: of the layers; None leaves all of them alone.
+            optimizers: whose parameters and state follow.
+            step: for the record.
+        """
+        started, model, chosen = time.perf_counter(), self.model, _factored(sizes)
+        sizes = sizes or self.standing
+        ranks = sizes.choice.ranks
+        later = [name for name in self.pivoted if self.pivoted[name] and self.train_balanced]
+        sizes_now, saved = sizes_before(model), saved_by_pivoting(model, later)
+        before, bytes_before = _as_stored(sizes_now, saved)
+        stood = replaced_sizes(model, self.names)
+        stood |= {name: stood[name] - fewer for name, (fewer, _) in saved.items()}
+        held = tuple(optimizers)
+        with self.narrowing.narrowed_(sizes.widths, held) as records:
+            put = self._putting(sizes, held)
+            reached = install_factors_(model, self.solutions, chosen, put, held)
+        records |= {
+            c.name: self.solutions.measured[c.name].record(
+                c.name,
+                (c.out_features, c.in_features),
+                ranks[c.name],
+                sizes.choice.notes.get(c.name, "") or self.narrowing.left_alone.get(c.name, ""),
+                reached.get(c.name),
+                stood.get(c.name),
+                parameters_of(c, ranks[c.name]),
+            )
+            for c in self.asked
+            if c.name in ranks
+        }
+        now = sum(p.numel() for p in model.parameters()), stored_bytes(model)
+        after, bytes_after = _as_stored(now, saved := saved_by_pivoting(model, later))
+        pivoted = PIVOTED if any(self.pivoted.values()) else ""
+        notes = [sizes.choice.missed, self.narrowing.note(sizes.widths), pivoted]
+        notes += [TRAINED.format(f"{now[0] - after:,}")] if saved else []
+        return PointRecord(
+            self.settings.method,
+            step,
+            [records[name] for name in self.names],
+            before,
+            after,
+            self.statistics.figures(),
+            self.seconds + time.perf_counter() - started,
+            bytes_before=bytes_before,
+            bytes_after=bytes_after,
+            note="; ".join(filter(None, notes)),
+        )
+
+    def _putting(
+        self, sizes: Sizes, optimizers: Sequence[Optimizer]
+    ) -> Callable[[str, Found | None], None]:
+        ranks, measured = sizes.choice.ranks, self.solutions.measured
+
+        def put(name: str, found: Found | None) -> None:
+            rows, rank = self.pivoted[name] and not self.train_balanced, ranks[name]
+            assert rank is not None
+            first = measured[name].first
+            put_factors(self.model, name, rank, first, found, optimizers, pivoted=rows)
+
+        return put
+
+
+def _factored(sizes: Sizes | None) -> dict[str, int]:
+    """Return the ranks of the layers that get factors."""
+    ranks = {} if sizes is None else sizes.choice.ranks
+    return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+@torch.no_grad()
+def solve_model(
+    model: nn.Module,
+    statistics: Statistics,
+    settings: Settings,
+    *,
+    processes: Processes = ONE_PROCESS,
+    owner: Mapping[str, int] | None = None,
+    track: Callable[[Sequence[str]], Iterable[str]] = iter,
+    forward_context: Context = nullcontext,
+    blocks: Blocks | None = None,
+    train_balanced: bool = False,
+) -> SolvedModel:
+    """Solve the targeted layers of a model for all ranks; nothing is changed.
+
+    Arguments and errors are those of :func:`~lrcompress.engine.compress.factor_`.
+
+    Cost:
+        One symmetric eigendecomposition of the smaller side per layer, and its products; twice
+        that for sums of Kronecker products. Solutions take as much of the host's memory, over all
+        processes, as the weights.
+    """
+    started = time.perf_counter()
+    names = settings.select(model).names
+    check_layers(model, names, settings)
+    shared: dict[str, Any] = {"processes": processes, "owner": owner, "track": track}
+    narrowing = solve_blocks(model, names, blocks, statistics, settings, **shared)
+    narrow = narrowing.narrow
+    ranked = tuple(name for name in names if name not in narrow) if narrow else names
+    pivoted = {name: is_pivoted(model.get_submodule(name), settings) for name in ranked}
+    solutions = solve_layers(
+        model,
+        ranked,
+        statistics,
+        settings.method,
+        refit_bias=settings.refit_bias,
+        shrink=settings.shrink,
+        most={n: greatest_rank(model.get_submodule(n), pivoted=pivoted[n]) for n in ranked},
+        solver=solver_for(model, ranked, settings),
+        device=settings.solve_device,
+        **shared,
+    )
+    return SolvedModel(
+        model,
+        names,
+        settings,
+        statistics,
+        processes,
+        solutions,
+        narrowing,
+        candidates(model, ranked, settings, solutions.measured),
+        pivoted,
+        train_balanced,
+        1 if owner else processes.size,
+        forward_context,
+        time.perf_counter() - started,
+    )
+
+
+def _as_stored(sizes: tuple[int, int], saved: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Return parameters and bytes of a model without what is saved of layers."""
+    parameters, nbytes = sizes
+    return (
+        parameters - sum(fewer for fewer, _ in saved.values()),
+        nbytes - sum(fewer for _, fewer in saved.values()),
+    )
+
+
+def _choose_sizes(
+    model: nn.Module,
+    asked: Sequence[Candidate],
+    narrowing: SolvedBlocks,
+    settings: Settings,
+    seen: float,
+    context: Context,
+) -> tuple[RankChoice, dict[str, int | None]]:
+    """Return the ranks of layers, and the widths of blocks that are narrowed in their place."""
+    budget = settings.keep, settings.spread, settings.align
+    if narrowing.blocks:
+        blocks = narrowing.candidates(settings.keep_range)
+        ranks, widths = allocate_with_blocks(asked, blocks, settings.keep, settings.align)
+        return RankChoice(ranks), widths
+    if not settings.keep_measured:
+        return RankChoice(allocate(asked, *budget)), {}
+    tokens = settings.measured_tokens or max(1, round(seen))
+    return allocate_by_latency(model, asked, *budget, tokens, context), {}
