@@ -1,6 +1,7 @@
 """Dry runs: start a fit and stop before its first step, or observe without training."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,10 +13,16 @@ from typing_extensions import override
 from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.engine.settings import Settings
+from lrcompress.engine.solved_model import solve_model
+from lrcompress.errors import ObservationError, SettingError
+from lrcompress.report.record import MeasuredKeep
 from lrcompress.statistics.moments import Statistics
 
 # By name: of both Lightnings, and of the command line's own. What only shows or saves.
 _ONLY_SHOW_OR_SAVE = {"Checkpoint", "ProgressBar", "ModelSummary", "SaveConfigCallback"}
+
+
+Then = Callable[[pl.Trainer, pl.LightningModule, Observation], None]
 
 
 class _DryRunEndError(Exception):
@@ -33,9 +40,11 @@ class _StopBeforeFirstStep(pl.Callback):
 class _ObserveOnly(pl.Callback):
     """Observes training batches and lets no optimizer step change anything."""
 
-    def __init__(self, settings: Settings, sampling: Sampling, num_batches: int) -> None:
+    def __init__(
+        self, settings: Settings, sampling: Sampling, num_batches: int, then: Then | None = None
+    ) -> None:
         self.observation = Observation(sampling)
-        self._settings, self._left = settings, num_batches
+        self._settings, self._left, self._then = settings, num_batches, then
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -46,9 +55,19 @@ class _ObserveOnly(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._left:
-            raise _DryRunEndError
+            self._end(trainer, pl_module)
         self._left -= 1
         self.observation.open_step(batch)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer, pl_module)  # of a fit with fewer batches
+
+    def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.observation.check("of this pass")
+        if self._then is not None:
+            self._then(trainer, module, self.observation)
+        raise _DryRunEndError
 
     @override
     def on_before_backward(
@@ -116,8 +135,69 @@ def observe_batches(
     """
     looking = _ObserveOnly(settings, sampling, num_batches)
     _fit_with(trainer, module, [looking], fit)
-    looking.observation.check("of this pass")
     return looking.observation.statistics
+
+
+def measure_curve(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    settings: Settings,
+    sampling: Sampling,
+    num_batches: int,
+    keeps: Sequence[float],
+    **fit: Any,
+) -> list[MeasuredKeep]:
+    """Return what a validation gives at several ``keep`` without retraining.
+
+    Layers are solved once, from the first training batches; each ``keep`` is installed for one
+    validation and taken back. The model is as it was afterwards.
+
+    Args:
+        trainer: whose callbacks are left out.
+        module: as for ``trainer.fit``.
+        settings: what is done; their ``keep`` is left out.
+        sampling: what to observe.
+        num_batches: how many batches to observe; fewer if the fit is shorter.
+        keeps: shares of the targeted layers' parameters; what layers cannot meet is left out.
+        **fit: as for ``trainer.fit``.
+
+    Returns:
+        The model as it was, and every ``keep`` that can be met.
+
+    Raises:
+        ObservationError: if no batch had a finite loss, or there is nothing to validate.
+
+    Cost:
+        That of solving all layers once, and a validation a ``keep``.
+    """
+    found: list[MeasuredKeep] = []
+
+    def measured(keep: float, kept: float, predicted: float | None) -> None:
+        started = time.perf_counter()
+        figures = trainer_state.run_validation(trainer)
+        if not figures:
+            raise ObservationError(
+                "there is nothing to measure by: expected a validation that logs a figure"
+            )
+        seconds = time.perf_counter() - started
+        count = sum(p.numel() for p in module.parameters())
+        found.append(MeasuredKeep(keep, kept, count, predicted, figures, seconds))
+
+    def measure(_: pl.Trainer, module: pl.LightningModule, seen: Observation) -> None:
+        trainer_state.drop_gradients(module)
+        solved = solve_model(module, seen.statistics, settings, blocks=seen.blocks)
+        trainer_state.run_validation(trainer)  # which warms up what is timed
+        measured(1.0, solved.kept(solved.standing), 0.0)
+        for keep in keeps:
+            try:
+                sizes = solved.choose(keep)
+            except SettingError:  # less than the layers' least ranks take
+                continue
+            with solved.on_trial(sizes):
+                measured(keep, solved.kept(sizes), solved.predicted_loss(sizes))
+
+    _fit_with(trainer, module, [_ObserveOnly(settings, sampling, num_batches, measure)], fit)
+    return found
 
 
 def _callbacks_that_check(trainer: pl.Trainer) -> list[pl.Callback]:

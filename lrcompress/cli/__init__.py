@@ -144,6 +144,7 @@ class _Trainer(Trainer):
         weights_only: bool | None = None,  # noqa: ARG002  the files that fit writes have it
         curve: int | None = None,
         plot: str | None = None,
+        measure: bool = False,
     ) -> None:
         """Print which layers the recipe would replace, without training, after a fit's checks.
 
@@ -155,8 +156,11 @@ class _Trainer(Trainer):
             curve: Training batches from which to predict the loss of every method at several
                 keeps.
             plot: A file for a figure of that.
+            measure: Measure the recipe's method on the validation data at every keep, without
+                retraining, in place of predicting; solved from the curve's training batches.
         """
-        print_plan(self, model, datamodule, ckpt_path=ckpt_path, curve=curve, plot=plot)
+        given = {"ckpt_path": ckpt_path, "curve": curve, "plot": plot, "measure": measure}
+        print_plan(self, model, datamodule, **given)  # type: ignore[arg-type]
 
     def factor(
         self,

@@ -1,20 +1,22 @@
 """``lrcompress plan``: what a recipe would do, without training."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import rich
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lrcompress.callbacks import Factorize
 from lrcompress.callbacks.between_fits import load_weights_
-from lrcompress.callbacks.dry_run import dry_run, observe_batches
+from lrcompress.callbacks.dry_run import dry_run, measure_curve, observe_batches
 from lrcompress.callbacks.scheduled import CompressionCallback
-from lrcompress.engine.loss_curves import loss_curves
+from lrcompress.engine.loss_curves import KEEPS, loss_curves
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import RecipeError
 from lrcompress.objective import LOW_RANK, METHODS
-from lrcompress.report.plots import loss_curves_figure
-from lrcompress.report.tables import loss_curves_table
+from lrcompress.report.plots import loss_curves_figure, measured_curve_figure
+from lrcompress.report.tables import loss_curves_table, measured_curve_table
 from lrcompress.structure.checkpoint import read_lightning_checkpoint
 
 
@@ -26,6 +28,7 @@ def print_plan(
     ckpt_path: str | None = None,
     curve: int | None = None,
     plot: str | None = None,
+    measure: bool = False,
 ) -> None:
     """Print which layers each callback of the recipe would replace.
 
@@ -39,6 +42,8 @@ def print_plan(
         ckpt_path: checkpoint whose weights the model gets.
         curve: training batches to observe.
         plot: file for a figure of the curve, of any type that matplotlib writes.
+        measure: measure the method of the recipe on the validation data at every ``keep``, in
+            place of predicting for all methods.
 
     Raises:
         RecipeError: if no callback has a ``preview``, or none that could be given a curve.
@@ -52,11 +57,7 @@ def print_plan(
             f"trainer.callbacks: expected one that replaces layers, such as lrcompress.Factorize, "
             f"found {found or 'none'}"
         )
-    if curve is not None and (curve < 1 or not compressing):
-        raise RecipeError(
-            "curve: expected a number of training batches from 1, and a callback such as "
-            f"lrcompress.Factorize in the recipe; got {curve!r}"
-        )
+    _check_curve(compressing, curve, measure=measure)
     if ckpt_path is not None:
         load_weights_(model, read_lightning_checkpoint(Path(ckpt_path)), str(ckpt_path))
     for callback in compressing:  # before any data is read
@@ -67,7 +68,24 @@ def print_plan(
         rich.print(callback.preview(model))
     for callback in compressing if curve is not None else ():
         assert curve is not None
-        _print_curve(trainer, model, datamodule, callback, curve, plot)
+        show = _print_measured if measure else _print_curve
+        show(trainer, model, datamodule, callback, curve, plot)
+
+
+def _check_curve(
+    compressing: Sequence[CompressionCallback], curve: int | None, *, measure: bool
+) -> None:
+    if curve is not None and (curve < 1 or not compressing):
+        raise RecipeError(
+            "curve: expected a number of training batches from 1, and a callback such as "
+            f"lrcompress.Factorize in the recipe; got {curve!r}"
+        )
+    if measure and (curve is None or not any(map(_is_measurable, compressing))):
+        raise RecipeError(
+            "measure: expected --curve beside it, the number of training batches to solve from, "
+            "such as --curve=16, and an lrcompress.Factorize in the recipe of a method of "
+            f"{', '.join(LOW_RANK)}"
+        )
 
 
 def _print_curve(
@@ -88,3 +106,27 @@ def _print_curve(
     rich.print(loss_curves_table(found, f"from {statistics.tokens:,} tokens of {curve} batches"))
     if plot is not None:
         loss_curves_figure(found).savefig(plot)
+
+
+def _is_measurable(callback: CompressionCallback) -> bool:
+    return isinstance(callback, Factorize) and callback.settings[0].method in LOW_RANK
+
+
+def _print_measured(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None,
+    callback: CompressionCallback,
+    curve: int,
+    plot: str | None,
+) -> None:
+    if not _is_measurable(callback):
+        return
+    settings = callback.settings_at(0)
+    assert isinstance(settings, Settings)
+    sampling = replace(callback.sampling, max_tokens=None)
+    given = (settings, sampling, curve, KEEPS)
+    found = measure_curve(trainer, model, *given, datamodule=datamodule)
+    rich.print(measured_curve_table(found, f"{settings.method}, solved from {curve} batches"))
+    if plot is not None:
+        measured_curve_figure(found).savefig(plot)

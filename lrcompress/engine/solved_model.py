@@ -34,7 +34,7 @@ from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import SettingError
 from lrcompress.nn import LowRankLinear, PivotedLinear
-from lrcompress.report.record import PointRecord
+from lrcompress.report.record import PointRecord, sum_or_none
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
 from lrcompress.structure.feed_forward import Blocks
@@ -193,6 +193,14 @@ class SolvedModel:
         every = [(one, rank) for one, rank in every if one.name in sizes.choice.ranks]
         every += [(blocks[name][0], width) for name, width in sizes.widths.items()]
         return sum(cost(*one) for one in every) / sum(one.dense for one, _ in every)
+
+    def predicted_loss(self, sizes: Sizes) -> float | None:
+        """Return the predicted increase of the loss; None where the metric does not know it."""
+        ranks, measured = sizes.choice.ranks, self.solutions.measured
+        lost = [measured[name].loss(rank) for name, rank in ranks.items()]
+        narrow = {name: width for name, width in sizes.widths.items() if width is not None}
+        lost += [self.narrowing.measured[name].loss(width) for name, width in narrow.items()]
+        return sum_or_none(lost)
 
     @contextmanager
     def on_trial(self, sizes: Sizes) -> Iterator[None]:

@@ -18,7 +18,14 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from lrcompress.report.layer_groups import block_number, by_layer_type, is_in_block
-from lrcompress.report.record import Curve, LayerRecord, PointRecord, PredictedLoss, Report
+from lrcompress.report.record import (
+    Curve,
+    LayerRecord,
+    MeasuredKeep,
+    PointRecord,
+    PredictedLoss,
+    Report,
+)
 
 COLOURS = {
     "ink": "#1d1d21",
@@ -134,6 +141,22 @@ def loss_curves_figure(found: Sequence[PredictedLoss]) -> Figure:
             axes.plot(*_columns(pairs), label=method, **look(number))
         _logarithmic(axes)
         name_series(figure, axes)
+        figure.set_facecolor("white")
+    return figure
+
+
+def measured_curve_figure(found: Sequence[MeasuredKeep]) -> Figure:
+    """Return a figure of a validation's figures over ``keep``, one below the other."""
+    with rc_context(STYLE):
+        names = list(dict.fromkeys(name for one in found for name in one.figures))
+        figure = Figure(figsize=(5.0, 2.4 * len(names) + 0.4), layout="constrained")
+        every = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+        for number, (name, axes) in enumerate(zip(names, every, strict=True)):
+            pairs = [(x.keep, x.figures[name]) for x in found if name in x.figures]
+            axes.plot(*_columns(pairs), **look(number))
+            axes.axhline(pairs[0][1], color=COLOURS["ink"], linewidth=1, linestyle=":")
+            axes.set_ylabel(name)
+        every[-1].set_xlabel("keep, without retraining; dotted: the model as it is")
         figure.set_facecolor("white")
     return figure
 

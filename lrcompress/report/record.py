@@ -435,6 +435,27 @@ class PredictedLoss:
     predicted_loss: float | None
 
 
+@dataclass(frozen=True)
+class MeasuredKeep:
+    """What a model gives at one ``keep`` without retraining.
+
+    Attributes:
+        keep: that was asked for; 1.0 is the model as it was.
+        kept: parameters that remain / parameters before, over the targeted layers.
+        parameters: of the whole model.
+        predicted_loss: increase of the loss; None where the metric does not know it.
+        figures: of a validation.
+        seconds: that the validation took.
+    """
+
+    keep: float
+    kept: float
+    parameters: int
+    predicted_loss: float | None
+    figures: dict[str, float]
+    seconds: float
+
+
 def sum_or_none(values: Iterable[float | None]) -> float | None:
     """Return the sum, or None if a part of it is unknown.
 

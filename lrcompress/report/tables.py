@@ -7,10 +7,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lrcompress.report.formatting import change, share
+from lrcompress.report.formatting import change, count, number, share
 from lrcompress.report.layer_groups import by_layer_type
 from lrcompress.report.record import (
     LayerRecord,
+    MeasuredKeep,
     PointRecord,
     PredictedLoss,
     Report,
@@ -112,6 +113,31 @@ def loss_curves_table(found: Sequence[PredictedLoss], title: str) -> RenderableT
     note = (
         "with a sign: predicted change of the loss; without: the layers' mean error in a metric "
         "that does not know the loss"
+    )
+    return Group(table, Text(note))
+
+
+def measured_curve_table(found: Sequence[MeasuredKeep], title: str) -> RenderableType:
+    """Return a table of what validation gives at each ``keep``; the first is the whole model."""
+    dense = found[0]
+    names = list(dict.fromkeys(name for one in found for name in one.figures))
+    rows = [
+        (
+            f"{one.keep:g}",
+            [
+                *(count(one.parameters), share(one.kept)),
+                *(number(one.figures.get(name)) for name in names),
+                change(one.predicted_loss),
+                f"{one.seconds / dense.seconds:.2f} ×",
+            ],
+        )
+        for one in found
+    ]
+    headings = ["parameters", "kept of targeted", *names, "predicted", "time of a validation"]
+    table = columns_table(f"lrcompress: measured without retraining, {title}", headings, rows)
+    note = (
+        "keep 1 is the model as it is; training after a point brings part of the loss back. "
+        "Write the one you choose into the recipe, under the callback's init_args:  keep: 0.5"
     )
     return Group(table, Text(note))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lrcompress.cli import main
+from lrcompress.engine.loss_curves import KEEPS
 
 QUICKSTART = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
 
@@ -95,6 +96,31 @@ def test_a_curve_is_the_loss_at_every_keep_and_a_picture(
     assert re.findall(r"^ (0\.\d+) +(.*?) *$", measured, flags=re.MULTILINE) == [*rows.items()]
 
 
+def test_a_curve_may_be_measured_on_the_validation_data(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every keep for one validation, from one solve; the model is left as it was."""
+    options = ["--curve=2", "--measure=true", "--plot=measured.svg"]
+    assert main(["plan", *arguments, *options]) == 0
+    shown = capsys.readouterr().out
+    rows = {
+        a: b.split() for a, b in re.findall(r"^ (1|0\.\d+) +(.*?) *$", shown, flags=re.MULTILINE)
+    }
+    assert set(rows) <= {"1", *map(str, KEEPS)}
+    assert {"1", "0.5"} <= set(rows)
+    names = ["1", *(str(keep) for keep in KEEPS if str(keep) in rows)]
+    kept = [float(rows[name][2 if rows[name][1] in "kM" else 1]) for name in names]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] == 1.0
+    assert all(float(name) >= share for name, share in zip(names, kept, strict=True))
+    assert "keep 1 is the model as it is" in shown
+    assert "<svg" in Path("measured.svg").read_text(encoding="utf-8")
+    assert main(["plan", *arguments, *options]) == 0
+    again = capsys.readouterr().out
+    strip = r" \d+\.\d\d ×"
+    assert re.sub(strip, "", again) == re.sub(strip, "", shown)
+
+
 def test_a_curve_is_of_the_weights_of_a_checkpoint_and_leaves_them_alone(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -120,6 +146,7 @@ def test_a_curve_is_of_the_weights_of_a_checkpoint_and_leaves_them_alone(
     ("options", "message"),
     [
         (["--curve=0"], "curve: expected a number of training batches from 1"),
+        (["--measure=true"], "measure: expected --curve beside it, the number of training bat"),
         (["--ckpt_path=none.ckpt"], "none.ckpt cannot be read as a checkpoint"),
     ],
 )
