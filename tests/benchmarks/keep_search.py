@@ -1,6 +1,6 @@
 """keep="auto" on SST-2 with a small BERT of its own: what is chosen, what it costs, what is left.
 
-    python tests/benchmarks/keep_search.py DATA [DROP] [SEED ...]
+    python tests/benchmarks/keep_search.py DATA [MONITOR DROP [SEED ...]]
 
 DATA is the folder of SST-2 as ``train.tsv``, ``dev.tsv`` and ``test.tsv``. A BERT of 2 layers of
 width 64 is trained from nothing on the training sentences; keep is chosen on ``dev.tsv``, and
@@ -92,8 +92,8 @@ class Validated(L.Callback):
         )
 
 
-def contestants(drop: float) -> dict[str, dict[str, Any] | None]:
-    auto = {"keep": "auto", "drop": drop, "monitor": "val_accuracy"}
+def contestants(monitor: str, drop: str) -> dict[str, dict[str, Any] | None]:
+    auto = {"keep": "auto", "drop": drop, "monitor": monitor}
     return {
         "dense": None,
         "one point": auto | {"at": 0.6},
@@ -127,7 +127,8 @@ def run(data: Path, name: str, options: dict[str, Any] | None, seed: int) -> str
     seconds = time.perf_counter() - started
     (last,) = trainer.validate(model, dev, verbose=False)
     (test,) = trainer.test(model, loader(rows(data / "test.tsv"), words), verbose=False)
-    cells = [f"{name}, seed {seed}", f"{last['val_accuracy']:.4f}", f"{test['test_accuracy']:.4f}"]
+    cells = [f"{name}, seed {seed}", f"{last['val_loss']:.4f}", f"{last['val_accuracy']:.4f}"]
+    cells += [f"{test['test_accuracy']:.4f}"]
     points = callback.report.points if callback else []
     cells += [" → ".join(f"{point.keep:.3f}" for point in points)]
     cells += [
@@ -144,9 +145,9 @@ def run(data: Path, name: str, options: dict[str, Any] | None, seed: int) -> str
     return " | ".join(cells)
 
 
-def main(data: str, drop: str = "0.01", *seeds: str) -> None:
+def main(data: str, monitor: str = "val_accuracy", drop: str = "0.01", *seeds: str) -> None:
     for seed in seeds or ("0",):
-        for name, options in contestants(float(drop)).items():
+        for name, options in contestants(monitor, drop).items():
             print(run(Path(data), name, options, int(seed)), flush=True)
 
 
