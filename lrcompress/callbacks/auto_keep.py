@@ -78,6 +78,8 @@ class AutoKeepCallback(CompressionCallback):
         record = self._search.end_(run, solve, self.report.points[-1])
         if record is not None:
             self.report.points.append(record)
+            # in place of those of the model that was left, where training has ended already
+            self.report.note(run.step, record.metrics["after"], gap=0)
             trainer_state.reset_best_scores(trainer)
             whole = self._run_report(trainer).points[0].model_before
             reporting.tell_point(trainer, record, whole, verbose=self.verbose)

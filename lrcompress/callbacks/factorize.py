@@ -237,6 +237,11 @@ class Factorize(AutoKeepCallback):
         self._search = search_of(
             keep, self.settings[0], drop, monitor, monitor_mode, max_trials, verbose=verbose
         )
+        if self._search is not None and measure_layers:
+            raise SettingError(
+                "measure_layers=True puts back the dense layers of a point, which are others where "
+                "keep='auto' goes back; leave it out, or give keep as a number"
+            )
         if narrow_blocks and measure_layers:
             raise SettingError(
                 "measure_layers=True puts dense layers back one by one, which do not fit between "

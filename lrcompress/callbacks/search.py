@@ -63,6 +63,7 @@ class KeepSearch:
         recoveries: what training has brought back so far, point by point.
         changed: what was lost just after the last point that changed the model, and its step.
         kept: the last state that was within the drop.
+        tried: what ``keep`` gave when it was tried from that state.
         written: files of kept states, which stay for runs that are resumed from before.
         judged: the step at which the end was judged.
     """
@@ -76,6 +77,7 @@ class KeepSearch:
     recoveries: list[Recovery] = field(default_factory=list)
     changed: tuple[float, int] | None = None
     kept: KeptState | None = None
+    tried: dict[float, Figures] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
     judged: int | None = None
 
@@ -84,7 +86,7 @@ class KeepSearch:
     def reset(self) -> None:
         """Forget a run."""
         self.target = self.changed = self.kept = self.judged = None
-        self.recoveries, self.written = [], []
+        self.recoveries, self.written, self.tried = [], [], {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in plain types."""
@@ -93,6 +95,7 @@ class KeepSearch:
             "recoveries": [asdict(one) for one in self.recoveries],
             "changed": self.changed and list(self.changed),
             "kept": self.kept and asdict(self.kept),
+            "tried": [[keep, dict(figures)] for keep, figures in self.tried.items()],
             "written": list(self.written),
             "judged": self.judged,
         }
@@ -103,6 +106,7 @@ class KeepSearch:
         self.recoveries = [Recovery(**one) for one in state["recoveries"]]
         self.changed = (state["changed"][0], state["changed"][1]) if state["changed"] else None
         self.kept = KeptState(**state["kept"]) if state["kept"] else None
+        self.tried = {keep: dict(figures) for keep, figures in state["tried"]}
         self.written, self.judged = [*state["written"]], state["judged"]
         if self.kept is not None and self.judged is None and not self.kept.is_there:
             rank_zero_warn(
@@ -168,18 +172,21 @@ class KeepSearch:
             found = Recovery.measured(self.changed[0], lost, run.step - self.changed[1])
             self.recoveries += [] if found is None else [found]
         allowed = allowed_loss(self.target.drop, self.recoveries, steps, last=last)
-        watched, stuck = run.observation, False
+        watched, stuck, tried = run.observation, False, self.tried
         seen: Seen = watched.statistics, watched.owner, watched.blocks
         if self.target.is_within(lost):
             self._keep(run, figures, point)
+            tried = self.tried
         elif not self.target.is_within(lost, allowed):
             back = self._go_back(run, lost, allowed)
             stuck = back is None
             if back is not None:
                 seen, figures, note = back
                 notes.append(note)
+        else:
+            tried = {}  # from a state that no one goes back to
         solved = solve(*seen)
-        sizes, after, record = self._search(run, solved, figures, allowed, stuck=stuck)
+        sizes, after, record = self._search(run, solved, figures, allowed, tried, stuck=stuck)
         done = self._install(run, solved, sizes, record, {"before": figures, "after": after}, notes)
         if sizes is not None:
             self.changed = (self.target.lost(after[self.monitor]), run.step)
@@ -209,7 +216,7 @@ class KeepSearch:
             return None
         seen, figures, note = back
         solved = solve(*seen)
-        sizes, after, found = self._search(run, solved, figures, self.target.drop)
+        sizes, after, found = self._search(run, solved, figures, self.target.drop, self.tried)
         done = self._install(run, solved, sizes, found, {"before": figures, "after": after}, [note])
         self._tell_end(done, after)
         return done
@@ -242,6 +249,7 @@ class KeepSearch:
 
     def _keep(self, run: "Run", figures: Figures, point: int) -> None:
         """Keep the state on disk that the run may go back to; in trial runs nothing is."""
+        self.tried = {}
         if run.folder is None:
             return
         mine, seen = run.observation, run.observation.statistics
@@ -291,6 +299,7 @@ class KeepSearch:
         solved: SolvedModel,
         figures: Figures,
         allowed: float,
+        tried: dict[float, Figures],
         *,
         stuck: bool = False,
     ) -> tuple[Sizes | None, Figures, SearchRecord]:
@@ -312,8 +321,10 @@ class KeepSearch:
         def within(number: int) -> bool:
             sizes = solved.choose(grid[number])
             if sizes.key not in known:
-                known[sizes.key] = self._tried(run, solved, sizes)
-                asked[sizes.key] = grid[number]
+                asked[sizes.key] = keep = grid[number]
+                if keep not in tried:
+                    tried[keep] = self._figures(run, solved, sizes)
+                known[sizes.key] = tried[keep]
                 value = known[sizes.key][self.monitor]
                 trials.append(_trial(grid[number], solved.kept(sizes), value, target, allowed))
                 self._tell_trial(trials[-1], allowed)
@@ -332,7 +343,7 @@ class KeepSearch:
         )
         return chosen, known[standing if chosen is None else chosen.key], record
 
-    def _tried(self, run: "Run", solved: SolvedModel, sizes: Sizes) -> Figures:
+    def _figures(self, run: "Run", solved: SolvedModel, sizes: Sizes) -> Figures:
         try:
             with solved.on_trial(sizes):
                 keep_compiled(run.module)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ class Steered(Tagger):
     """Logs, beside its loss, a quality that is a function of its size and of what was trained.
 
     ``lost`` gives by how much the quality is below 1, for the share of parameters that the blocks
-    have left, and for whether the head was trained since it was validated before.
+    have left, and for whether the head was trained since it was validated at a point.
     """
 
     lost: Callable[[float, bool], float]
@@ -69,7 +70,8 @@ class Steered(Tagger):
         super().validation_step(batch, batch_idx)
         if not batch_idx:
             self.trained = not any(torch.equal(self.head.weight, one) for one in self.heads)
-            self.heads.append(self.head.weight.detach().clone())
+            if self.trainer.state.fn == TrainerFn.VALIDATING:  # at a point, or to judge the end
+                self.heads.append(self.head.weight.detach().clone())
             self.shares.append(self.share)
         self.log("quality", 1 - self.sign * self.lost(self.share, self.trained))
 
@@ -232,7 +234,10 @@ def test_going_back_gives_parameters_and_optimizer_as_they_were(
     assert point.keep < 0.2
     assert "went back to the state of before point 1, of step 9" in back.note
     assert back.step == 18
-    # it goes back and factors once more, as strictly: what was within just after the point
+    assert point.search is not None
+    # it goes back and factors once more, as strictly: what was within just after the point; what
+    # was tried from there is known: one check, before the point, trials, and the end
+    assert len(model.shares) == 3 + 1 + 1 + len(point.search.trials) + 1
     assert back.keep == point.keep
     assert back.search is not None
     assert back.search.allowed == pytest.approx(0.1)
@@ -247,34 +252,24 @@ def test_going_back_gives_parameters_and_optimizer_as_they_were(
 
 
 def test_going_back_to_the_dense_model_is_exact(loader: Make, trainer: Make) -> None:
-    turn = Turn()
-    model = steered(lambda share, _: 0.0 if share == 1 else 0.5 if turn.late else 0.05)
-    before = Snapshot(9)
-    callback = searching(drop=0.1, monitor="quality", monitor_mode="max")
-    run = trainer(before, turn, callback)
+    """All factors lose more than the drop, but less than a first point may."""
+    model = steered(lambda share, _: 0.0 if share == 1 else 0.03)
+    before, after = Snapshot(5), Snapshot(10)
+    callback = searching(at=[0.3, 0.6], drop=0.02, monitor="quality", monitor_mode="max")
     with pytest.warns(UserWarning, match="no smaller model was found, all layers are dense"):
-        run.fit(model, loader(), loader())
-    _, back = callback.report.points
+        trainer(before, callback, after).fit(model, loader(), loader())
+    bold, back = callback.report.points
+    assert bold.keep < 0.1
     assert back.keep == 1
+    assert "went back to the state of before point 1, of step 5" in back.note
     assert re.search(r"nothing smaller was found: the best of [67] tried", back.note)
     assert not any(isinstance(m, FactoredLinear) for m in model.modules())
-    for key, value in model.state_dict().items():
+    for key, value in after.held["model"].items():
         assert torch.equal(value, before.held["model"][key]), key
-    state = run.optimizers[0].state_dict()["state"]
-    assert state.keys() == before.held["state"].keys()
+    assert after.held["state"].keys() == before.held["state"].keys()
     for index, held in before.held["state"].items():
         for key, value in held.items():
-            assert torch.equal(state[index][key], value), (index, key)
-
-
-class Turn(L.Callback):
-    """From the batch of this step on the model loses whatever is factored."""
-
-    def __init__(self, step: int = 17) -> None:
-        self.step, self.late = step, False
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        self.late = trainer.global_step == self.step
+            assert torch.equal(after.held["state"][index][key], value), (index, key)
 
 
 def test_a_search_that_finds_nothing_says_so_and_leaves_the_model_dense(
@@ -323,13 +318,14 @@ def test_training_that_ends_early_is_judged_too(loader: Make, trainer: Make) -> 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             trainer.should_stop = trainer.global_step == 13
 
-    turn = Turn(12)
-    model = steered(lambda share, _: 0.5 if share < 0.5 and turn.late else 0.0)
+    model = steered(lambda share, trained: 0.5 if share < 1 and trained else 0.0)
     callback = searching(drop=0.1, monitor="quality", monitor_mode="max")
-    trainer(turn, Stop(), callback).fit(model, loader(), loader())
+    trainer(Stop(), callback).fit(model, loader(), loader())
     assert [point.step for point in callback.report.points] == [9, 13]
-    assert [point.keep > 0.5 for point in callback.report.points] == [False, True]
     assert "went back" in callback.report.points[1].note
+    # what is told of the end is of the model that the run ends with
+    assert callback.report.final["quality"] == 1
+    assert callback.report.final == callback.report.points[1].metrics["after"]
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -452,6 +448,7 @@ def test_a_second_fit_goes_on_with_what_the_first_has_found(loader: Make, traine
         ({"keep": "car"}, r"keep is a share such as 0.3, a list of them, or 'auto'; got 'car'"),
         ({"method": "kronecker"}, r"method='kronecker' would solve anew for each"),
         ({"keep_measured": True}, r"leave keep_measured out"),
+        ({"measure_layers": True}, r"others where keep='auto' goes back; leave it out"),
         ({"shared": True}, r"shared=True has untied its weights by then; leave shared out"),
         ({"at": []}, r"at is a list without a point"),
     ],
