@@ -132,7 +132,7 @@ def commands(block: str) -> Iterator[list[str]]:
 
 def check_command(words: list[str]) -> None:
     first, *rest = words
-    if first == "torchrun":
+    if first == "torchrun" and "-m" in words:
         first, *rest = words[words.index("-m") + 1 :]
     if first == "lrcompress":
         check_verb(*rest)
