@@ -28,7 +28,7 @@ def test_the_wheel_holds_the_package_and_what_it_reads(tmp_path: Path) -> None:
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     names = set(ZipFile(wheel).namelist())
     package = ROOT / "lrcompress"
-    wanted = {path for end in ("*.py", "*.html", "py.typed") for path in package.rglob(end)}
+    wanted = {path for end in ("*.py", "*.html", "*.md", "py.typed") for path in package.rglob(end)}
     assert {str(path.relative_to(ROOT)) for path in wanted} <= names
     assert f"lrcompress-{lrcompress.__version__}.dist-info/licenses/LICENSE" in names
     assert {name.split("/")[0] for name in names} == {

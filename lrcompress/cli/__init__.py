@@ -14,6 +14,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]   (or lrcompress --vers
              lrcompress bench FOLDER [FOLDER] --shapes 32x128,1x32
   report     write the page of a run, or of several side by side:
              lrcompress report RUN [RUN ...] --out PAGE
+  guide      print a page of the guide, or what pages there are:
+             lrcompress guide [TOPIC]
 
 A recipe is a LightningCLI file with trainer, model and data; every key of it can be given on
 the command line too, and what comes later wins. `lrcompress VERB --help` lists all of them.
@@ -55,6 +57,7 @@ from lrcompress import __version__
 from lrcompress.callbacks import Factorize, WholeCheckpointIO, factor_checkpoint
 from lrcompress.cli.bench import bench
 from lrcompress.cli.export import export
+from lrcompress.cli.guide import guide
 from lrcompress.cli.plan import print_plan
 from lrcompress.cli.report import report
 from lrcompress.distill import Distilled
@@ -64,7 +67,7 @@ from lrcompress.report.formatting import PLAIN
 from lrcompress.structure.checkpoint import read_checkpoint
 
 EXPECTED = (LRCompressError, MisconfigurationException, OSError)  # need no traceback
-WITHOUT_TRAINER = {"bench": bench, "export": export, "report": report}
+WITHOUT_TRAINER = {"bench": bench, "export": export, "guide": guide, "report": report}
 ONE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 ONE_CPU |= {"precision": None, "plugins": None}
 UNASKED = ("Seed set to", "GPU available", "TPU available", "HPU available", "💡 Tip")

@@ -20,6 +20,13 @@ class _Parser(argparse.ArgumentParser):
         raise RecipeError(f"{message}; {self.format_usage().strip()}")
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("lrcompress report", allow_abbrev=False)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="report.json or its folder")
+    parser.add_argument("--out", type=Path, help="the page to write")
+    return parser
+
+
 def report(options: list[str]) -> None:
     """Write a page and print a table of the reports of some runs.
 
@@ -30,10 +37,7 @@ def report(options: list[str]) -> None:
         RecipeError: if an option is wrong.
         ReportError: if a report cannot be read, or its run reached no point.
     """
-    parser = _Parser("lrcompress report", allow_abbrev=False)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="report.json or its folder")
-    parser.add_argument("--out", type=Path, help="the page to write")
-    given = parser.parse_args(options)
+    given = _parser().parse_args(options)
     reports = {name: Report.load(path) for name, path in _named(given.runs).items()}
     for name, one in reports.items():
         if not one.points:

@@ -1,6 +1,6 @@
 """Every method on every architecture: what works, how, and what is refused with which reason.
 
-``python -m tests.architectures.matrix`` writes the table into the README.
+``python -m tests.architectures.matrix`` writes the table into the guide.
 """
 
 import copy
@@ -30,7 +30,7 @@ from lrcompress.structure.selection import select
 
 from .models import MODELS, batch_for, made
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "lrcompress" / "guide" / "models.md"
 BEGIN, END = "<!-- architectures -->", "<!-- end of architectures -->"
 # What a user may have to add, in the order in which it is tried.
 WAYS: Mapping[str, dict[str, Any]] = {
@@ -158,7 +158,7 @@ def dsee(architecture: str, extra: dict[str, Any]) -> nn.Module:
     return model
 
 
-# A method more is a line more here, and a column more in the README.
+# A method more is a line more here, and a column more in the guide.
 PLAIN = ("LoSparse", "FactorizeEmbedding", "DSEE")  # they never ask for more
 METHODS: Mapping[str, Callable[[str, dict[str, Any]], nn.Module]] = {
     "svd": factorized("svd"),
@@ -232,7 +232,7 @@ def stays(architecture: str) -> dict[str, str]:
 
 
 def table(cells: Mapping[tuple[str, str], tuple[str, str]]) -> str:
-    """The table and the reasons, as they stand in the README."""
+    """The table and the reasons, as they stand in the guide."""
     lines = [f"| | {' | '.join(f'`{method}`' for method in METHODS)} |"]
     lines.append("|---" * (len(METHODS) + 1) + "|")
     notes: dict[str, list[str]] = {}
@@ -248,18 +248,18 @@ def table(cells: Mapping[tuple[str, str], tuple[str, str]]) -> str:
     return "\n".join([*lines, "", *told])
 
 
-def in_readme() -> str:
-    return README.read_text().split(BEGIN)[1].split(END)[0].strip()
+def in_guide() -> str:
+    return PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
 
 
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     tf.logging.disable_progress_bar()
     cells = {(one, method): cell(one, method) for one in MODELS for method in METHODS}
-    text = README.read_text()
+    text = PAGE.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{table(cells)}\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(cells)}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that the README speaks of, and a batch for each."""
+"""Tiny random models of every architecture that the guide speaks of, and a batch for each."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The README's table of architectures and methods is what runs give."""
+"""The guide's table of architectures and methods is what runs give."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lrcompress.statistics.capture import Recorder
 from lrcompress.structure.plan import Plan
 from lrcompress.structure.selection import select
 
-from .matrix import METHODS, cell, in_readme, table
+from .matrix import METHODS, cell, in_guide, table
 from .models import MODELS, batch_for, made
 
 FOUND: dict[tuple[str, str], tuple[str, str]] = {}
@@ -20,16 +20,16 @@ FOUND: dict[tuple[str, str], tuple[str, str]] = {}
 @pytest.mark.parametrize("architecture", MODELS)
 def test_each_method_trains_compresses_saves_and_reloads(architecture: str, method: str) -> None:
     FOUND[architecture, method] = cell(architecture, method)
-    row = next(line for line in in_readme().splitlines() if line.startswith(f"| {architecture} |"))
+    row = next(line for line in in_guide().splitlines() if line.startswith(f"| {architecture} |"))
     told = row.strip("| ").split(" | ")[1:][list(METHODS).index(method)]
     assert FOUND[architecture, method][0] == told, FOUND[architecture, method][1]
 
 
-def test_the_table_in_the_readme_is_what_was_found() -> None:
+def test_the_table_in_the_guide_is_what_was_found() -> None:
     every = {(one, method) for one in MODELS for method in METHODS}
     if every > FOUND.keys():
         pytest.skip("only some of the cells were run")
-    assert in_readme() == table(FOUND), "python -m tests.architectures.matrix"
+    assert in_guide() == table(FOUND), "python -m tests.architectures.matrix"
 
 
 @pytest.mark.parametrize("part", ["", ".down_proj"])

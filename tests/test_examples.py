@@ -1,0 +1,75 @@
+"""The example scripts, run for a few steps on small models, each after the one it builds on."""
+
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import lrcompress
+from lrcompress.structure.plan import Plan
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a script in this process, in a folder of its own; return what it printed."""
+
+    def runs(script: str, *options: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        runpy.run_path(str(RECIPES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return runs
+
+
+def test_a_module_of_ones_own_trains_in_two_processes_and_is_served(
+    launch: Callable[..., list[str]], run: Run, tiny_bert: Path, tmp_path: Path
+) -> None:
+    few = ["--model", str(tiny_bert), "--rows", "128", "--steps", "4", "--out", "own"]
+    spread = ["--strategy", "ddp", "--devices", "2"]
+    script = tmp_path / "script.py"
+    lines = ["import runpy, sys", f"sys.argv[1:] = {few + spread!r}"]
+    lines.append(f"runpy.run_path({str(RECIPES / 'own_module.py')!r}, run_name='__main__')")
+    script.write_text("\n".join(lines))
+    first, second = launch(script, 2)
+    assert "what was lost and gained" in first
+    assert "val_accuracy" in first
+    assert "lost and gained" not in second
+    assert len(Plan.of(lrcompress.load_pretrained(tmp_path / "own"))) > 0
+    report = json.loads((tmp_path / "own" / "report.json").read_text())
+    assert report["points"][0]["observed"]["tokens"] > 0
+
+    told = run("serve_onnx.py", "own", "a film", "a very dull film")
+    assert "the largest difference to the model is" in told
+    assert re.findall(r"class \d: (.*)", told) == ["a film", "a very dull film"]
+
+
+def test_a_language_model_is_compressed_and_healed(
+    tiny_bert: Path, run: Run, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    ends = {"bos_token_id": 2, "eos_token_id": 3}
+    config = GPT2Config(vocab_size=len(tokenizer), **sizes, **ends)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "train.txt").write_text("a very good film, and a very dull movie.\n" * 100)
+    few = ["--text", "train.txt", "--length", "32", "--blocks", "16", "--steps", "12"]
+    told = run("language_model.py", "gpt2", *few, "--out", "out")
+    dense, cut, healed = (float(line.rpartition(" ")[2]) for line in told.splitlines())
+    assert min(dense, cut, healed) > 1
+    assert "0.6 kept" in told or "0.60 kept" in told
+    assert len(Plan.of(lrcompress.load_pretrained(tmp_path / "out"))) > 0
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_starts_with_its_command(path: Path) -> None:
+    assert f"python recipes/{path.name}" in path.read_text().split('"""')[1]
