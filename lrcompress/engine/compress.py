@@ -36,6 +36,7 @@ from lrcompress.engine.kronecker_shapes import (
 )
 from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
 from lrcompress.engine.observation import Loss, observe_batches
+from lrcompress.engine.refit import Masks, Passes, Refit
 from lrcompress.engine.settings import Settings, check_device, check_present
 from lrcompress.errors import SettingError
 from lrcompress.nn import LowRankLinear, PivotedLinear
@@ -43,12 +44,13 @@ from lrcompress.objective import METHODS
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import Sizes
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.masks import MASK, MaskSource
+from lrcompress.statistics.masks import MASK, MaskSource, batch_decoder_mask, batch_mask
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
 from lrcompress.structure.feed_forward import Blocks
 from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
 from lrcompress.structure.selection import Selection
+from lrcompress.structure.transaction import all_or_nothing
 
 PIVOTED = "stored as pivoted rows, rank·(out + in − rank) parameters a layer"
 TRAINED = "trained as balanced factors; as such they take {} parameters more"
@@ -155,6 +157,7 @@ def factor_(
     forward_context: Context = nullcontext,
     blocks: Blocks | None = None,
     train_balanced: bool = False,
+    passes: Passes | None = None,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -176,6 +179,7 @@ def factor_(
         train_balanced: put balanced factors in place even where pivoted rows are to be stored:
             :func:`~lrcompress.engine.factored_layers.store_pivoted_` turns them at the end. Sizes
             in the record are those of pivoted rows.
+        passes: of the model, for ``settings.refit``.
 
     Returns:
         What was done, layer by layer.
@@ -186,11 +190,12 @@ def factor_(
         ShapeError: if a size in ``shapes`` does not divide its layer's.
         ObservationError: if a layer was never seen.
         NotFiniteError: if a statistic or a weight is not finite.
-        SettingError: if the budget cannot be met.
+        SettingError: if the budget cannot be met, or there are no passes to refit on.
 
     Cost:
         One symmetric eigendecomposition of the smaller side per layer, and its products; twice
-        that for sums of Kronecker products.
+        that for sums of Kronecker products. With ``refit`` that of
+        :meth:`~lrcompress.engine.refit.Refit.run_`, and the dense weights stay until the end.
     """
     started = time.perf_counter()
     names = settings.select(model).names
@@ -231,8 +236,14 @@ def factor_(
         rows, first = pivoted[name] and not train_balanced, measured[name].first
         put_factors(model, name, chosen[name], first, found, held, pivoted=rows)
 
-    with narrowing.narrowed_(widths, held) as records:
-        reached = install_factors_(model, solutions, chosen, put, held)
+    refit = Refit.before(model, names, settings, passes, processes)
+    with (
+        all_or_nothing(model, names, held) if refit else nullcontext(),
+        narrowing.narrowed_(widths, held) as records,
+    ):
+        reached = install_factors_(model, solutions, chosen, put, held, away=refit is None)
+        if refit:
+            refit.run_(narrowing.pairs(widths))
     records |= {
         c.name: measured[c.name].record(
             c.name,
@@ -250,10 +261,11 @@ def factor_(
     after, bytes_after = _as_stored(now, saved := saved_by_pivoting(model, later))
     notes = [choice.missed, narrowing.note(widths), PIVOTED if any(pivoted.values()) else ""]
     notes += [TRAINED.format(f"{now[0] - after:,}")] if saved else []
+    notes += [refit.note] if refit else []
     return PointRecord(
         settings.method,
         step,
-        [records[name] for name in names],
+        [_noted(records[name], refit) for name in names],
         before,
         after,
         statistics.figures(),
@@ -262,6 +274,13 @@ def factor_(
         bytes_after=bytes_after,
         note="; ".join(filter(None, notes)),
     )
+
+
+def _noted(record: LayerRecord, refit: Refit | None) -> LayerRecord:
+    why = refit.left_alone.get(record.name) if refit else None
+    if why is None:
+        return record
+    return replace(record, note="; ".join(filter(None, (record.note, f"not refitted: {why}"))))
 
 
 def _as_stored(sizes: tuple[int, int], saved: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
@@ -314,7 +333,8 @@ def compress(
     Args:
         model: changed in place; on any device, or spread over several.
         batches: whatever ``loss`` understands, on the model's device; one pass is made over all
-            of them, none where the method needs no statistics (``svd``).
+            of them, none where the method needs no statistics (``svd``), and with ``refit`` some
+            more: an iterator, which can be gone through once, is refused then.
         loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
             predicted tokens, a scalar.
         mask: where a batch has its padding mask: a key, an index or a function of the batch, as
@@ -358,6 +378,9 @@ def compress(
     check_device("offload", offload)
     for argument, where in (("offload", offload), ("solve_device", chosen.solve_device)):
         check_present(argument, where)
+    passes = None
+    if chosen.refit is not None:
+        passes = Passes(batches, loss, lambda batch: _masks(batch, mask))
     recorder = Recorder(
         model,
         names,
@@ -371,4 +394,9 @@ def compress(
         given: dict[str, Any] = {"mask": mask, "examples": examples}
         given["find_blocks"] = chosen.narrow_blocks
         blocks = observe_batches(recorder, model, batches, loss, **given)
-    return factor_(model, recorder.statistics, chosen, blocks=blocks)
+    return factor_(model, recorder.statistics, chosen, blocks=blocks, passes=passes)
+
+
+def _masks(batch: Any, mask: MaskSource) -> Masks:
+    found, missing = batch_mask(batch, mask, "compress")
+    return found, None if mask is None else batch_decoder_mask(batch), missing

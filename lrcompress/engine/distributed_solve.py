@@ -282,6 +282,8 @@ def install_factors_(
     ranks: Mapping[str, int],
     put: Callable[[str, Found | None], None],
     optimizers: Sequence[Optimizer],
+    *,
+    away: bool = True,
 ) -> dict[str, tuple[float, float]]:
     """Replace layers by their factors, the same in all processes.
 
@@ -292,6 +294,7 @@ def install_factors_(
         put: puts what was found for a layer in its place; where another process has found it,
             a layer of the same structure, whose values and optimizer state are sent.
         optimizers: whose parameters and state follow.
+        away: move what was replaced to the CPU; otherwise it stays as it is.
 
     Returns:
         The relative and the squared error of each layer's factors.
@@ -315,7 +318,7 @@ def install_factors_(
                     broadcast_layers_(
                         model, {name: solutions.owner[name] for name in part}, optimizers, processes
                     )
-            if put_away is not None:
+            if put_away is not None and away:
                 put_away(turn)
     return reached
 
