@@ -1,7 +1,8 @@
 """Blocks of a model run one by one: in which order, what each of them is given, and once more.
 
 Everything is found by running the model with hooks. Blocks follow each other in a chain where each
-is given the very tensor that the one before returned; there the model itself need not run again.
+is given the very tensor that the one before returned; there the model itself need not run again. A
+layer that is a block by itself is a chain by itself.
 """
 
 from collections import Counter
@@ -130,7 +131,9 @@ def _ordered(block_of: Mapping[str, str], look: "_Look") -> Order:
     followed = {block for name, block in block_of.items() if name not in alone}
     chains: list[list[str]] = []
     for block in (x for x in look.order if x in followed):
-        if chains and look.follows.get(block) == chains[-1][-1]:
+        before = chains[-1][-1] if chains else block
+        # a layer by itself may read features that are narrowed elsewhere
+        if look.follows.get(block) == before and not {block, before} & block_of.keys():
             chains[-1].append(block)
         else:
             chains.append([block])

@@ -159,11 +159,7 @@ class Refit:
         """
         if settings.refit is None:
             return None
-        if processes.sharded:
-            raise SettingError(
-                "refit runs blocks one by one on whole layers, of which each process has only a "
-                "part under FSDP2; leave it out, or use strategy='ddp'"
-            )
+        check_whole(processes)
         if passes is None:
             raise SettingError("refit solves layers for what batches give, and there are none")
         layers = Before.of(model, names)
@@ -198,7 +194,9 @@ class Refit:
                 follows = number > 0 or bool(order.left_alone)
                 streams = self._everywhere(partial(self._streams, chain, follows))
                 for block in chain:
-                    self._refit_block_(block, order.stages[block], streams)
+                    gave = self._refit_block_(block, order.stages[block], streams)
+                    if block != chain[-1]:
+                        self._go_on_(block, streams, gave)
             broadcast_layers_(self.model, dict.fromkeys(changed, 0), (), self.processes)
 
     @property
@@ -216,7 +214,14 @@ class Refit:
         if batch is None:
             raise ObservationError("refit: there are no batches to refit on")
         with standing_in(self.model, self.dense):
-            return find_order(self.model, changed, lambda: self.passes.run(self.model, batch))
+            return find_order(self.model, changed, partial(self._run, batch))
+
+    def _run(self, batch: Any) -> None:
+        """Run the model on a batch, with the same random numbers each time."""
+        devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng([*devices]):
+            torch.manual_seed(0)
+            self.passes.run(self.model, batch)
 
     def _everywhere(self, work: Callable[[], Any]) -> Any:
         """Return what this process's work gives; if it fails in one process, fail in all."""
@@ -233,10 +238,7 @@ class Refit:
         """
         found = []
         for batch in self.passes.batches:
-
-            def run(batch: Any = batch) -> object:
-                return self.passes.run(self.model, batch)
-
+            run = partial(self._run, batch)
             with standing_in(self.model, self.dense):
                 dense = calls_of(self.model, chain, run)
             own = dense
@@ -252,17 +254,21 @@ class Refit:
 
     def _refit_block_(
         self, block: str, stages: Sequence[Sequence[str]], streams: Sequence[_Streams]
-    ) -> None:
+    ) -> list[object]:
+        """Refit the layers of a block, and return what it gives in the dense model, by batch."""
         wanted = [[x for x in stage if self._reader(x) is not None] for stage in stages]
         every = [name for stage in wanted for name in stage]
         with standing_in(self.model, self.dense):
-            gave = self._everywhere(lambda: self._dense_inputs(block, every, streams))
+            gave = self._everywhere(partial(self._dense_inputs, block, every, streams))
         for stage in filter(None, wanted):
             self._refit_stage_(block, stage, streams, [read for read, _ in gave])
-        for one, (_, output) in zip(streams, gave, strict=True):
-            with self._pending_dense():
+        return [output for _, output in gave]
+
+    def _go_on_(self, block: str, streams: Sequence[_Streams], gave: Sequence[object]) -> None:
+        with self._pending_dense():
+            for one, output in zip(streams, gave, strict=True):
                 _, own = inputs_of(self.model, block, one.of(block)[1], (), whole=True)
-            one.hidden = output, own
+                one.hidden = output, own
 
     def _dense_inputs(
         self, block: str, names: Sequence[str], streams: Sequence[_Streams]
@@ -293,7 +299,7 @@ class Refit:
             for total in sums[name].sums:
                 self.processes.all_reduce_(total)
             self._everywhere(partial(self._set_, name, sums[name]))
-            self.tokens = max(self.tokens, int(sums[name].count))
+            self.tokens = max(self.tokens, int(sums[name].count.sum()))
 
     def _add_(
         self,
@@ -305,7 +311,7 @@ class Refit:
         """Add what layers of a block read in all batches; return those that read other tokens."""
         faults: dict[str, str] = {}
         masks = map(self.passes.masks, self.passes.batches)
-        for one, dense, mask in zip(streams, read, masks, strict=True):
+        for number, (one, dense, mask) in enumerate(zip(streams, read, masks, strict=True)):
             call = one.of(block)[1]
             with self._pending_dense():
                 own, _ = inputs_of(self.model, block, call, sums)
@@ -315,7 +321,7 @@ class Refit:
                     faults[name] = "it does not read the tokens that its block is given"
                     continue
                 tokens = real.of(name, x, call)
-                sums[name].add_(tokens.of(dense[name]), tokens.of(x))
+                sums[name].add_(tokens.of(dense[name]), tokens.of(x), number)
         return faults
 
     def _reader(self, name: str) -> Tensor | None:
@@ -349,6 +355,19 @@ class Refit:
             layer.weight.copy_(left)
         if old is not None and new is not None:
             old.copy_(new)
+
+
+def check_whole(processes: Processes) -> None:
+    """Check that parameters are whole.
+
+    Raises:
+        SettingError: if each process has only a part of them.
+    """
+    if processes.sharded:
+        raise SettingError(
+            "refit runs blocks one by one on whole layers, of which each process has only a part "
+            "under FSDP2; leave it out, or use strategy='ddp'"
+        )
 
 
 def _reads_others(dense: Tensor, own: Tensor, call: Call) -> bool:

@@ -1,11 +1,13 @@
 """The left factor against its definition: least squares on the tokens themselves."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError
-from lrcompress.solvers.left_factor import Normal
+from lrcompress.solvers.left_factor import RIDGES, Normal
 
 OUT, IN, RANK, TOKENS = 5, 7, 3, 40
 
@@ -124,3 +126,61 @@ def test_inputs_may_be_chosen_by_number() -> None:
     found, _ = equations(weight, kept, x, own, 0.5).solve(weight[:, kept])
     wanted, _ = equations(weight, chosen, x, own, 0.5).solve(weight[:, kept])
     torch.testing.assert_close(found, wanted)
+
+
+# The ridge
+
+
+def centred(x: Tensor, bias: bool) -> Tensor:
+    return x - x.mean(0) if bias else x
+
+
+def ridge_solution(wanted: Tensor, z: Tensor, left: Tensor, ridge: float, bias: bool) -> Tensor:
+    """Least squares with a row for every column of the left factor that would stay."""
+    if math.isinf(ridge):
+        return left
+    wanted, z = centred(wanted, bias), centred(z, bias)
+    pull = ridge**0.5 * z.norm(dim=0).diag()
+    both = torch.cat([z, pull]), torch.cat([wanted, pull @ left.mT])
+    return torch.linalg.lstsq(*both).solution.mT
+
+
+def by_halves(
+    wanted: list[Tensor], z: list[Tensor], left: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """The definition: every ridge is tried on either half; returns the left factor and the bias."""
+    lost = dict.fromkeys(RIDGES, 0.0)
+    for ridge in RIDGES:
+        for one, other in ((0, 1), (1, 0)):
+            found = ridge_solution(wanted[one], z[one], left, ridge, bias)
+            error = centred(wanted[other], bias) - centred(z[other], bias) @ found.mT
+            lost[ridge] += float(error.square().sum())
+    best = min(lost, key=lost.__getitem__)
+    target, read = torch.cat(wanted), torch.cat(z)
+    found = ridge_solution(target, read, left, best, bias)
+    return found, target.mean(0) - found @ read.mean(0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("noise", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ridge_is_the_one_that_is_best_on_the_other_half(
+    noise: float, seed: int, bias: bool
+) -> None:
+    torch.manual_seed(seed)
+    weight, _, right, x, own = a_case(12)
+    left = weight @ torch.linalg.pinv(right)
+    x = own + noise * torch.randn_like(own)
+    sums, offset = Normal(weight, right, 1.0), torch.randn(OUT, dtype=torch.float64)
+    for number in range(4):
+        part = slice(3 * number, 3 * number + 3)
+        sums.add_(x[part], own[part], number)
+    halves = [torch.cat([torch.arange(6) % 3 + 6 * (torch.arange(6) // 3) + 3 * i]) for i in (0, 1)]
+    z, target = own @ right.mT, x @ weight.mT + (offset if bias else 0)
+    wanted = by_halves([target[i] for i in halves], [z[i] for i in halves], left, bias)
+
+    found, moved = sums.solve(left, offset if bias else None)
+
+    torch.testing.assert_close(found, wanted[0])
+    if bias:
+        torch.testing.assert_close(moved, wanted[1])
