@@ -11,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from lrcompress.callbacks import reporting, trainer_state
+from lrcompress.callbacks.kept_batches import check_training_step, training_passes
 from lrcompress.callbacks.memory import footprint_of
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.scheduled import CompressionCallback
@@ -20,6 +21,7 @@ from lrcompress.engine.compress import factor_, preview
 from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.engine.kronecker_shapes import check_layers
 from lrcompress.engine.narrow_blocks import check_sharding
+from lrcompress.engine.refit import check_whole
 from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
@@ -99,6 +101,9 @@ class Factorize(CompressionCallback):
         solve_device: Where layers are solved at a point, ``cpu`` where the accelerator is slow in
             float64 or short of memory; by default where each layer lies.
         refit_bias: Let biases take up the mean error, where the method knows the inputs.
+        refit: At each point, solve left factors anew for what the compressed layers before them
+            give, this share of the target from a layer's inputs before it; not under FSDP2.
+        refit_tokens: On so many tokens, of the latest observed batches.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         shared: Also factor layers used in several places, and untie tied weights.
         keep_measured: Leave layers as they are whose factors of the rank they would get are not
@@ -175,6 +180,8 @@ class Factorize(CompressionCallback):
         deal: bool | None = None,
         solve_device: str | None = None,
         refit_bias: bool = True,
+        refit: float | None = None,
+        refit_tokens: int = 8192,
         shrink: tuple[float, float] = (0.0, 0.1),
         shared: bool = False,
         keep_measured: bool = False,
@@ -209,6 +216,7 @@ class Factorize(CompressionCallback):
                 narrow_blocks=narrow_blocks,
                 storage=storage,
                 refit_bias=refit_bias,
+                refit=refit,
                 shrink=shrink,
                 shared=shared,
                 keep_measured=keep_measured,
@@ -237,6 +245,7 @@ class Factorize(CompressionCallback):
             mask=mask,
             offload=offload,
             deal=deal,
+            refit_tokens=None if refit is None else refit_tokens,
             owner=type(self).__name__,
         )
         super().__init__(
@@ -316,6 +325,9 @@ class Factorize(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if any(one.narrow_blocks for one in self.settings):
             check_sharding(self._processes)
+        if self.sampling.refit_tokens:
+            check_whole(self._processes)
+            check_training_step(pl_module)
         if self._processes.sharded and self.measure_layers:
             raise PlatformError(
                 "measure_layers=True puts layers back in turn, of which each process has only a "
@@ -359,6 +371,7 @@ class Factorize(CompressionCallback):
             forward_context=trainer.precision_plugin.forward_context,
             blocks=self._observation.blocks,
             train_balanced=True,
+            passes=training_passes(trainer, module, self._observation.kept, self.sampling.mask),
         )
         self._sync_structure(trainer, module)
         record.metrics = {"before": before, "after": {}}
