@@ -13,16 +13,18 @@ from typing_extensions import override
 
 from lrcompress.callbacks import reporting, trainer_state
 from lrcompress.callbacks.auto_keep import AutoKeepCallback
+from lrcompress.callbacks.kept_batches import check_training_step, training_passes
 from lrcompress.callbacks.memory import footprint_of
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.plan_preview import plan_preview
 from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.callbacks.search_settings import check_free, points_and_keeps, search_of
-from lrcompress.callbacks.sensitivity import DenseLayers
+from lrcompress.callbacks.sensitivity import DenseLayers, check_measurable
 from lrcompress.callbacks.warmup import check_warmup
 from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.engine.kronecker_shapes import check_layers
 from lrcompress.engine.narrow_blocks import check_sharding
+from lrcompress.engine.refit import check_whole
 from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
@@ -104,6 +106,9 @@ class Factorize(AutoKeepCallback):
         solve_device: Where layers are solved at a point, ``cpu`` where the accelerator is slow in
             float64 or short of memory; by default where each layer lies.
         refit_bias: Let biases take up the mean error, where the method knows the inputs.
+        refit: At each point, solve left factors anew for what the compressed layers before them
+            give, this share of the target from a layer's inputs before it; not under FSDP2.
+        refit_tokens: On so many tokens, of the latest observed batches.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
         shared: Also factor layers used in several places, and untie tied weights.
         keep_measured: Leave layers as they are whose factors of the rank they would get are not
@@ -188,6 +193,8 @@ class Factorize(AutoKeepCallback):
         deal: bool | None = None,
         solve_device: str | None = None,
         refit_bias: bool = True,
+        refit: float | None = None,
+        refit_tokens: int = 8192,
         shrink: tuple[float, float] = (0.0, 0.1),
         shared: bool = False,
         keep_measured: bool = False,
@@ -226,6 +233,7 @@ class Factorize(AutoKeepCallback):
                 narrow_blocks=narrow_blocks,
                 storage=storage,
                 refit_bias=refit_bias,
+                refit=refit,
                 shrink=shrink,
                 shared=shared,
                 keep_measured=keep_measured,
@@ -237,16 +245,8 @@ class Factorize(AutoKeepCallback):
         self._search = search_of(
             keep, self.settings[0], drop, monitor, monitor_mode, max_trials, verbose=verbose
         )
-        if self._search is not None and measure_layers:
-            raise SettingError(
-                "measure_layers=True puts back the dense layers of a point, which are others where "
-                "keep='auto' goes back; leave it out, or give keep as a number"
-            )
-        if narrow_blocks and measure_layers:
-            raise SettingError(
-                "measure_layers=True puts dense layers back one by one, which do not fit between "
-                "those of a narrowed block; leave it or narrow_blocks out"
-            )
+        if measure_layers:
+            check_measurable(searched=self._search is not None, narrow_blocks=narrow_blocks)
         if len(points) > 1 and METHODS[method].form != "low_rank":
             raise SettingError(
                 f"method={method!r} factors dense layers, which they are at the first point "
@@ -262,6 +262,7 @@ class Factorize(AutoKeepCallback):
             mask=mask,
             offload=offload,
             deal=deal,
+            refit_tokens=None if refit is None else refit_tokens,
             owner=type(self).__name__,
         )
         super().__init__(
@@ -343,6 +344,9 @@ class Factorize(AutoKeepCallback):
         super().setup(trainer, pl_module, stage)
         if any(one.narrow_blocks for one in self.settings):
             check_sharding(self._processes)
+        if self.sampling.refit_tokens:
+            check_whole(self._processes)
+            check_training_step(pl_module)
         if self._processes.sharded and self.measure_layers:
             raise PlatformError(
                 "measure_layers=True puts layers back in turn, of which each process has only a "
@@ -372,21 +376,18 @@ class Factorize(AutoKeepCallback):
 
     @override
     def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
-        settings, seen = self.settings[self._stage], self._observation
-        names = settings.select(module).names
+        seen, names = self._observation, self.settings[self._stage].select(module).names
         self._dense = DenseLayers(module, names) if self.measure_layers else None
         if self._search is None:
             before = trainer_state.run_validation(trainer) if self.validate else {}
             solved = self._solve(trainer, module, seen.statistics, seen.owner, seen.blocks)
-            record = solved.install_(solved.choose(), trainer.optimizers, now)
+            passes = training_passes(trainer, module, seen.kept, self.sampling.mask)
+            record = solved.install_(solved.choose(), trainer.optimizers, now, passes)
             self._sync_structure(trainer, module)
             record.metrics = {"before": before, "after": {}}
         else:
             record = self._search_keep(trainer, module, now)
-        if self._observation.owner is not None:
-            count = self._processes.size
-            dealt = f"each layer was observed by one of {count} processes, on its own batches"
-            record.note = "; ".join(filter(None, (record.note, dealt)))
+        record.note = "; ".join(filter(None, (record.note, seen.dealt)))
         self.report.points.append(record)
         if record.search is None or record.search.chosen is not None:
             self._warm_up(self.restart_steps, self.restart_scale)

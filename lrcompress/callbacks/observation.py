@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrcompress.callbacks.kept_batches import KeptBatches
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings, check_device
@@ -46,6 +47,7 @@ class Sampling:
         offload: the device the sums live on.
         deal: whether each of several processes observes some of the layers, or all of them
             and adds up; None deals from 1 GiB of statistics on.
+        refit_tokens: of how many tokens the latest batches are kept, by all processes together.
         of_tables: statistics of embedding tables that ``kinds`` may also name.
 
     Raises:
@@ -61,6 +63,7 @@ class Sampling:
     mask: MaskSource = None
     offload: str | None = None
     deal: bool | None = False
+    refit_tokens: int | None = None
     of_tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,11 +75,16 @@ class Sampling:
                     f"nearest: {nearest(kind, KINDS, 1)}"
                 )
         check_fisher(self.fisher)
-        for name in ("every_n_steps", "max_tokens"):
+        for name in ("every_n_steps", "max_tokens", "refit_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise SettingError(f"{name} must be a whole number from 1, got {value!r}")
         check_device("offload", self.offload)
+        if self.refit_tokens and not self.kinds:
+            raise SettingError(
+                "refit needs batches of observed steps, and the method observes none; use 'drone', "
+                "or give also_observe=['input_moment']"
+            )
 
 
 class Observation:
@@ -103,7 +111,16 @@ class Observation:
         self._everything: Recorder | None = None  # of all layers, where only some are observed
         self.owner: dict[str, int] | None = None  # which process observes a layer, if one alone
         self.blocks: Blocks | None = None  # of the model, where they are to be found
+        self.kept = KeptBatches(-(-(sampling.refit_tokens or 0) // processes.size))
         self._trace: BlockTrace | None = None
+
+    @property
+    def dealt(self) -> str:
+        """Who has observed a layer, in words, where that was one process alone; or ""."""
+        if self.owner is None:
+            return ""
+        count = self.processes.size
+        return f"each layer was observed by one of {count} processes, on its own batches"
 
     @property
     def observing(self) -> bool:
@@ -206,6 +223,7 @@ class Observation:
         self.statistics, self._recorder, self._tap = Statistics(), None, None
         self._loaded = self._everything = self.owner = self.blocks = self._trace = None
         self._folded = (0, 0)
+        self.kept.clear()
 
     def due(self, ahead: int, window: int) -> bool:
         """Return whether to observe a step that is ``ahead`` steps before the point."""
@@ -251,6 +269,8 @@ class Observation:
         """
         self._trial = trial
         mask, missing = batch_mask(batch, self.sampling.mask, self.sampling.owner)
+        if self.kept.limit and not trial:
+            self.kept.hold(batch, mask, self.statistics.steps)
         # now, for a training step may take its labels out of a batch
         self._terms, self._labelled = batch_terms(batch), labelled_terms(batch) is not None
         decoder = None if self.sampling.mask is None else batch_decoder_mask(batch)
@@ -298,6 +318,7 @@ class Observation:
         if self._trace is not None:
             self._trace.forget()
         self._step.close()
+        self.kept.settle(self.statistics.steps)
 
     def drop_step(self) -> None:
         """Remove all hooks of a step that was interrupted; no more of it is added."""
@@ -345,7 +366,8 @@ class Observation:
         where they are, and the first returns copies of all.
         """
         blocks = {} if self.blocks is None else {"blocks": self.blocks.to_dict()}
-        return self._sums() | blocks
+        kept = {"kept": self.kept.state(self.processes)} if self.kept.limit else {}
+        return self._sums() | blocks | kept
 
     def _sums(self) -> dict[str, Any]:
         if self._loaded is not None:  # nothing was observed since
@@ -370,6 +392,7 @@ class Observation:
         Sums stay in the file's tensors until :meth:`watch` knows which layers are this process's.
         """
         self.blocks = Blocks.from_dict(state["blocks"]) if "blocks" in state else None
+        self.kept.load(state.get("kept", ()), self.processes)
         steps, tokens = state["folded"]
         sides = (state["statistics"][side].values() for side in ("inputs", "outputs"))
         self._held = {kind for side in sides for sums in side for kind in sums} if steps else None

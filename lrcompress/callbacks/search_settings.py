@@ -77,6 +77,8 @@ def _check_settings(settings: Settings) -> None:
         )
     elif settings.keep_measured:
         reason = "tries sizes without measuring speed; leave keep_measured out"
+    elif settings.refit is not None:
+        reason = "tries sizes as they are solved, and refit= would change them after; leave it out"
     elif settings.shared:
         reason = (
             "may go back to the dense model, and shared=True has untied its weights by then; leave "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.callbacks import trainer_state
+from lrcompress.errors import SettingError
 from lrcompress.report.record import LayerRecord
 from lrcompress.report.summary import loss_name
 from lrcompress.statistics.views import view
@@ -77,3 +78,21 @@ def _swap_(module: nn.Module, name: str, layer: nn.Module, bias: Tensor | None) 
     own = view(layer).bias
     if own is not None and bias is not None:
         own.copy_(bias)
+
+
+def check_measurable(*, searched: bool, narrow_blocks: bool) -> None:
+    """Check that each layer can be replaced alone, between dense ones.
+
+    Raises:
+        SettingError: where ``keep`` is searched for, or blocks may be narrowed.
+    """
+    if searched:
+        raise SettingError(
+            "measure_layers=True puts back the dense layers of a point, which are others where "
+            "keep='auto' goes back; leave it out, or give keep as a number"
+        )
+    if narrow_blocks:
+        raise SettingError(
+            "measure_layers=True puts dense layers back one by one, which do not fit between "
+            "those of a narrowed block; leave it or narrow_blocks out"
+        )

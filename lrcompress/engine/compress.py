@@ -15,6 +15,7 @@ from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.factored_layers import keep_lower_ranks
 from lrcompress.engine.kronecker_shapes import KroneckerShapes, check_layers, term_parameters
 from lrcompress.engine.observation import Loss, observe_batches
+from lrcompress.engine.refit import Masks, Passes
 from lrcompress.engine.settings import Settings, check_device, check_present
 from lrcompress.engine.solved_model import candidates, parameters_of, solve_model
 from lrcompress.errors import SettingError
@@ -23,7 +24,7 @@ from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import Sizes
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsCapture, check_fisher
-from lrcompress.statistics.masks import MASK, MaskSource
+from lrcompress.statistics.masks import MASK, MaskSource, batch_decoder_mask, batch_mask
 from lrcompress.statistics.moments import Statistics
 from lrcompress.structure.feed_forward import Blocks
 from lrcompress.structure.parameter_counts import replaced_sizes
@@ -76,6 +77,7 @@ def factor_(
     forward_context: Context = nullcontext,
     blocks: Blocks | None = None,
     train_balanced: bool = False,
+    passes: Passes | None = None,
 ) -> PointRecord:
     """Replace the targeted layers of ``model`` by factored ones, from statistics.
 
@@ -97,6 +99,7 @@ def factor_(
         train_balanced: put balanced factors in place even where pivoted rows are to be stored:
             :func:`~lrcompress.engine.factored_layers.store_pivoted_` turns them at the end. Sizes
             in the record are those of pivoted rows.
+        passes: of the model, for ``settings.refit``.
 
     Returns:
         What was done, layer by layer.
@@ -107,11 +110,12 @@ def factor_(
         ShapeError: if a size in ``shapes`` does not divide its layer's.
         ObservationError: if a layer was never seen.
         NotFiniteError: if a statistic or a weight is not finite.
-        SettingError: if the budget cannot be met.
+        SettingError: if the budget cannot be met, or there are no passes to refit on.
 
     Cost:
         One symmetric eigendecomposition of the smaller side per layer, and its products; twice
-        that for sums of Kronecker products.
+        that for sums of Kronecker products. With ``refit`` that of
+        :meth:`~lrcompress.engine.refit.Refit.run_`, and the dense weights stay until the end.
     """
     solved = solve_model(
         model,
@@ -124,7 +128,7 @@ def factor_(
         blocks=blocks,
         train_balanced=train_balanced,
     )
-    return solved.install_(solved.choose(), optimizers, step)
+    return solved.install_(solved.choose(), optimizers, step, passes)
 
 
 def compress(
@@ -150,7 +154,8 @@ def compress(
     Args:
         model: changed in place; on any device, or spread over several.
         batches: whatever ``loss`` understands, on the model's device; one pass is made over all
-            of them, none where the method needs no statistics (``svd``).
+            of them, none where the method needs no statistics (``svd``), and with ``refit`` some
+            more: an iterator, which can be gone through once, is refused then.
         loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
             predicted tokens, a scalar.
         mask: where a batch has its padding mask: a key, an index or a function of the batch, as
@@ -200,6 +205,9 @@ def compress(
     check_device("offload", offload)
     for argument, where in (("offload", offload), ("solve_device", chosen.solve_device)):
         check_present(argument, where)
+    passes = None
+    if chosen.refit is not None:
+        passes = Passes(batches, loss, lambda batch: _masks(batch, mask))
     recorder = Recorder(
         model,
         names,
@@ -215,4 +223,9 @@ def compress(
         if fisher == "model" and method.needs_gradients:
             given["logits"] = LogitsCapture(model, logits)
         blocks = observe_batches(recorder, model, batches, loss, **given)
-    return factor_(model, recorder.statistics, chosen, blocks=blocks)
+    return factor_(model, recorder.statistics, chosen, blocks=blocks, passes=passes)
+
+
+def _masks(batch: Any, mask: MaskSource) -> Masks:
+    found, missing = batch_mask(batch, mask, "compress")
+    return found, None if mask is None else batch_decoder_mask(batch), missing

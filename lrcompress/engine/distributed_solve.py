@@ -282,6 +282,8 @@ def install_factors_(
     ranks: Mapping[str, int],
     put: Callable[[str, Found | None], None],
     optimizers: Sequence[Optimizer],
+    *,
+    away: bool = True,
 ) -> dict[str, tuple[float, float]]:
     """Replace layers by their factors, the same in all processes.
 
@@ -292,6 +294,7 @@ def install_factors_(
         put: puts what was found for a layer in its place; where another process has found it,
             a layer of the same structure, whose values and optimizer state are sent.
         optimizers: whose parameters and state follow.
+        away: move what was replaced to the CPU; otherwise it stays as it is.
 
     Returns:
         The relative and the squared error of each layer's factors.
@@ -300,7 +303,7 @@ def install_factors_(
     sharded = solutions.processes.sharded
     guard = None if sharded else all_or_nothing(model, ranks, optimizers)
     with guard or nullcontext() as put_away:
-        return _install_(model, solutions, ranks, put, optimizers, put_away)
+        return _install_(model, solutions, ranks, put, optimizers, put_away if away else None)
 
 
 @contextmanager

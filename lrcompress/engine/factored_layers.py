@@ -147,8 +147,8 @@ def _set_factors_(
     """Give ``new`` its values, and return how ``layer``'s optimizer state carries over."""
     old = view(layer)
     if metric.mean is not None and old.bias is not None:
-        lost = double(old.weight)
-        lost -= factors.product().to(lost)
+        whole = double(old.weight)  # the weight itself, where that is in float64
+        lost = factors.product().to(whole).neg_().add_(whole)
         old.bias.add_((lost @ metric.mean.to(lost)).to(old.bias))
     if isinstance(new, PivotedLinear):
         assert isinstance(factors, Factors)

@@ -149,6 +149,10 @@ class SolvedBlocks:
             self._narrow_({down: k for down, k in widths.items() if k is not None}, optimizers)
             yield records
 
+    def pairs(self, widths: Mapping[str, int | None]) -> dict[str, tuple[str, ...]]:
+        """Return what reads the features of blocks that are narrowed, to what gives them."""
+        return {down: self.blocks[down].ups for down, k in widths.items() if k is not None}
+
     def note(self, widths: Mapping[str, int | None]) -> str:
         """Return how many blocks are narrowed, in words, or ""; after it."""
         narrow = [k for k in widths.values() if k is not None]

@@ -38,6 +38,9 @@ class Settings:
             factors of ``rank·(out + in)`` parameters, or ``"pivoted"`` rows of
             ``rank·(out + in − rank)``, by which ranks are higher at the same ``keep``.
         refit_bias: let the bias take up the mean error, where the input moment is known.
+        refit: once layers are compressed, solve their left factors anew for the inputs that the
+            compressed layers before them give: this share of the target comes from the dense
+            model's inputs, the rest from their own; None leaves factors as they were chosen.
         shrink: shares of their mean diagonal mixed into the input and the output metric.
         shared: also factor layers used in several places, and untie tied weights.
         keep_measured: leave layers as they are whose factors are not faster on this machine.
@@ -62,6 +65,7 @@ class Settings:
     narrow_blocks: bool = False
     storage: str = "balanced"
     refit_bias: bool = True
+    refit: float | None = None
     shrink: tuple[float, float] = (0.0, 0.1)
     shared: bool = False
     keep_measured: bool = False
@@ -94,6 +98,7 @@ class Settings:
         check_device("solve_device", self.solve_device)
         self._check_measured()
         self._check_form(method.form)
+        self._check_refit(method.form)
         if self.narrow_blocks:
             self._check_narrow()
 
@@ -142,6 +147,19 @@ class Settings:
             raise SettingError(
                 f"keep_measured measures low-rank factors, which method {self.method!r} does not "
                 "have; leave it out"
+            )
+
+    def _check_refit(self, form: str) -> None:
+        share = self.refit
+        if share is None:
+            return
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 <= share <= 1:
+            raise SettingError(f"refit must be a share from 0 to 1, such as 0.5, got {share!r}")
+        if form != "low_rank":
+            raise SettingError(
+                f"refit solves left factors anew, which method {self.method!r} does not make; "
+                "leave it out"
             )
 
     def _check_measured(self) -> None:

@@ -31,15 +31,16 @@ from lrcompress.engine.factored_layers import (
 )
 from lrcompress.engine.kronecker_shapes import by_layer, check_layers, solver_for
 from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
+from lrcompress.engine.refit import Passes, Refit
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import SettingError
 from lrcompress.nn import LowRankLinear, PivotedLinear
-from lrcompress.report.record import PointRecord, sum_or_none
+from lrcompress.report.record import LayerRecord, PointRecord, sum_or_none
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
 from lrcompress.structure.feed_forward import Blocks
 from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
-from lrcompress.structure.transaction import undone
+from lrcompress.structure.transaction import all_or_nothing, undone
 
 PIVOTED = "stored as pivoted rows, rank·(out + in − rank) parameters a layer"
 TRAINED = "trained as balanced factors; as such they take {} parameters more"
@@ -219,7 +220,11 @@ class SolvedModel:
 
     @torch.no_grad()
     def install_(
-        self, sizes: Sizes | None, optimizers: Iterable[Optimizer] = (), step: int | None = None
+        self,
+        sizes: Sizes | None,
+        optimizers: Iterable[Optimizer] = (),
+        step: int | None = None,
+        passes: Passes | None = None,
     ) -> PointRecord:
         """Replace the layers, and return what was done, layer by layer.
 
@@ -230,6 +235,10 @@ class SolvedModel:
             sizes: of the layers; None leaves all of them alone.
             optimizers: whose parameters and state follow.
             step: for the record.
+            passes: of the model, for ``settings.refit``.
+
+        Raises:
+            SettingError: if there are no passes to refit on.
         """
         started, model, chosen = time.perf_counter(), self.model, _factored(sizes)
         sizes = sizes or self.standing
@@ -240,9 +249,15 @@ class SolvedModel:
         stood = replaced_sizes(model, self.names)
         stood |= {name: stood[name] - fewer for name, (fewer, _) in saved.items()}
         held = tuple(optimizers)
-        with self.narrowing.narrowed_(sizes.widths, held) as records:
-            put = self._putting(sizes, held)
-            reached = install_factors_(model, self.solutions, chosen, put, held)
+        refit = Refit.before(model, self.names, self.settings, passes, self.processes)
+        with (
+            all_or_nothing(model, self.names, held) if refit else nullcontext(),
+            self.narrowing.narrowed_(sizes.widths, held) as records,
+        ):
+            given = model, self.solutions, chosen, self._putting(sizes, held), held
+            reached = install_factors_(*given, away=refit is None)
+            if refit:
+                refit.run_(self.narrowing.pairs(sizes.widths))
         records |= {
             c.name: self.solutions.measured[c.name].record(
                 c.name,
@@ -261,10 +276,11 @@ class SolvedModel:
         pivoted = PIVOTED if any(self.pivoted.values()) else ""
         notes = [sizes.choice.missed, self.narrowing.note(sizes.widths), pivoted]
         notes += [TRAINED.format(f"{now[0] - after:,}")] if saved else []
+        notes += [refit.note] if refit else []
         return PointRecord(
             self.settings.method,
             step,
-            [records[name] for name in self.names],
+            [_noted(records[name], refit) for name in self.names],
             before,
             after,
             self.statistics.figures(),
@@ -286,6 +302,13 @@ class SolvedModel:
             put_factors(self.model, name, rank, first, found, optimizers, pivoted=rows)
 
         return put
+
+
+def _noted(record: LayerRecord, refit: Refit | None) -> LayerRecord:
+    why = refit.left_alone.get(record.name) if refit else None
+    if why is None:
+        return record
+    return replace(record, note="; ".join(filter(None, (record.note, f"not refitted: {why}"))))
 
 
 def _factored(sizes: Sizes | None) -> dict[str, int]:

@@ -449,6 +449,7 @@ def test_a_second_fit_goes_on_with_what_the_first_has_found(loader: Make, traine
         ({"method": "kronecker"}, r"method='kronecker' would solve anew for each"),
         ({"keep_measured": True}, r"leave keep_measured out"),
         ({"measure_layers": True}, r"others where keep='auto' goes back; leave it out"),
+        ({"refit": 0.5}, r"tries sizes as they are solved, and refit= would change them after; "),
         ({"shared": True}, r"shared=True has untied its weights by then; leave shared out"),
         ({"at": []}, r"at is a list without a point"),
     ],

@@ -216,3 +216,12 @@ def test_factors_that_an_embedding_shares_stay_as_they_are() -> None:
     assert isinstance(model["head"], LowRankLinear)
     assert store_pivoted_(model) == []
     assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_weight_that_was_replaced_is_as_it_was(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    weights = [model[i].weight for i in (0, 2)]
+    before = [weight.detach().clone() for weight in weights]
+    squeezed(model, [x.to(dtype) for x in data()], keep=0.5)
+    assert all(map(torch.equal, weights, before))
