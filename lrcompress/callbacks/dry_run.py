@@ -15,7 +15,7 @@ from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.engine.settings import Settings
 from lrcompress.engine.solved_model import solve_model
 from lrcompress.errors import ObservationError, SettingError
-from lrcompress.report.record import MeasuredKeep
+from lrcompress.report.keep_curves import MeasuredKeep
 from lrcompress.statistics.moments import Statistics
 
 # By name: of both Lightnings, and of the command line's own. What only shows or saves.

@@ -12,7 +12,8 @@ from lrcompress.engine.settings import Settings
 from lrcompress.engine.solved_model import candidates
 from lrcompress.errors import SettingError
 from lrcompress.objective import LOW_RANK
-from lrcompress.report.record import PredictedLoss, sum_or_none
+from lrcompress.report.keep_curves import PredictedLoss
+from lrcompress.report.record import sum_or_none
 from lrcompress.statistics.moments import Statistics
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)

@@ -17,15 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from lrcompress.report.keep_curves import MeasuredKeep, PredictedLoss
 from lrcompress.report.layer_groups import block_number, by_layer_type, is_in_block
-from lrcompress.report.record import (
-    Curve,
-    LayerRecord,
-    MeasuredKeep,
-    PointRecord,
-    PredictedLoss,
-    Report,
-)
+from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
 
 COLOURS = {
     "ink": "#1d1d21",

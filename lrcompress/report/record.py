@@ -417,45 +417,6 @@ def with_value(curve: Curve, step: int, value: float, gap: float) -> Curve:
     return (*(curve[:-1] if crowded or again else curve), (step, value))
 
 
-@dataclass(frozen=True)
-class PredictedLoss:
-    """Predicted loss and error of one method at one ``keep``.
-
-    Attributes:
-        method: a key of :data:`lrcompress.objective.METHODS`.
-        keep: parameters that remain / parameters before, over the targeted layers.
-        error: mean of the layers' relative errors in the method's metric; None if the layers'
-            least ranks take more than ``keep`` leaves.
-        predicted_loss: increase of the loss; None also where the metric does not know it.
-    """
-
-    method: str
-    keep: float
-    error: float | None
-    predicted_loss: float | None
-
-
-@dataclass(frozen=True)
-class MeasuredKeep:
-    """What a model gives at one ``keep`` without retraining.
-
-    Attributes:
-        keep: that was asked for; 1.0 is the model as it was.
-        kept: parameters that remain / parameters before, over the targeted layers.
-        parameters: of the whole model.
-        predicted_loss: increase of the loss; None where the metric does not know it.
-        figures: of a validation.
-        seconds: that the validation took.
-    """
-
-    keep: float
-    kept: float
-    parameters: int
-    predicted_loss: float | None
-    figures: dict[str, float]
-    seconds: float
-
-
 def sum_or_none(values: Iterable[float | None]) -> float | None:
     """Return the sum, or None if a part of it is unknown.
 

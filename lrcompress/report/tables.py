@@ -8,15 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lrcompress.report.formatting import change, count, number, share
+from lrcompress.report.keep_curves import MeasuredKeep, PredictedLoss
 from lrcompress.report.layer_groups import by_layer_type
-from lrcompress.report.record import (
-    LayerRecord,
-    MeasuredKeep,
-    PointRecord,
-    PredictedLoss,
-    Report,
-    sum_or_none,
-)
+from lrcompress.report.record import LayerRecord, PointRecord, Report, sum_or_none
 from lrcompress.report.summary import summary, trials
 
 WIDTH = 130  # columns that the widest table needs

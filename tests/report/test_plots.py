@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from lrcompress.report import LayerRecord, Report
+from lrcompress.report.keep_curves import PredictedLoss
 from lrcompress.report.plots import Plot, loss_curves_figure, pixels, plots
-from lrcompress.report.record import PredictedLoss
 
 from .conftest import factorized, pruned
 
