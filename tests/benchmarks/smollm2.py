@@ -8,7 +8,7 @@ its blocks are factored by ``kfac`` with global ranks, from statistics of 48 × 
 training text; figures are perplexities of 16 × 512 tokens of the test text. The statistics are
 kept in a file (``--statistics``) for the next call: some ten minutes of one core the first time,
 then about two a figure. ``--refit`` solves left factors anew on windows of the same training text.
-Its anchor was chosen by ``--held-out``: figures are of 16 windows of training text then, which
+Anchors are to be compared by ``--held-out``: figures are of 16 windows of training text then, which
 neither statistics nor refitting have seen.
 """
 
