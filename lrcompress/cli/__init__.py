@@ -19,7 +19,6 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]   (or lrcompress --vers
 A recipe is a LightningCLI file with trainer, model and data; every key of it can be given on
 the command line too, and what comes later wins. `lrcompress VERB --help` lists all of them.
 
-  lrcompress fit --config recipe.yaml
   lrcompress fit --config recipe.yaml --model.path bert-base-uncased --trainer.max_epochs 1
 Faults of the recipe end with exit code 2, other errors with 1; LRCOMPRESS_DEBUG=1 shows where.
 """
