@@ -218,6 +218,18 @@ def test_sentences_are_short(page: Path) -> None:
             assert len(sentence.split()) <= 35, sentence
 
 
+def test_messages_in_troubleshooting_are_those_of_the_package() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "lrcompress").rglob("*.py"))
+    source = re.sub(r"\{[^{}\n]*\}", "…", re.sub(r'"\s*\n\s*f?"', "", text))
+    page = prose(FOLDER / "troubleshooting.md").replace("\n", " ")
+    told = re.findall(r"  `([^`]+)`[^`]*?:", page)
+    parts = [part.strip(" ,") for message in told for part in message.split("…")]
+    torchs = {"Missing key(s) in state_dict"}
+    assert len(parts) > 20
+    missing = {*parts} - torchs - {part for part in parts if part in source}
+    assert not missing, sorted(missing)
+
+
 def test_the_figure_and_its_data_are_those_of_the_table() -> None:
     folder = ROOT / "tests" / "benchmarks"
     drawn = runpy.run_path(str(folder / "figure.py"))["drawn"]

@@ -12,10 +12,8 @@ usage: lrcompress VERB --config RECIPE [--KEY VALUE ...]   (or lrcompress --vers
              lrcompress export CKPT FOLDER --config RECIPE
   bench      measure time, memory and size of a model, beside another or its dense form:
              lrcompress bench FOLDER [FOLDER] --shapes 32x128,1x32
-  report     write the page of a run, or of several side by side:
-             lrcompress report RUN [RUN ...] --out PAGE
-  guide      print a page of the guide, or what pages there are:
-             lrcompress guide [TOPIC]
+  report     write the page of a run, or of several: lrcompress report RUN [RUN ...] --out PAGE
+  guide      print a page of the guide: lrcompress guide [TOPIC]
 
 A recipe is a LightningCLI file with trainer, model and data; every key of it can be given on
 the command line too, and what comes later wins. `lrcompress VERB --help` lists all of them.

@@ -220,6 +220,7 @@ def test_help_is_short_and_names_every_verb(capsys: pytest.CaptureFixture[str]) 
         "  fit        train as the recipe says, and compress on the way",
         "  validate   run once over the validation data",
         "  test       run once over the test data",
+        "  guide      print a page of the guide: lrcompress guide [TOPIC]",
         "  plan       print which layers the recipe would replace, without training",
         "  lrcompress fit --config recipe.yaml",
     ):
