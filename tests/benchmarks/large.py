@@ -1,4 +1,4 @@
-"""Compress a Llama-type model of 1.2 billion parameters in float32, and tell time and memory.
+"""Compress a Llama-type model of 1.1 billion parameters in float32, and tell time and memory.
 
     python tests/benchmarks/large.py [--layers 16] [--threads 2]
 
