@@ -197,7 +197,7 @@ def test_a_checkpoint_is_factored_between_two_fits_on_the_device(
     torch.save({"state_dict": state, "pytorch-lightning_version": "2.6"}, tmp_path / "dense.ckpt")
     reports, states = [], []
     for where in ("vgpu:1", "cpu"):
-        callback = lrcompress.Factorize(keep=0.5, **device.QUIET)
+        callback = lrcompress.Factorize(0.5, verbose=False, validate=False, report_path=None)
         loader = device.Loader(device.sentences(4))
         out = tmp_path / f"{where}.ckpt"
         given = (tmp_path / "dense.ckpt", out, Seen(), loader, callback)

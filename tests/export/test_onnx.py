@@ -22,8 +22,6 @@ from .test_torch_export import bert, example, other
         ("llama", "low_rank"),
         ("bert", "kronecker"),
         ("bert", "pivoted"),
-        ("gpt2", "pivoted"),
-        ("gpt2", "narrow"),
         ("llama", "narrow"),
     ],
 )

@@ -18,6 +18,7 @@ from lrcompress.structure.plan import LayerPlan, Plan
 
 SIZES = {
     "low_rank": {"rank": 2},
+    "pivoted": {"rank": 2},
     "low_rank_sparse": {"rank": 2, "rows": 2},
     "kronecker": {"terms": 2, "first_out": 2, "first_in": 3},
     "updated": {"rank": 2, "entries": 3, "heads": 2, "masked": 1},
