@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lrcompress import __version__
+from lrcompress.callbacks.reporting import warning_if_fails
 from lrcompress.report.formatting import duration
 
 _SOURCES = ("name", "config", "train")  # arguments of a data module that say where it is from
@@ -19,11 +20,20 @@ _SOURCES = ("name", "config", "train")  # arguments of a data module that say wh
 def describe_run(trainer: pl.Trainer, module: nn.Module, started: float) -> dict[str, str]:
     """Return what was run, where, by which versions, and how long it took.
 
+    What cannot be told is left out, with a warning: it is only shown.
+
     Args:
         trainer: at the end of its fit.
         module: that was trained.
         started: when the fit began, in seconds of ``time.time``.
     """
+    found: dict[str, str] = {}
+    with warning_if_fails("describe the run in its report"):
+        found |= _described(trainer, module, started)
+    return found
+
+
+def _described(trainer: pl.Trainer, module: nn.Module, started: float) -> dict[str, str]:
     steps = f"{trainer.global_step:,} steps in {duration(time.time() - started)}"
     where = f"{trainer.world_size} × {trainer.accelerator.__class__.__name__}"
     found = {

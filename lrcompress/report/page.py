@@ -19,7 +19,7 @@ from lrcompress.report.headline import headline
 from lrcompress.report.layer_groups import common_path
 from lrcompress.report.plots import COLOURS, Plot, plots
 from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
-from lrcompress.report.summary import Summary, summary, trials
+from lrcompress.report.summary import PREDICTED, PREDICTED_NOTE, Summary, summary, trials
 
 _DARK = {
     "ink": "#ececf1",
@@ -55,12 +55,6 @@ _MEANING = {
     "classifiers that have fitted their data",
     "measured change": "measured change: of the validation loss, with this layer alone replaced",
 }
-
-
-_PREDICTED = (
-    "predicted change of loss: of the training loss an example, by which ranks are chosen; right "
-    "for small cuts near a minimum, too small for large cuts"
-)
 
 
 @dataclass(frozen=True)
@@ -112,8 +106,8 @@ def _measured_alone(
     found: Summary,
 ) -> tuple[list[tuple[str, list[str]]], list[str]]:
     """Return the rows and notes of a summary without predictions, which stand at the points."""
-    rows = [row for row in found.rows if not row[0].startswith("predicted")]
-    notes = [note for note in found.notes if not note.startswith("predicted")]
+    rows = [row for row in found.rows if row[0] != PREDICTED]
+    notes = [note for note in found.notes if note != PREDICTED_NOTE]
     return rows, notes
 
 
@@ -183,8 +177,8 @@ def _scalars(point: PointRecord) -> Table:
     rows.append(("seconds it took", ["", number(point.seconds)]))
     notes = []
     if point.predicted_loss is not None:
-        rows.append(("predicted change of loss", ["", change(point.predicted_loss)]))
-        notes.append(_PREDICTED)
+        rows.append((PREDICTED, ["", change(point.predicted_loss)]))
+        notes.append(PREDICTED_NOTE)
     return Table("", ("before", "after"), rows, notes)
 
 

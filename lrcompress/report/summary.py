@@ -7,6 +7,11 @@ from typing import Any
 from lrcompress.report.formatting import change, mebibytes, number, share
 from lrcompress.report.record import PointRecord, Report
 
+PREDICTED = "predicted change of loss"
+PREDICTED_NOTE = (
+    "predicted: of the training loss, for small cuts near a minimum; large cuts lose more"
+)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -44,9 +49,7 @@ def summary(report: Report) -> Summary:
         notes.append(f"{dense} of the targeted layers are left dense")
     notes += [point.note for point in report.points if point.note]
     if any(point.predicted_loss is not None for point in points):
-        notes.append(
-            "predicted: of the training loss, for small cuts near a minimum; large cuts lose more"
-        )
+        notes.append(PREDICTED_NOTE)
     return Summary(columns, found.rows, notes)
 
 
@@ -122,7 +125,7 @@ def _metrics(found: _Rows, report: Report, last: dict[str, float]) -> None:
         found.add(name, [before.get(name), *(one.get(name) for one in after)], [last.get(name)])
     predicted = [point.predicted_loss for point in points]
     if any(value is not None for value in predicted):
-        found.add("predicted change of loss", [None, *predicted], say=change)
+        found.add(PREDICTED, [None, *predicted], say=change)
     for loss in _losses(before):
         end = last.get(loss)
         found.add(

@@ -62,3 +62,19 @@ def test_a_model_of_transformers_is_named_with_its_source(trainer: Make, loader:
     assert found["model"] == "Task: BertModel, some/folder"
     assert "0 steps in 1 h 1 min" in found["training"]
     assert "data" not in found
+
+
+def test_what_cannot_be_told_ends_no_run(tagger: Make, loader: Make, trainer: Make) -> None:
+    class Strange(torch.nn.Module):
+        @property
+        def name_or_path(self) -> str:
+            raise RuntimeError("not now")
+
+    options: dict[str, Any] = {"verbose": False, "validate": False, "report_path": None}
+    callback = lrcompress.Factorize(0.5, at="step:8", every_n_steps=2, **options)
+    model = tagger()
+    model.strange = Strange()
+    with pytest.warns(UserWarning, match="could not describe the run in its report.*not now"):
+        trainer(callback).fit(model, loader())
+    assert callback.report.points
+    assert not callback.report.about

@@ -152,6 +152,9 @@ def test_the_headline_comes_first_then_what_was_run(whole: Report, tmp_path: Pat
     assert "<details open" not in page
     first_table = page[page.index("<table>") : page.index("</table>")]
     assert "predicted" not in first_table
+    whole.points[0].metrics["before"]["predicted_f1"] = 0.4321  # a metric of one's own stays
+    page = written(whole, tmp_path)
+    assert "predicted_f1" in page[page.index("<table>") : page.index("</table>")]
 
 
 def test_layers_are_named_without_what_all_names_begin_with(whole: Report, tmp_path: Path) -> None:
