@@ -69,7 +69,8 @@ class AutoKeepCallback(CompressionCallback):
         folder = run_folder(trainer)
         return Run(trainer, module, now, self._observation, self._processes, sync, folder)
 
-    def _end_search(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    @override
+    def _end_training(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Judge what the run ends with, and tell what was done where it went back."""
         if self._search is None or not self.report.points:
             return
@@ -118,24 +119,6 @@ class AutoKeepCallback(CompressionCallback):
         super().on_train_start(trainer, pl_module)
         if self._search is not None and not self._is_done:
             self._search.check_metric(trainer)
-
-    @override
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer_state.steps_done(trainer) >= self._total:  # before the last validation
-            self._end_search(trainer, pl_module)
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_search(trainer, pl_module)  # where training ended before its last step
-        super().on_train_end(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -382,19 +382,8 @@ class DSEE(CompressionCallback):
         trainer_state.regroup_parameters_(module, trainer.optimizers, _replaced(groups, stay))
 
     @override
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer_state.steps_done(trainer) >= self._total:  # the last validation sees it merged
-            self._merge(trainer, pl_module)
-
-    def _merge(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _end_training(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Merge the updates."""
         if self._merged or not self.merge or not self._stage:
             return
         if self._stage == len(self.points):
@@ -408,10 +397,9 @@ class DSEE(CompressionCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._merge(trainer, pl_module)  # where training ended before its last step
+        super().on_train_end(trainer, pl_module)
         if self.report.points:
             effective_size.recount_(self.report.points[-1], pl_module)
-        super().on_train_end(trainer, pl_module)
 
     @override
     def preview(self, model: nn.Module) -> RenderableType:

@@ -393,25 +393,9 @@ class Factorize(AutoKeepCallback):
             self._warm_up(self.restart_steps, self.restart_scale)
 
     @override
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer_state.steps_done(trainer) >= self._total:  # before the last validation
-            self._store(trainer, pl_module)
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        self._store(trainer, pl_module)  # where training ended before its last step
-
-    def _store(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Store the layers that were factored in the form asked for, once training is over."""
+    def _end_training(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Store the layers that were factored in the form asked for."""
+        super()._end_training(trainer, module)
         done = [one for one in self.settings[: self._stage] if one.storage == "pivoted"]
         names = {name for one in done for name in one.select(module).names}
         if store_pivoted_(module, names, trainer.optimizers, processes=self._processes):

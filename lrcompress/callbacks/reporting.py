@@ -22,6 +22,7 @@ from lrcompress.report.formatting import printable
 from lrcompress.report.page import write_page
 from lrcompress.report.plots import Plot, pixels, plots
 from lrcompress.report.tables import WIDTH, point_table, summary_table
+from lrcompress.schedules import Point
 from lrcompress.structure.surgery import unknown_state
 
 AUTO = "auto"
@@ -83,6 +84,20 @@ def dropped_state(trainer: pl.Trainer, module: nn.Module, names: Iterable[str]) 
     for one in told:
         rank_zero_warn(f"lrcompress: {one}")
     return "; ".join(told)
+
+
+def warn_of_missed(
+    trainer: pl.Trainer, owner: object, points: Sequence[Point], steps: Sequence[int], done: int
+) -> None:
+    """Warn of the first point that a run has not reached, if there is one.
+
+    Where a finished run was loaded and did not start, there are no steps, and nothing is missed.
+    """
+    if done < len(steps):
+        rank_zero_warn(
+            f"{type(owner).__name__} did not reach point {points[done]}: training ended at step "
+            f"{trainer_state.steps_done(trainer)}, the point was step {steps[done]}"
+        )
 
 
 def tell_point(trainer: pl.Trainer, record: PointRecord, whole: int, *, verbose: bool) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import RenderableType
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -156,7 +155,7 @@ class CompressionCallback(pl.Callback, ABC):
         names = self.settings_at(0).select(pl_module).names
         ddp.check_layers(pl_module, names, self._processes, owner)
         if self._loaded is not None:
-            unfreezing.resume_unfrozen_(trainer, pl_module, self._loaded.get("frozen", ()))
+            unfreezing.resume_unfrozen_(trainer, pl_module, self._loaded.get("frozen"))
             self._resume(pl_module, trainer.optimizers, self._loaded)
             ddp.rebuild_ddp_(trainer)
         if not unfreezing.finetuning_callbacks(trainer):  # else when layers are observed
@@ -338,6 +337,8 @@ class CompressionCallback(pl.Callback, ABC):
             for one in callbacks:
                 if one._next_step is not None and one._next_step <= one._total:
                     one._run_point(trainer, pl_module, one._next_step)
+        if trainer_state.steps_done(trainer) >= self._total:  # before the last validation
+            self._end_training(trainer, pl_module)
 
     def _run_point(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         trainer_state.drop_gradients(module)
@@ -400,8 +401,12 @@ class CompressionCallback(pl.Callback, ABC):
 
     # The end
 
+    def _end_training(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Do what follows the last step, once or more often; all have observed and changed."""
+
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_training(trainer, pl_module)  # where training ended before its last step
         self.report.seconds_per_step |= self._timer.seconds_per_step()
         self.report.finish(trainer_state.steps_done(trainer))
         self.report.about = describe_run(trainer, pl_module, self._timer.started)
@@ -412,13 +417,7 @@ class CompressionCallback(pl.Callback, ABC):
             raise ObservationError(
                 f"{type(self).__name__} factored nothing: the training data has no batches"
             )
-        missed = self.points[self._stage :]
-        if missed and self._point_steps:  # none where a finished run was loaded and did not start
-            rank_zero_warn(
-                f"{type(self).__name__} did not reach point {missed[0]}: training ended at step "
-                f"{trainer_state.steps_done(trainer)}, the point was step "
-                f"{self._point_steps[self._stage]}"
-            )
+        reporting.warn_of_missed(trainer, self, self.points, self._point_steps, self._stage)
         callbacks = self._compression_callbacks(trainer)
         if self is callbacks[-1]:  # all of them have ended
             paths, verbose = [x._report_file for x in callbacks], any(x.verbose for x in callbacks)

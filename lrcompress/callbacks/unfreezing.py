@@ -20,7 +20,9 @@ def frozen_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
-def resume_unfrozen_(trainer: pl.Trainer, module: nn.Module, frozen: Collection[str]) -> None:
+def resume_unfrozen_(
+    trainer: pl.Trainer, module: nn.Module, frozen: Collection[str] | None
+) -> None:
     """Train again what was trained when the checkpoint was written.
 
     ``BaseFinetuning`` freezes its modules at the start of every fit and unfreezes them at the
@@ -30,12 +32,13 @@ def resume_unfrozen_(trainer: pl.Trainer, module: nn.Module, frozen: Collection[
     Args:
         trainer: whose callbacks are asked; without such a callback nothing is done.
         module: as it is in the checkpoint.
-        frozen: names of the parameters that are frozen in the checkpoint.
+        frozen: names of the parameters that are frozen in the checkpoint; None where it does not
+            say, and they are left as they are.
     """
     callbacks = finetuning_callbacks(trainer)
     for callback in callbacks:
         callback.on_fit_start(trainer, module)  # what it does once, and not again after us
-    if callbacks:
+    if callbacks and frozen is not None:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name not in frozen)
 

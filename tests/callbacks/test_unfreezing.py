@@ -131,4 +131,11 @@ def test_what_was_frozen_stays_so(trainer: Make, tmp_path: Path) -> None:
     again = run(ckpt_path=tmp_path / "step=14.ckpt")
     assert not again.head.bias.requires_grad
     assert all(p.requires_grad for p in again.backbone.parameters())
-    assert torch.is_grad_enabled()
+
+    # a checkpoint that does not say what was frozen, as those of before, unfreezes nothing
+    path = tmp_path / "step=14.ckpt"
+    saved = torch.load(path, weights_only=True)
+    (ours,) = (x for name, x in saved["callbacks"].items() if name.startswith("Factorize"))
+    del ours["frozen"]
+    torch.save(saved, path)
+    assert not any(p.requires_grad for p in run(ckpt_path=path).backbone.parameters())
