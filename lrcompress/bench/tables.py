@@ -1,11 +1,13 @@
 """Terminal tables of a benchmark."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lrcompress.bench.decoding import Decoding
 from lrcompress.bench.models import BenchModel
 from lrcompress.bench.record import LayerTime, Run
 from lrcompress.report.tables import plain_table
@@ -13,11 +15,18 @@ from lrcompress.report.tables import plain_table
 _MANY = 6  # names in one warning
 
 
-def bench_table(subjects: Sequence[BenchModel], runs: Sequence[Run], title: str) -> RenderableType:
+def bench_table(
+    subjects: Sequence[BenchModel], runs: Sequence[Run] | Sequence[Decoding], title: str
+) -> RenderableType:
     """Return tables of sizes, of runs and of layers, with a warning about slower layers."""
-    layers = [_layers(runs)] if any(run.layers for run in runs) else []
-    warnings = [Text(line, style="yellow") for run in runs for line in _slower(run)]
-    return Group(Text(title, style="bold"), _sizes(subjects), _runs(runs), *layers, *warnings)
+    head: list[RenderableType] = [Text(title, style="bold"), _sizes(subjects)]
+    decodings = [run for run in runs if isinstance(run, Decoding)]
+    if decodings:
+        return Group(*head, _decodings(decodings))
+    calls = [run for run in runs if isinstance(run, Run)]
+    layers = [_layers(calls)] if any(run.layers for run in calls) else []
+    warnings = [Text(line, style="yellow") for run in calls for line in _slower(run)]
+    return Group(*head, _runs(calls), *layers, *warnings)
 
 
 def _sizes(subjects: Sequence[BenchModel]) -> Table:
@@ -52,6 +61,26 @@ def _runs(runs: Iterable[Run]) -> Table:
                 "" if speed.flops is None else f"{speed.flops / 1e9:.2f}",
                 *gained,
             )
+            where, gained = ["", ""], ["", "", ""]
+    return table
+
+
+def _decodings(runs: Iterable[Decoding]) -> Table:
+    table = plain_table(
+        "tokens after the first, of all rows together; × faster than the last, and as the bytes "
+        "of parameters read promise"
+    )
+    for heading in ("", "rows×prompt", "model"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("first ms", "per s", "peak MiB", "×", "promised", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        gained = [_two(run.faster), _two(run.promised), _two(run.share_of_promised)]
+        where = [run.device, f"{run.batch}×{run.length}"]
+        for name, one in run.models.items():
+            figures = (1e3 * statistics.median(one.first), one.tokens_per_second)
+            peak = f"{one.peak_bytes / 2**20:.0f}"
+            table.add_row(*where, name, *(f"{x:.1f}" for x in figures), peak, *gained)
             where, gained = ["", ""], ["", "", ""]
     return table
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from lrcompress.bench import BenchModel, OnnxModel, Run, TorchModel, compare
+from lrcompress.bench.decoding import Decoding, GeneratingModel, compare_decoding
 from lrcompress.bench.tables import bench_table
 from lrcompress.bench.timing import one_thread
 from lrcompress.errors import (
@@ -49,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--rounds", type=_whole, default=20, help="calls of each, in turns")
     parser.add_argument("--threads", type=_whole, help="of the CPU; by default as torch has it")
+    parser.add_argument(
+        "--decode",
+        type=_whole,
+        metavar="TOKENS",
+        help="generate so many after prompts of --shapes, with a cache: tokens a second",
+    )
     parser.add_argument("--json", type=Path, help="file to write every figure to")
     return parser
 
@@ -102,17 +109,11 @@ def _measure(given: argparse.Namespace) -> None:
     if len({model.onnx is None for model in models}) > 1:
         raise RecipeError("expected two models for torch or two for onnxruntime, got one of each")
     onnx = first.onnx is not None
-    subjects: list[BenchModel] = []
-    runs: list[Run] = []
-    for device in ["cpu"] if onnx else given.devices:
-        for mode in ["onnx"] if onnx else given.modes:
-            for batch, length in given.shapes:
-                torch.compiler.reset()  # a graph of its own for every shape
-                pair = [model.model_to_measure(mode, device) for model in models]
-                inputs = first.inputs(batch, length, device)
-                other = pair[1] if pair[1:] else None
-                runs.append(compare(pair[0], other, inputs, device=device, rounds=given.rounds))
-                subjects = pair
+    if given.decode is not None and (onnx or given.modes != ["eager"]):
+        raise RecipeError("--decode generates with eager models of torch, got ONNX or --modes")
+    subjects: Sequence[BenchModel]
+    runs: list[Run] | list[Decoding]
+    subjects, runs = _calls(models, given) if given.decode is None else _decodings(models, given)
     machine = _machine(given.devices)
     title = f"lrcompress bench: {machine}, {given.dtype}, {given.rounds} rounds"
     # figures that are cut say nothing: a line that is too long for the terminal wraps
@@ -126,6 +127,40 @@ def _measure(given: argparse.Namespace) -> None:
         text = json.dumps(found | {"runs": [run.to_dict() for run in runs]}, indent=1)
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(text + "\n", encoding="utf-8")
+
+
+def _calls(
+    models: Sequence["_Model"], given: argparse.Namespace
+) -> tuple[Sequence[BenchModel], list[Run]]:
+    """Measure one call of each model, in every mode on every device."""
+    onnx = models[0].onnx is not None
+    subjects: list[BenchModel] = []
+    runs = []
+    for device in ["cpu"] if onnx else given.devices:
+        for mode in ["onnx"] if onnx else given.modes:
+            for batch, length in given.shapes:
+                torch.compiler.reset()  # a graph of its own for every shape
+                subjects = [model.model_to_measure(mode, device) for model in models]
+                inputs = models[0].inputs(batch, length, device)
+                other = subjects[1] if subjects[1:] else None
+                runs.append(compare(subjects[0], other, inputs, device=device, rounds=given.rounds))
+    return subjects, runs
+
+
+def _decodings(
+    models: Sequence["_Model"], given: argparse.Namespace
+) -> tuple[Sequence[BenchModel], list[Decoding]]:
+    """Measure how fast each model generates, on every device."""
+    subjects: list[GeneratingModel] = []
+    runs = []
+    for device in given.devices:
+        for batch, length in given.shapes:
+            inputs = models[0].inputs(batch, length, device, given.decode + 1)
+            subjects = [model.model_to_decode(given.decode, device) for model in models]
+            other = subjects[1] if subjects[1:] else None
+            how = {"device": device, "rounds": given.rounds}
+            runs.append(compare_decoding(subjects[0], other, inputs, **how))
+    return subjects, runs
 
 
 class _Model:
@@ -174,8 +209,12 @@ class _Model:
         model = self.model.to(device)
         return TorchModel(self.name, model, self.stored_bytes, compiled=mode == "compiled")
 
-    def inputs(self, batch: int, length: int, device: str) -> dict[str, Tensor]:
-        """Return random tokens without padding.
+    def model_to_decode(self, tokens: int, device: str) -> GeneratingModel:
+        assert self.model is not None
+        return GeneratingModel(self.name, self.model.to(device), tokens, self.stored_bytes)
+
+    def inputs(self, batch: int, length: int, device: str, more: int = 0) -> dict[str, Tensor]:
+        """Return random tokens without padding, where ``more`` follow.
 
         Raises:
             SettingError: if the model reads no tokens, or not so many.
@@ -185,8 +224,11 @@ class _Model:
         if words is None:
             kind = self.config.model_type
             raise SettingError(f"bench makes up token ids, which a {kind} model does not read")
-        if most is not None and length > most:
-            raise SettingError(f"{self.name} reads at most {most} tokens, got length {length}")
+        if most is not None and length + more > most:
+            then = f" and {more} more" if more else ""
+            raise SettingError(
+                f"{self.name} reads at most {most} tokens, got length {length}{then}"
+            )
         ids = torch.randint(words, (batch, length), generator=torch.Generator().manual_seed(0))
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.config.is_encoder_decoder:

@@ -104,3 +104,51 @@ def test_a_graph_is_not_compared_with_a_module(
     tf.AutoConfig.from_pretrained(folder).save_pretrained(tmp_path / "graph")
     assert bench(tmp_path / "graph", folder) == 2
     assert "expected two models for torch or two for onnxruntime" in capsys.readouterr().err
+
+
+@pytest.fixture
+def writer(tiny_bert: Path, tmp_path: Path) -> Path:
+    """A compressed language model of 64 positions."""
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100}
+    ends = {"bos_token_id": 2, "eos_token_id": 3}
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, **ends))
+    name = "transformer.h.0.mlp.c_fc"
+    Plan((LayerPlan(name, "low_rank", {"in": 32, "out": 128, "rank": 5}),)).apply_(model)
+    save_pretrained(model, tmp_path / "writer")
+    return tmp_path / "writer"
+
+
+def test_a_language_model_generates_beside_its_dense_form(
+    writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "bench.json"
+    assert bench(writer, "--decode=6", "--shapes=2x16,1x57", f"--json={record}") == 0
+    found = json.loads(record.read_text())
+    assert [(run["batch"], run["length"]) for run in found["runs"]] == [(2, 16), (1, 57)]
+    for run in found["runs"]:
+        small, dense = run["models"].values()
+        assert dense["read_bytes"] - small["read_bytes"] == 4 * (32 * 128 - 5 * 160)
+        assert run["promised"] == dense["read_bytes"] / small["read_bytes"]
+        assert run["share_of_promised"] == pytest.approx(run["faster"] / run["promised"])
+        assert min(small["tokens_per_second"], small["first_token_seconds"]) > 0
+        assert small["peak_bytes"] > small["read_bytes"]
+    said = capsys.readouterr().out
+    assert "tokens after the first" in said
+    assert "its dense form" in said
+
+
+def test_what_cannot_be_decoded_is_told(
+    folder: Path, writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "graph" / "model.onnx").touch()
+    tf.AutoConfig.from_pretrained(writer).save_pretrained(tmp_path / "graph")
+    for options, code, message in [
+        ([writer, "--decode", "0"], 2, "expected a whole number from 1, got '0'"),
+        ([writer, "--decode=6", "--modes=compiled"], 2, "--decode generates with eager models"),
+        ([tmp_path / "graph", "--decode=6"], 2, "--decode generates with eager models"),
+        ([writer, "--decode=6", "--shapes=1x58"], 1, "at most 64 tokens, got length 58 and 7 more"),
+        ([folder, "--decode=6", "--shapes=1x8"], 1, "BertForSequenceClassification does not"),
+    ]:
+        assert bench(*options) == code, options
+        assert message in capsys.readouterr().err, options
