@@ -49,6 +49,7 @@ def test_every_recipe_is_found() -> None:
         "wikiann_kfac",
         "wikitext2_gpt2_kfac",
         "wikitext2_gpt2_kngpt2",
+        "wikitext2_smollm2_heal",
         "xsum_losparse",
     ]
 
