@@ -36,14 +36,13 @@ def train_(
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.rate)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     model.train()
-    for number, ids in enumerate(texts):
+    for ids in texts:
         output = model(input_ids=ids[None], labels=ids[None], use_cache=False)
         loss = output.loss
         if teacher is not None:
             with torch.no_grad():
                 wanted = teacher(input_ids=ids[None], use_cache=False).logits
             apart = soft_kl_divergence(output.logits, wanted, given.temperature)
-            print(f"step {number}: loss {loss:.3f}, divergence {apart:.3f}", flush=True)
             loss = given.task * loss + (1 - given.task) * apart
         optimizer.zero_grad()
         loss.backward()
