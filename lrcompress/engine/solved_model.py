@@ -35,6 +35,7 @@ from lrcompress.engine.refit import Passes, Refit
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import SettingError
 from lrcompress.nn import LowRankLinear, PivotedLinear
+from lrcompress.objective import few_tokens
 from lrcompress.report.record import LayerRecord, PointRecord, sum_or_none
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
@@ -277,6 +278,8 @@ class SolvedModel:
         notes = [sizes.choice.missed, self.narrowing.note(sizes.widths), pivoted]
         notes += [TRAINED.format(f"{now[0] - after:,}")] if saved else []
         notes += [refit.note] if refit else []
+        inputs = max((c.in_features for c in self.asked), default=0)
+        notes += [few_tokens(self.settings.method, self.statistics.tokens, inputs)]
         return PointRecord(
             self.settings.method,
             step,

@@ -816,6 +816,21 @@ def test_a_setting_outside_what_it_may_be_is_refused(settings: Any, message: str
         Settings(**settings)
 
 
+def test_too_few_tokens_are_told_with_how_many_would_do() -> None:
+    few, enough = ([torch.randn(one, 1, 8) for one in (count,)] for count in (31, 32))
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    given: dict[str, Any] = {"keep": 0.5, "targets": ["*"], "mask": None, "align": 1}
+    for method, told in (("kfac", True), ("drone", True), ("fwsvd", False)):
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        note = compress(copy.deepcopy(model), few, loss, method=method, **given).note
+        assert (note.startswith("31 tokens were observed of layers with up to 8 inputs")) == told
+        assert (note.endswith("observe 64 or more")) == told
+        assert compress(copy.deepcopy(model), enough, loss, method=method, **given).note == ""
+
+
 @each_method
 def test_ranks_are_shared_out_globally_where_the_metric_knows_the_loss(method: str) -> None:
     expected = "global" if METHODS[method].comparable else "uniform"
