@@ -71,7 +71,8 @@ def save_pretrained(
     checked = checked_model(model)
     path, plan = Path(folder), Plan.of(model)
     with _marked(checked, plan):
-        checked.save_pretrained(path, max_shard_size="1000TB")
+        # under the names of the model: transformers cannot join factors with a layer's dense weight
+        checked.save_pretrained(path, max_shard_size="1000TB", save_original_format=False)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     report = Report([report]) if isinstance(report, PointRecord) else report
