@@ -89,6 +89,11 @@ class LanguageModelling(FineTuning):
                 "models take 0, masked ones a share such as 0.15"
             )
         self._check_positions(data, "length")
+        if data.isolated and _mixes_documents(self.model):
+            raise SettingError(
+                f"isolated=True, but a {type(self.model).__name__} does not keep documents in one "
+                "block apart: its logits depend on the document before; set isolated to False"
+            )
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         output = self(batch)
@@ -115,3 +120,20 @@ def _sees_ahead(model: nn.Module) -> bool:
     first = model.eval()(input_ids=pair).logits[:, 0]
     model.train(training)
     return not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def _mixes_documents(model: nn.Module) -> bool:
+    """Return whether a model's logits at a document depend on the one before it in a block."""
+    device = next(model.parameters()).device
+    pair = torch.tensor([[5, 5, 5, 6], [6, 6, 5, 6]], device=device)
+    places = torch.tensor([[0, 1, 0, 1]] * 2, device=device)
+    training = model.training
+    try:
+        one, other = model.eval()(input_ids=pair, position_ids=places, use_cache=False).logits
+    except TypeError:  # it takes no positions
+        return True
+    finally:
+        model.train(training)
+    # what is masked has weights of zero, so that they are equal to rounding however small
+    return bool((one[2:] - other[2:]).abs().max() > 1e-5 * one[2:].abs().max())
