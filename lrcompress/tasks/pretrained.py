@@ -1,24 +1,43 @@
-"""Loading of ``transformers`` models to train, in float32 and in training mode."""
+"""Loading of ``transformers`` models to train, in training mode."""
 
 import logging
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import AutoConfig
 
+from lrcompress.errors import SettingError, nearest
 from lrcompress.tasks.locations import named_source
 
+DType = Literal["float32", "bfloat16", "auto"]
 
-def load_model(kind: Any, folder: str, pretrained: bool) -> Any:
-    """Return a model of a class such as ``AutoModelForCausalLM``, in float32.
+
+def load_model(kind: Any, folder: str, pretrained: bool, dtype: DType = "float32") -> Any:
+    """Return a model of a class such as ``AutoModelForCausalLM``.
 
     It is in training mode; ``from_pretrained`` alone leaves it in evaluation mode.
+
+    Args:
+        kind: the class.
+        folder: as :func:`~lrcompress.tasks.locations.model_folder` gives it.
+        pretrained: whether to load the weights.
+        dtype: of the weights; ``auto`` is that of the files.
+
+    Raises:
+        SettingError: if ``dtype`` is another.
     """
+    if dtype not in get_args(DType):
+        near = nearest(str(dtype), get_args(DType), 1)
+        raise SettingError(
+            f"dtype is one of {', '.join(get_args(DType))}, got {dtype!r}; nearest: {near}"
+        )
     with named_source(folder):
         if pretrained:
-            return kind.from_pretrained(folder, dtype=torch.float32).train()
+            wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+            return kind.from_pretrained(folder, dtype=wanted).train()
         config = AutoConfig.from_pretrained(folder)
-    return kind.from_config(config, dtype=torch.float32).train()
+    own = config.dtype or torch.float32
+    return kind.from_config(config, dtype=own if dtype == "auto" else getattr(torch, dtype)).train()
 
 
 def load_for_fine_tuning(kind: Any, folder: str, pretrained: bool, num_labels: int) -> Any:
