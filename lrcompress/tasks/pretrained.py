@@ -4,10 +4,12 @@ import logging
 from typing import Any, Literal, get_args
 
 import torch
+import transformers
 from transformers import AutoConfig
 
 from lrcompress.errors import SettingError, nearest
-from lrcompress.tasks.locations import named_source
+from lrcompress.export.dense import forget_structure_
+from lrcompress.tasks.locations import named_source, source_arguments
 
 DType = Literal["float32", "bfloat16", "auto"]
 
@@ -34,8 +36,8 @@ def load_model(kind: Any, folder: str, pretrained: bool, dtype: DType = "float32
     with named_source(folder):
         if pretrained:
             wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-            return kind.from_pretrained(folder, dtype=wanted).train()
-        config = AutoConfig.from_pretrained(folder)
+            return _loaded(kind, folder, dtype=wanted).train()
+        config = AutoConfig.from_pretrained(**source_arguments(folder))
     own = config.dtype or torch.float32
     return kind.from_config(config, dtype=own if dtype == "auto" else getattr(torch, dtype)).train()
 
@@ -47,7 +49,7 @@ def load_for_fine_tuning(kind: Any, folder: str, pretrained: bool, num_labels: i
     reported as ``transformers`` does.
     """
     with named_source(folder):
-        config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
+        config = AutoConfig.from_pretrained(**source_arguments(folder), num_labels=num_labels)
     if config.pad_token_id is None:  # decoders classify by the last token that is no padding
         config.pad_token_id = config.eos_token_id
     if not pretrained:
@@ -56,8 +58,8 @@ def load_for_fine_tuning(kind: Any, folder: str, pretrained: bool, num_labels: i
     report = _LoadReport()
     logger.addFilter(report)
     try:
-        model, info = kind.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
+        model, info = _loaded(
+            kind, folder, config=config, dtype=torch.float32, output_loading_info=True
         )
     finally:
         logger.removeFilter(report)
@@ -66,6 +68,19 @@ def load_for_fine_tuning(kind: Any, folder: str, pretrained: bool, num_labels: i
         for record in report.held:
             logger.handle(record)
     return model.train()
+
+
+def _loaded(kind: Any, folder: str, **given: Any) -> Any:
+    """Return what ``from_pretrained`` does, of a GGUF file with weights that may be trained."""
+    source = source_arguments(folder)
+    if "gguf_file" in source and hasattr(transformers, "GgufConfig"):
+        given["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    found = kind.from_pretrained(**source, **given)
+    model = found[0] if isinstance(found, tuple) else found
+    if "gguf_file" in source:  # plain tensors from here on
+        forget_structure_(model)
+        model.is_quantized = False
+    return found
 
 
 class _LoadReport(logging.Filter):

@@ -11,7 +11,7 @@ from lrcompress.errors import SettingError
 from lrcompress.statistics.masks import IGNORED
 from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.fine_tuning import FineTuning, Schedule
-from lrcompress.tasks.locations import model_folder, named_source
+from lrcompress.tasks.locations import model_folder, named_source, source_arguments
 from lrcompress.tasks.pretrained import DType, load_model
 from lrcompress.tasks.sequence_data import SequenceData
 
@@ -79,7 +79,9 @@ class SequenceToSequence(FineTuning):
         self.max_written, self.beams = max_written, beams
         folder = model_folder(path)
         with named_source(path):
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                **source_arguments(folder)
+            )
         self.scores = nn.ModuleDict(
             {stage: ROUGEScore(rouge_keys=tuple(ROUGE)) for stage in ("val", "test")}
         )
