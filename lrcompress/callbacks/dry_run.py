@@ -48,6 +48,8 @@ class _ObserveOnly(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        self.observation = Observation(self.observation.sampling.for_data(data))
         self.observation.watch(pl_module, self._settings)
 
     @override

@@ -70,7 +70,8 @@ class FactorizeEmbedding(CompressionCallback):
         logits: For ``fisher: model``, the name of the submodule that returns the logits.
         mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
             within), an index or a function of the batch. ``~key``: nonzero at padding, as in
-            torch's ``key_padding_mask``. None if nothing is padded.
+            torch's ``key_padding_mask``; ``labels``: -100 where nothing is predicted. None if
+            nothing is padded. The default is the ``statistics_mask`` of a data module that has one.
         offload: Device for the statistics; by default each layer's own.
         restart_steps: Steps after a point over which the learning rate rises again, as a number
             or as a fraction of all steps.

@@ -97,7 +97,8 @@ class Factorize(AutoKeepCallback):
             default the first output with ``.logits``.
         mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
             within), an index or a function of the batch. ``~key``: nonzero at padding, as in
-            torch's ``key_padding_mask``. None if nothing is padded.
+            torch's ``key_padding_mask``; ``labels``: -100 where nothing is predicted. None if
+            nothing is padded. The default is the ``statistics_mask`` of a data module that has one.
         offload: Device for the statistics, ``cpu`` for large models; by default each layer's own.
         deal: With several processes, let each observe some of the layers only, on its own batches:
             memory and time of observing are divided by their number, nothing is summed, and by
@@ -381,7 +382,7 @@ class Factorize(AutoKeepCallback):
         if self._search is None:
             before = trainer_state.run_validation(trainer) if self.validate else {}
             solved = self._solve(trainer, module, seen.statistics, seen.owner, seen.blocks)
-            passes = training_passes(trainer, module, seen.kept, self.sampling.mask)
+            passes = training_passes(trainer, module, seen.kept, seen.sampling.mask)
             record = solved.install_(solved.choose(), trainer.optimizers, now, passes)
             self._sync_structure(trainer, module)
             record.metrics = {"before": before, "after": {}}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from lrcompress.errors import CheckpointError, ObservationError, SettingError, n
 from lrcompress.statistics.batches import batch_terms, labelled_terms, loss_terms
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.fisher import LogitsCapture, add_fisher, check_fisher
-from lrcompress.statistics.masks import MaskSource, batch_decoder_mask, batch_mask, check_mask
+from lrcompress.statistics.masks import (
+    MASK,
+    MaskSource,
+    batch_decoder_mask,
+    batch_mask,
+    check_mask,
+)
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
 from lrcompress.statistics.reduction import (
     all_reduce_,
@@ -85,6 +91,14 @@ class Sampling:
                 "refit needs batches of observed steps, and the method observes none; use 'drone', "
                 "or give also_observe=['input_moment']"
             )
+
+    def for_data(self, data: object) -> "Sampling":
+        """Return these settings with the ``statistics_mask`` of a data module, if it has one.
+
+        It stands in for the default alone: a mask that was chosen stays.
+        """
+        chosen = self.mask != MASK
+        return self if chosen else replace(self, mask=getattr(data, "statistics_mask", MASK))
 
 
 class Observation:

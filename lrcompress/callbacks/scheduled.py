@@ -133,7 +133,8 @@ class CompressionCallback(pl.Callback, ABC):
             self._last = id(trainer)
             compatibility.check_trainer(trainer, type(self).__name__)
             self._processes = ddp.processes_of(trainer)
-            self._observation = Observation(self.sampling, self._processes)
+            sampling = self.sampling.for_data(getattr(trainer, "datamodule", None))
+            self._observation = Observation(sampling, self._processes)
             ddp.check_same_module(pl_module, self._processes)
             self._report_file = reporting.report_file(trainer, self.report_path)
             self._trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

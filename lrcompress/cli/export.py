@@ -25,7 +25,7 @@ from lrcompress.recipe import link_
 from lrcompress.report import Report
 from lrcompress.structure.checkpoint import read_lightning_checkpoint
 from lrcompress.structure.plan import Plan
-from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks.locations import model_folder, source_arguments
 
 FORMATS = ("transformers", "dense", "onnx", "torch-export")
 INT8_FLAG, PIVOTED = "--int8", "--pivoted"
@@ -221,7 +221,7 @@ def _tokenizer(module: LightningModule) -> Any:
     if path is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(model_folder(path))
+        return AutoTokenizer.from_pretrained(**source_arguments(model_folder(path)))
     except (OSError, ValueError):  # a folder with a model alone
         return None
 

@@ -19,12 +19,19 @@ from lrcompress.structure.plan import Plan
 CONFIG, WEIGHTS, RECORD = "config.json", "model.safetensors", "lrcompress.json"
 INDEX = f"{WEIGHTS}.index.json"
 # Entries of a config.json that make transformers fetch or run something, or read other files.
-_REFUSED = re.compile(r"auto_map|custom_\w+|\w+_implementation|transformers_weights|_\w+")
+_REFUSED = re.compile(r"auto_map|custom_\w+|\w+_implementation(_internal)?|transformers_weights")
+_BUILT_IN = ("eager", "sdpa")  # implementations for which nothing is fetched
+# Private entries are for transformers itself to read, whatever a later one makes of them; these
+# with text in them are known to be read by no loading.
+_KNOWN_TEXT = {"_name_or_path", "_model_name_or_path", "__float__"}
 _PLAIN = re.compile(r"[\w-][\w.-]*\.safetensors")
 _REFUSED_FILES = ("adapter_config.json",)
-_SIZE = re.compile(r"num_|n_|_size|_dim|dim$|length|positions|ratio|factor|size$|depth|layers")
+_SIZE = re.compile(
+    r"num_|(^|_)n_|_size|_dim|dim$|length|positions|ratio|factor|size$|depth|layers|channels|hidden"
+)
 _COUNT = re.compile(r"layers?$|blocks?$|depths?$")
 _LEAST = 2**20  # sizes up to it are harmless, however small the file
+_LEAST_COUNT = 2**7  # and so are counts
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def read_folder(folder: str | Path) -> Contents:
     tensors = read_headers(files)
     check_plan(plan, tensors, str(path))
     nbytes = sum(file.stat().st_size for file in files)
-    _check_config(path / CONFIG, config, len(tensors), nbytes)
+    check_config(path / CONFIG, config, len(tensors), nbytes)
     _check_record(path, plan)
     return Contents(path, config, plan, tensors, nbytes)
 
@@ -112,26 +119,43 @@ def _weight_files(path: Path) -> list[Path]:
     return [path / name for name in sorted(names)]
 
 
-def _check_config(path: Path, config: Mapping[str, Any], num_tensors: int, nbytes: int) -> None:
+def check_config(path: Path, config: Mapping[str, Any], num_tensors: int, nbytes: int) -> None:
     """Check that the config is safe to load, and its sizes are possible for the weight files.
 
     Raises:
         CheckpointError: if they are not, or a key could make ``transformers`` run code.
     """
     for key, value in _entries(config):
-        harmless = value is None or (key.startswith("_") and isinstance(value, bool))
-        if _REFUSED.fullmatch(key) and not harmless:
+        if _is_refused(key, value):
             raise CheckpointError(
                 f"{path}: {key!r} is refused, it can make transformers run code or read other "
-                "files; take it out, or load with from_pretrained if you trust the folder"
+                f"files, got {value!r:.80}; if you trust the folder, load it with from_pretrained, "
+                f"or take the entry out and delete {RECORD}, whose checksums would no longer agree"
             )
-        most = num_tensors if _COUNT.search(key) else max(nbytes, _LEAST)
+        most = max(num_tensors, _LEAST_COUNT) if _COUNT.search(key) else max(nbytes, _LEAST)
         sized = _COUNT.search(key) or _SIZE.search(key)
         if sized and isinstance(value, int | float) and not -most <= value <= most:
             raise CheckpointError(
                 f"{path}: {key} is {value}, more than weights of {num_tensors} tensors and "
                 f"{nbytes} bytes can be about"
             )
+
+
+def _is_refused(key: str, value: Any) -> bool:
+    """Return whether an entry of a config could make ``transformers`` run code or read files.
+
+    A private entry without text can name nothing: Gemma 3's ``_sliding_window_pattern`` is a
+    number of the model.
+    """
+    if _REFUSED.fullmatch(key):
+        return not (value is None or value in _BUILT_IN)
+    return key.startswith("_") and key not in _KNOWN_TEXT and _has_text(value)
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and value != ""
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

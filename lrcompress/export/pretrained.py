@@ -71,7 +71,8 @@ def save_pretrained(
     checked = checked_model(model)
     path, plan = Path(folder), Plan.of(model)
     with _marked(checked, plan):
-        checked.save_pretrained(path, max_shard_size="1000TB")
+        # under the names of the model: transformers cannot join factors with a layer's dense weight
+        checked.save_pretrained(path, max_shard_size="1000TB", save_original_format=False)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     report = Report([report]) if isinstance(report, PointRecord) else report
@@ -103,11 +104,17 @@ def checked_model(model: nn.Module) -> PreTrainedModel:
         )
         raise SettingError(f"expected a transformers model, got a {type(model).__name__}; {way}")
     other = getattr(model, "hf_quantizer", None)
-    if other is not None and not isinstance(other, CompressionQuantizer):
+    if not (other is None or isinstance(other, CompressionQuantizer) or _is_unpacked(other)):
         raise SettingError(
             f"the model is quantised by {type(other).__name__}; export it before it is quantised"
         )
     return model
+
+
+def _is_unpacked(quantizer: Any) -> bool:
+    """Return whether it is that of a GGUF file whose weights were all made plain tensors."""
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    return method == "gguf" and not getattr(quantizer, "packed_modules", None)
 
 
 def _is_pretrained(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lrcompress.errors import ObservationError, SettingError, ShapeError
 
 MASK = "attention_mask"
+LABELS = "labels"
 IGNORED = -100  # the label of what is not predicted
 # A key (also of a mapping within: "text.attention_mask"), an index, or a function of the batch.
 MaskSource = str | int | Callable[[Any], Tensor] | None
@@ -26,8 +27,8 @@ def check_mask(mask: object) -> None:
         mask is None or isinstance(mask, str | int) or callable(mask)
     ):
         raise SettingError(
-            "mask is a key of the batch ('attention_mask', '~padding_mask' where nonzero marks "
-            f"padding), an index, a function of the batch, or None; got {mask!r}"
+            "mask is a key of the batch ('attention_mask', 'labels', '~padding_mask' where nonzero "
+            f"marks padding), an index, a function of the batch, or None; got {mask!r}"
         )
 
 
@@ -38,7 +39,7 @@ def batch_mask(batch: Any, mask: MaskSource, owner: str) -> tuple[Tensor | None,
         batch: as the training step gets it.
         mask: its key, a dotted key for a mapping within, its index in a sequence, or a function
             of the batch. ``"~key"`` is a mask whose nonzeros mark padding, as in torch's
-            ``key_padding_mask``.
+            ``key_padding_mask``; ``"labels"`` are those of tokens, -100 where there is none.
         owner: for the reason.
 
     Returns:
@@ -47,6 +48,10 @@ def batch_mask(batch: Any, mask: MaskSource, owner: str) -> tuple[Tensor | None,
     Raises:
         ObservationError: if what is found is no tensor.
         SettingError: if ``mask`` is none of these.
+
+    Example:
+        >>> batch_mask({"labels": torch.tensor([[-100, 0, 7]])}, "labels", "observe")[0]
+        tensor([[False,  True,  True]])
     """
     check_mask(mask)
     if mask is None:
@@ -67,6 +72,8 @@ def batch_mask(batch: Any, mask: MaskSource, owner: str) -> tuple[Tensor | None,
             f"{owner} expected a tensor as the padding mask (mask={mask!r}), got "
             f"{type(found).__name__}; the batch has {_contents(batch)}"
         )
+    if isinstance(key, str) and key.split(".")[-1] == LABELS:
+        found = found != IGNORED
     return (found == 0 if inverted else found), None
 
 

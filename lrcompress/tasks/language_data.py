@@ -1,26 +1,40 @@
-"""Language modelling data: text in blocks of equal length, from local files or from the hub."""
+"""Language modelling data: running text or conversations, from local files or from the hub."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from lrcompress.errors import NoMatchError, SettingError, nearest
+from lrcompress.statistics.masks import IGNORED, LABELS, MASK
 from lrcompress.tasks.batches import Batch
+from lrcompress.tasks.chat import check_template, encode_conversation, packed
 from lrcompress.tasks.sources import Sources
 from lrcompress.tasks.split_data import SplitData
 from lrcompress.tasks.tables import TEXT
 
 
 class LanguageData(SplitData):
-    """Language modelling data: rows are tokenised, joined, and cut every ``length`` tokens.
+    """Language modelling data: text in blocks of ``length`` tokens, or conversations.
 
     Give ``name``, or ``train``, a file ending in .txt (a row is a line), .csv, .tsv, .json, .jsonl
-    or .parquet. Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``. Nothing is
-    padded; what is left at the end of a split, less than a block, is dropped.
+    or .parquet. Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``. Rows of text
+    are tokenised, joined, and cut every ``length`` tokens. Nothing is padded; what is left at the
+    end of a split, less than a block, is dropped.
+
+    With ``messages`` a row is a conversation, a list of messages, each with a ``role`` and a
+    ``content``. The tokenizer's chat template writes it; it is cut off after ``length`` tokens and
+    padded. Labels are -100 but at the assistant's answers, where the loss is of them alone, and so
+    are the statistics of ``Factorize``. Conversations whose answers are all cut off are left out.
+
+    With ``isolated`` no token attends to those of another row: batches have ``position_ids`` that
+    begin anew at each, no ``attention_mask``, and ``use_cache`` False, by which ``transformers``
+    tells documents in a block apart. The first token of a row is not predicted.
 
     For causal models the labels are the tokens themselves, which the model shifts. With
     ``masked`` they are the tokens that were masked, and -100 elsewhere: of the positions drawn, 8
@@ -47,16 +61,23 @@ class LanguageData(SplitData):
         num_workers: processes that load batches; 0 is none.
         seed: of the order of training batches, and of masked positions.
         limit: use only the first so many blocks of each split.
+        messages: the column of conversations, in place of ``text``; for causal models.
+        isolated: let tokens attend to those of their own row alone; as many conversations as fit
+            whole then share a block.
+
+    Attributes:
+        statistics_mask: where its batches say of which tokens statistics are.
 
     Raises:
-        SettingError: if an argument is outside what it may be; from ``setup``, if a file cannot
-            be read, the column holds no text, or a split has less than a block.
+        SettingError: if an argument is outside what it may be, or the tokenizer has no chat
+            template for ``messages``; from ``setup``, if a file cannot be read, the column holds no
+            text, a conversation is not as it should be, or a split has less than a block.
         OSError: if ``transformers`` finds no such tokenizer.
         NoMatchError: if there is no folder or package of the tokenizer; from ``setup``, if there
             is no such file or column.
 
     Shapes:
-        every tensor of a batch ``(blocks, length)``, int64.
+        every tensor of a batch ``(blocks, length)``, int64; of conversations ``(blocks, longest)``.
     """
 
     def __init__(
@@ -79,11 +100,13 @@ class LanguageData(SplitData):
         num_workers: int = 0,
         seed: int = 0,
         limit: int | None = None,
+        messages: str | None = None,
+        isolated: bool = False,
     ) -> None:
         super().__init__(tokenizer, batch_size, eval_batch_size, num_workers, seed)
         self.save_hyperparameters()
         self.text, self.length, self.masked, self.end = text, length, masked, end
-        self.limit = limit
+        self.messages, self.isolated, self.limit = messages, isolated, limit
         self.sources = Sources.of(
             name,
             config,
@@ -94,6 +117,7 @@ class LanguageData(SplitData):
         self.check_length("length")
         if not 0 <= masked < 1:
             raise SettingError(f"masked is a share of tokens from 0, below 1, got {masked}")
+        self._check_together()
         self._frame = _frame(self.tokenizer) if masked else ([], [])
         least = 2 + sum(map(len, self._frame))
         if length < least:
@@ -103,47 +127,121 @@ class LanguageData(SplitData):
                 option = "masked" if token == "mask_token" else "end"
                 raise SettingError(f"{option}={wanted!r}, but the tokenizer has no {token}")
 
+    def _check_together(self) -> None:
+        """Check that what is asked for goes together.
+
+        Raises:
+            SettingError: if it does not.
+        """
+        for name in ("messages", "isolated"):
+            if self.masked and getattr(self, name):
+                raise SettingError(
+                    f"{name}={getattr(self, name)!r} is for causal models, got masked={self.masked}"
+                )
+        if self.messages and self.end:
+            raise SettingError(
+                "end=True is for rows of text; how a message ends, its template says"
+            )
+        if self.messages:
+            check_template(self.tokenizer)
+
+    @property
+    def statistics_mask(self) -> str | None:
+        if self.messages:
+            return LABELS
+        return None if self.isolated else MASK
+
     def setup(self, stage: str) -> None:
         for split in self.begin(stage):
-            self.serve(split, self._pack(split), stage)
+            found = self.sources.read(split)
+            make = self._conversations if self.messages else self._pack
+            self.serve(split, None if found is None else make(*found), stage)
 
-    def _pack(self, split: str) -> Dataset | None:
-        """Return the blocks of a split, their numbers in ``row``.
+    def _check_column(self, table: Dataset, where: str) -> None:
+        """Check that there is the column that is read, of text or of lists.
+
+        Raises:
+            NoMatchError: if there is no such column.
+            SettingError: if it holds something else.
+        """
+        name = self.messages or self.text
+        if name not in table.column_names:
+            near = nearest(name, table.column_names)
+            raise NoMatchError(f"{where}: no column {name!r}; nearest: {near}")
+        held = table.features[name]
+        if self.messages and not _holds_messages(held):
+            raise SettingError(
+                f"{where}: column {name!r} holds {held}, expected lists of messages, each with a "
+                "'role' and a 'content'"
+            )
+        if not self.messages and held not in TEXT:
+            hint = f"; for conversations set messages: {name}" if _holds_messages(held) else ""
+            raise SettingError(f"{where}: column {name!r} holds {held}, expected text{hint}")
+
+    def _pack(self, table: Dataset, where: str) -> Dataset:
+        """Return the blocks of a split of text, their numbers in ``row``.
 
         Raises:
             NoMatchError: if there is no such column.
             SettingError: if it holds no text, or less than a block.
         """
-        found = self.sources.read(split)
-        if found is None:
-            return None
-        table, where = found
-        if self.text not in table.column_names:
-            near = nearest(self.text, table.column_names)
-            raise NoMatchError(f"{where}: no column {self.text!r}; nearest: {near}")
-        if table.features[self.text] not in TEXT:
-            raise SettingError(
-                f"{where}: column {self.text!r} holds {table.features[self.text]}, expected text"
-            )
+        self._check_column(table, where)
         ending = [self.tokenizer.eos_token_id] if self.end else []
-        tokens = [token for row in self._tokenized(table) for token in (*row, *ending)]
+        rows = [[*row, *ending] for row in self._tokenized(table)]
+        tokens = [token for row in rows for token in row]
         before, after = self._frame
         size = self.length - len(before) - len(after)
-        blocks = [
-            [*before, *tokens[start : start + size], *after]
-            for start in range(0, len(tokens) - size + 1, size)
-        ][: self.limit]
-        if not blocks:
+        starts = range(0, len(tokens) - size + 1, size)[: self.limit]
+        if not starts:
             raise SettingError(
                 f"{where}: {len(tokens)} tokens are less than a block of {size}; set length lower"
             )
-        return Dataset.from_dict({"input_ids": blocks, "row": list(range(len(blocks)))})
+        columns = {"input_ids": [[*before, *tokens[i : i + size], *after] for i in starts]}
+        if self.isolated:
+            places = [place for row in rows for place in range(len(row))]
+            cut = [places[i : i + size] for i in starts]
+            columns["position_ids"] = [_from_zero(block) for block in cut]
+            pairs = zip(columns["input_ids"], cut, strict=True)
+            columns["labels"] = [_without_first(ids, block) for ids, block in pairs]
+        return Dataset.from_dict({**columns, "row": list(range(len(starts)))})
 
     def _tokenized(self, table: Dataset) -> Any:
         return self.encoded(table, _encode, text=self.text)["input_ids"]
 
+    def _conversations(self, table: Dataset, where: str) -> Dataset:
+        """Return the conversations of a split, one a row or, isolated, as many as fit whole.
+
+        Raises:
+            NoMatchError: if there is no such column.
+            SettingError: if it holds no conversations, or no answer is within ``length``.
+        """
+        self._check_column(table, where)
+        rows = [
+            row for row in self._encoded_messages(table, where) if set(row["labels"]) > {IGNORED}
+        ]
+        if len(rows) < len(table):
+            left_out = f"{where}: {len(table) - len(rows)} of {len(table)} conversations have no "
+            left_out += f"answer within length={self.length} tokens"
+            if not rows:
+                raise SettingError(f"{left_out}; set length higher")
+            rank_zero_warn(f"{left_out} and are left out")
+        if self.isolated:
+            rows = list(packed(rows, self.length))
+        else:
+            rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        return Dataset.from_list(rows[: self.limit])
+
+    def _encoded_messages(self, table: Dataset, where: str) -> Iterator[dict[str, list[int]]]:
+        for i, messages in enumerate(table[self.messages]):
+            row = encode_conversation(self.tokenizer, messages, f"{where}, row {i} (from 0)")
+            yield {name: tokens[: self.length] for name, tokens in row.items()}
+
     def collate(self, epoch: int, rows: list[dict[str, Any]]) -> Batch:
         """Return blocks as a batch, with tokens masked if ``masked`` is above 0."""
+        if self.messages or self.isolated:
+            own = [{name: x for name, x in row.items() if name != "row"} for row in rows]
+            batch = super().collate(epoch, own)
+            return {**batch, "use_cache": False} if self.isolated else batch  # type: ignore[dict-item]
         if self.masked:
             pairs = [self._mask(epoch, row["row"], row["input_ids"]) for row in rows]
             ids, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -168,6 +266,29 @@ def _encode(rows: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
         rows[text], add_special_tokens=False, padding=False, truncation=False, verbose=False
     )["input_ids"]
     return {"input_ids": ids}
+
+
+def _holds_messages(held: Any) -> bool:
+    """Return whether a column may hold messages: structs, or JSON where their entries differ."""
+    return not isinstance(getattr(held, "feature", held), Value)
+
+
+def _from_zero(places: list[int]) -> list[int]:
+    """Return the positions in a block of tokens with these places in their rows.
+
+    What a row has in earlier blocks is not there to be attended to.
+
+    Example:
+        >>> _from_zero([7, 8, 0, 1])
+        [0, 1, 0, 1]
+    """
+    first = places[0]
+    again = places.index(0) if 0 in places else len(places)
+    return [place - first for place in places[:again]] + places[again:]
+
+
+def _without_first(ids: list[int], places: list[int]) -> list[int]:
+    return [IGNORED if place == 0 else token for token, place in zip(ids, places, strict=True)]
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

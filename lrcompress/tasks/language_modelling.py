@@ -14,7 +14,7 @@ from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.fine_tuning import FineTuning, Schedule
 from lrcompress.tasks.language_data import LanguageData
 from lrcompress.tasks.locations import model_folder
-from lrcompress.tasks.pretrained import load_model
+from lrcompress.tasks.pretrained import DType, load_model
 
 Objective = Literal["causal", "masked"]
 
@@ -22,7 +22,7 @@ Objective = Literal["causal", "masked"]
 class LanguageModelling(FineTuning):
     """Fine-tunes a ``transformers`` model for causal or masked language modelling.
 
-    The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs ``train_loss``,
+    The model is ``self.model``, an ordinary ``transformers`` model. Logs ``train_loss``,
     and of validation and test ``val_loss`` and ``val_perplexity``, exact over the epoch and over
     all processes: ``exp`` of the mean over all predicted tokens of ``−log p(token)``.
 
@@ -40,6 +40,8 @@ class LanguageModelling(FineTuning):
             ``constant``.
         pretrained: whether to load the weights; otherwise only ``config.json`` is read and
             the weights are random.
+        dtype: of the weights: ``float32``, ``bfloat16``, or ``auto`` for that of the files.
+            Statistics are summed in float32 whatever it is.
 
     Raises:
         SettingError: if an argument is outside what it may be, or if a model for ``causal`` reads
@@ -64,6 +66,7 @@ class LanguageModelling(FineTuning):
         warmup: float = 0.06,
         schedule: Schedule = "linear",
         pretrained: bool = True,
+        dtype: DType = "float32",
     ) -> None:
         super().__init__(lr, weight_decay, fused, warmup, schedule)
         if objective not in get_args(Objective):
@@ -75,7 +78,7 @@ class LanguageModelling(FineTuning):
             {stage: Perplexity(ignore_index=IGNORED) for stage in ("val", "test")}
         )
         kind = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
-        self.model = load_model(kind, model_folder(path), pretrained)
+        self.model = load_model(kind, model_folder(path), pretrained, dtype)
         if objective == "causal" and _sees_ahead(self.model):
             raise SettingError(
                 f"{path}: {type(self.model).__name__} reads the tokens that a causal model is to "
@@ -89,6 +92,11 @@ class LanguageModelling(FineTuning):
                 "models take 0, masked ones a share such as 0.15"
             )
         self._check_positions(data, "length")
+        if data.isolated and _mixes_documents(self.model):
+            raise SettingError(
+                f"isolated=True, but a {type(self.model).__name__} does not keep documents in one "
+                "block apart: its logits depend on the document before; set isolated to False"
+            )
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         output = self(batch)
@@ -96,7 +104,7 @@ class LanguageModelling(FineTuning):
         if self.objective == "causal":
             logits, labels = logits[:, :-1], labels[:, 1:]
         metric = cast("Perplexity", self.perplexity[stage])
-        metric.update(logits, labels)
+        metric.update(logits.float(), labels)
         size = self._predicted(batch)
         self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=size, sync_dist=True)
         self.log(f"{stage}_perplexity", metric, prog_bar=True, batch_size=size)
@@ -115,3 +123,20 @@ def _sees_ahead(model: nn.Module) -> bool:
     first = model.eval()(input_ids=pair).logits[:, 0]
     model.train(training)
     return not torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def _mixes_documents(model: nn.Module) -> bool:
+    """Return whether a model's logits at a document depend on the one before it in a block."""
+    device = next(model.parameters()).device
+    pair = torch.tensor([[5, 5, 5, 6], [6, 6, 5, 6]], device=device)
+    places = torch.tensor([[0, 1, 0, 1]] * 2, device=device)
+    training = model.training
+    try:
+        one, other = model.eval()(input_ids=pair, position_ids=places, use_cache=False).logits
+    except TypeError:  # it takes no positions
+        return True
+    finally:
+        model.train(training)
+    # what is masked has weights of zero, so that they are equal to rounding however small
+    return bool((one[2:] - other[2:]).abs().max() > 1e-5 * one[2:].abs().max())

@@ -11,8 +11,8 @@ from lrcompress.errors import SettingError
 from lrcompress.statistics.masks import IGNORED
 from lrcompress.tasks.batches import Batch
 from lrcompress.tasks.fine_tuning import FineTuning, Schedule
-from lrcompress.tasks.locations import model_folder, named_source
-from lrcompress.tasks.pretrained import load_model
+from lrcompress.tasks.locations import model_folder, named_source, source_arguments
+from lrcompress.tasks.pretrained import DType, load_model
 from lrcompress.tasks.sequence_data import SequenceData
 
 # rougeLsum would download a model that splits sentences
@@ -22,7 +22,7 @@ ROUGE = {key: f"{key}_fmeasure" for key in ("rouge1", "rouge2", "rougeL")}
 class SequenceToSequence(FineTuning):
     """Fine-tunes a ``transformers`` encoder-decoder to generate a text from another.
 
-    The model is ``self.model``, an ordinary ``transformers`` model in float32. Logs ``train_loss``,
+    The model is ``self.model``, an ordinary ``transformers`` model. Logs ``train_loss``,
     and of validation and test ``val_loss``, the mean over all predicted tokens, and ``val_rouge1``,
     ``val_rouge2`` and ``val_rougeL``, F-measures of what it writes, without stemming, over all
     texts and all processes.
@@ -41,6 +41,8 @@ class SequenceToSequence(FineTuning):
         beams: of the search for what to write; 1 takes the likeliest token each time.
         pretrained: whether to load the weights; otherwise only ``config.json`` is read and
             the weights are random.
+        dtype: of the weights: ``float32``, ``bfloat16``, or ``auto`` for that of the files.
+            Statistics are summed in float32 whatever it is.
 
     Raises:
         SettingError: if an argument is outside what it may be; from ``setup``, if texts are longer
@@ -67,6 +69,7 @@ class SequenceToSequence(FineTuning):
         max_written: int = 64,
         beams: int = 1,
         pretrained: bool = True,
+        dtype: DType = "float32",
     ) -> None:
         super().__init__(lr, weight_decay, fused, warmup, schedule)
         for name, value in (("max_written", max_written), ("beams", beams)):
@@ -76,11 +79,13 @@ class SequenceToSequence(FineTuning):
         self.max_written, self.beams = max_written, beams
         folder = model_folder(path)
         with named_source(path):
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                **source_arguments(folder)
+            )
         self.scores = nn.ModuleDict(
             {stage: ROUGEScore(rouge_keys=tuple(ROUGE)) for stage in ("val", "test")}
         )
-        self.model = load_model(AutoModelForSeq2SeqLM, folder, pretrained)
+        self.model = load_model(AutoModelForSeq2SeqLM, folder, pretrained, dtype)
 
     def _check(self, data: SequenceData) -> None:
         self._check_positions(data, "max_length", "max_target")

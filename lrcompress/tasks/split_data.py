@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lrcompress.errors import SettingError
 from lrcompress.tasks.batches import Batch, BatchLoader, Rows, collate, grouped_batches
-from lrcompress.tasks.locations import model_folder, named_source
+from lrcompress.tasks.locations import model_folder, named_source, source_arguments
 from lrcompress.tasks.tables import quiet
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -44,7 +44,7 @@ class SplitData(L.LightningDataModule, ABC):
         super().__init__()
         with named_source(tokenizer):
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                model_folder(tokenizer), **self.tokenizer_options
+                **source_arguments(model_folder(tokenizer)), **self.tokenizer_options
             )
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

@@ -96,6 +96,10 @@ def test_an_index_stays_in_the_folder(folder: Path, shards: Any) -> None:
     [
         {"auto_map": {"AutoModel": "evil.Model"}},
         {"_attn_implementation_internal": "someone/kernel"},
+        {"_attn_implementation": "someone/kernel"},
+        {"attn_implementation": {"text_config": "someone/kernel"}},
+        {"_of_a_later_transformers": "someone/code"},
+        {"_of_a_later_transformers": [0, {"x": "someone/code"}]},
         {"attn_implementation": "someone/kernel"},
         {"transformers_weights": "../other.safetensors"},
         {"custom_pipelines": {"x": 1}},
@@ -111,10 +115,38 @@ def test_a_config_that_makes_transformers_run_or_read_others_is_refused(
         read_folder(folder)
 
 
-def test_a_plain_yes_or_no_in_a_config_is_harmless(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"_remove_final_layer_norm": True},  # as OPT has it
+        {"_sliding_window_pattern": 6},  # Gemma 3
+        {"_windows": [6, 1.5, None, ""]},
+        {"attn_config": {"_name_or_path": ""}},  # MPT
+        {"_name_or_path": "someone/model", "_model_name_or_path": "Smollm2 135M"},  # GGUF
+        {"time_step_limit": [0.0, {"__float__": "Infinity"}]},  # Falcon-H1
+        {"attn_implementation": "eager"},  # LightGlue
+        {"attention_invalid_logits_value": -1e9},  # Gemma 4
+        {"max_window_layers": 100},
+    ],
+)
+def test_what_can_name_no_code_and_no_file_is_read(folder: Path, entry: dict[str, Any]) -> None:
     (folder / "lrcompress.json").unlink()
-    change(folder / "config.json", _remove_final_layer_norm=True)  # as OPT has it
-    assert read_folder(folder).config["_remove_final_layer_norm"] is True
+    before = load_pretrained(folder).state_dict()
+    change(folder / "config.json", **entry)
+    after = load_pretrained(folder).state_dict()
+    assert all(after[key].equal(before[key]) for key in before)
+
+
+def test_the_way_out_that_a_refusal_tells_works(folder: Path) -> None:
+    change(folder / "config.json", auto_map={"AutoModel": "evil.Model"})
+    with pytest.raises(CheckpointError, match=r"or take the entry out and delete lrcompress\.json"):
+        load_pretrained(folder)
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(
+        json.dumps({k: config[k] for k in config if k != "auto_map"})
+    )
+    (folder / "lrcompress.json").unlink()
+    load_pretrained(folder)
 
 
 def test_an_adapter_is_refused(folder: Path) -> None:

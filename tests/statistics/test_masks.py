@@ -350,3 +350,17 @@ def test_choices_of_a_question_are_understood() -> None:
         model(**part).loss.backward()
         expected += layer.weight.grad.square().sum(0)
     torch.testing.assert_close(seen.moment("input_fisher"), expected, rtol=1e-3, atol=1e-8)
+
+
+def test_labels_are_a_mask_of_what_is_predicted() -> None:
+    batch = {"labels": torch.tensor([[-100, 0, 7], [3, -100, -100]])}
+    found, missing = batch_mask(batch, "labels", "observe")
+    assert missing is None
+    assert found is not None
+    assert found.tolist() == [[False, True, True], [True, False, False]]
+    found, _ = batch_mask({"text": batch}, "text.labels", "observe")
+    assert found is not None
+    assert found.tolist() == [[False, True, True], [True, False, False]]
+    _, missing = batch_mask({"input_ids": batch["labels"]}, "labels", "observe")
+    assert missing is not None
+    assert "leaves padding out by the batch's 'labels'" in missing

@@ -272,3 +272,70 @@ def test_a_tokenizer_without_an_end_cannot_end_documents(
 ) -> None:
     with pytest.raises(SettingError, match="end=True, but the tokenizer has no eos_token"):
         LanguageData(str(masked), length=16, end=True, **text)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "expected"),
+    [
+        (None, torch.bfloat16, torch.float32),
+        ("float32", torch.bfloat16, torch.float32),
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float32, torch.float32),
+        ("bfloat16", torch.float32, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_model_is_loaded_in_the_precision_that_is_named(
+    causal: Path,
+    dtype: Any,
+    stored: torch.dtype,
+    expected: torch.dtype,
+    pretrained: bool,
+) -> None:
+    model = LanguageModelling(str(causal), pretrained=False).model.to(stored)
+    model.save_pretrained(causal)
+    given = {} if dtype is None else {"dtype": dtype}
+    again = LanguageModelling(str(causal), pretrained=pretrained, **given).model
+    assert {p.dtype for p in again.parameters()} == {expected}
+    if pretrained:
+        name, weight = next(iter(model.named_parameters()))
+        assert again.get_parameter(name).equal(weight.to(expected))
+
+
+def test_another_precision_is_refused(causal: Path) -> None:
+    with pytest.raises(SettingError, match="float32, bfloat16, auto, got 'bf16'; nearest: bfloat"):
+        LanguageModelling(str(causal), pretrained=False, dtype="bf16")  # type: ignore[arg-type]
+
+
+def test_statistics_of_a_bfloat16_model_are_summed_in_float32(
+    causal: Path, text: dict[str, str], trainer: Any
+) -> None:
+    """By a sum over all tokens in float64 of what a layer reads, which bfloat16 would not give."""
+    data = LanguageData(str(causal), length=16, batch_size=4, **text)
+    module = LanguageModelling(str(causal), pretrained=False, dtype="bfloat16", lr=0.0)
+    name = "model.transformer.h.0.mlp.c_fc"
+    read: list[torch.Tensor] = []
+    layer = module.get_submodule(name)
+    layer.register_forward_hook(
+        lambda _, x, y: read.append(x[0].detach()) if y.requires_grad else None
+    )
+    factorize = lrcompress.Factorize(keep=0.5, at="step:4", every_n_steps=1)
+    seen: dict[str, Any] = {}
+    change = factorize._change_model
+
+    def kept(*given: Any) -> None:
+        seen["sums"] = factorize._observation.statistics.of(name, ("input_moment", "output_moment"))
+        seen["inputs"] = torch.cat(read).reshape(-1, 16)
+        change(*given)
+
+    factorize._change_model = kept  # type: ignore[method-assign]
+    trainer(factorize, max_steps=6).fit(module, data)
+    inputs = seen["inputs"]
+    assert inputs.dtype == torch.bfloat16
+    assert {seen["sums"].values[key].dtype for key in seen["sums"].values} == {torch.float32}
+    expected = inputs.double().T @ inputs.double()
+    assert seen["sums"].moment("input_moment").double().allclose(expected, rtol=1e-5, atol=1e-4)
+    low = [m for m in module.modules() if isinstance(m, LowRankLinear)]
+    assert low
+    assert {p.dtype for m in low for p in m.parameters()} == {torch.bfloat16}
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
