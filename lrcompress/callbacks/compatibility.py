@@ -40,7 +40,8 @@ def check_trainer(trainer: pl.Trainer, owner: str) -> None:
         for name in class_names(type(callback)) & _REFUSED.keys():
             raise PlatformError(
                 f"{owner} replaces layers while fit runs, and {name} {_REFUSED[name]}; "
-                f"remove {name}, or call lrcompress.compress() after the fit"
+                f"remove {name}, or call lrcompress.compress() after the fit; averages of your "
+                "own can follow by the hook on_structure_change"
             )
     _check_strategy(trainer.strategy, owner)
 

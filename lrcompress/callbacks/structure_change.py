@@ -55,8 +55,9 @@ class Structure:
     def changes(self, model: nn.Module) -> Changes:
         """Return what stands in ``model`` for each parameter of a layer that is another one now.
 
-        Parameters that are no successor of a certain one, such as those of an update beside a
-        weight that stays, are listed with the first of their layer.
+        Where several are replaced by one, it stands with each of them. Parameters that are no
+        successor of a certain one, such as those of an update beside a weight that stays,
+        are listed with the first of their layer.
         """
         now = dict(model.named_modules())
         other = [name for name, held in self._modules.items() if held() is not now.get(name)]
@@ -105,8 +106,9 @@ def warn_of_stale(trainer: pl.Trainer, module: nn.Module, layers: Sequence[str])
 
 
 def _keeps(value: Any, names: set[str], numbers: set[int]) -> bool:
-    if isinstance(value, nn.Module):
-        return any(name.endswith(tuple(names)) for name, _ in value.named_parameters())
+    if isinstance(value, nn.Module):  # a copy, of the module or of a part of it
+        tails = (*names, *(name.partition(".")[2] for name in names))
+        return any(name.endswith(tails) for name, _ in value.named_parameters())
     if isinstance(value, Mapping):
         return any(key in names for key in value if isinstance(key, str))
     if isinstance(value, list | tuple | set):
