@@ -108,7 +108,7 @@ def factor_(
         NoMatchError: if a pattern matches nothing.
         LayerError: if a layer has sparse rows, or is factored as the method cannot start from.
         ShapeError: if a size in ``shapes`` does not divide its layer's.
-        ObservationError: if a layer was never seen.
+        ObservationError: if a statistic is missing of a layer that was seen, or no layer was.
         NotFiniteError: if a statistic or a weight is not finite.
         SettingError: if the budget cannot be met, or there are no passes to refit on.
 
@@ -149,7 +149,8 @@ def compress(
     the metrics ``PᵀP`` ``(out, out)`` and ``QQᵀ`` ``(in, in)`` that ``method`` takes from the
     batches; :mod:`lrcompress.objective` has the methods and their sources. Ranks are allocated so
     that ``keep`` of the targeted layers' parameters remain. The model is observed in evaluation
-    mode, without dropout, and no ``.grad`` is touched. An error leaves the model as it was.
+    mode, without dropout, and no ``.grad`` is touched. Layers that nothing uses stay, with a note
+    in the record. An error leaves the model as it was.
 
     Args:
         model: changed in place; on any device, or spread over several.
@@ -180,8 +181,8 @@ def compress(
         LayerError: if a layer is of a kind that cannot be factored.
         ShapeError: if a mask is not two-dimensional, or ``shapes`` do not divide their layers'.
         ObservationError: if ``batches`` is empty, or all its losses are not finite; if a layer
-            was never used or has no part in the loss, was used twice in a step without
-            ``shared``, or read sequences without a mask; if a batch holds no tensor.
+            has no part in the loss, was used twice in a step without ``shared``, or read
+            sequences without a mask; if no layer was used, or a batch holds no tensor.
         NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
         PlatformError: if ``offload`` or ``solve_device`` names a device that is not there.
 
