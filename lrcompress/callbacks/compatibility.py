@@ -1,6 +1,7 @@
 """Checks that a trainer, its strategy and its optimizers allow a change of structure in a fit."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -30,8 +31,13 @@ BETWEEN_FITS = (
 )
 
 
-def check_trainer(trainer: pl.Trainer, owner: str) -> None:
-    """Check that strategy and callbacks of a trainer allow a change of structure.
+def check_trainer(trainer: pl.Trainer, owner: str, *, observes: bool = False) -> None:
+    """Check that strategy, callbacks and module of a trainer allow a change of structure.
+
+    Args:
+        trainer: in a fit.
+        owner: for the message.
+        observes: whether training steps are observed, by the batch that each begins with.
 
     Raises:
         PlatformError: if one does not; the message has the reason and what to do.
@@ -44,6 +50,15 @@ def check_trainer(trainer: pl.Trainer, owner: str) -> None:
                 "own can follow by the hook on_structure_change"
             )
     _check_strategy(trainer.strategy, owner)
+    if (
+        observes
+        and "dataloader_iter" in signature(trainer.lightning_module.training_step).parameters
+    ):
+        raise PlatformError(
+            f"{owner} looks at a batch before the step, and training_step(dataloader_iter) "
+            "fetches its own; take training_step(batch, batch_idx), or method='svd', which "
+            "observes nothing"
+        )
 
 
 def _check_strategy(strategy: Any, owner: str) -> None:

@@ -133,7 +133,7 @@ class CompressionCallback(pl.Callback, ABC):
             if again and self._continues and trainer.global_step:  # which it counts on from there
                 self._stage, self.report, self._timer = done
             self._last = id(trainer)
-            compatibility.check_trainer(trainer, type(self).__name__)
+            compatibility.check_trainer(trainer, type(self).__name__, observes=self._observes(0))
             self._processes = ddp.processes_of(trainer)
             self._observation = Observation(self.sampling, self._processes)
             ddp.check_same_module(pl_module, self._processes)
