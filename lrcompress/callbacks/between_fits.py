@@ -183,7 +183,7 @@ def factor_checkpoint(
         NoMatchError: if a pattern of the callback matches no layer.
         LayerError: if a targeted layer is frozen or cannot be factored.
         ObservationError: if there are no statistics: no batches, no finite loss, or a layer that
-            is never called.
+            has no part in it.
         NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
         OSError: if ``out`` cannot be written.
 

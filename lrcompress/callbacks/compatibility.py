@@ -1,14 +1,19 @@
 """Checks that a trainer, its strategy and its optimizers allow a change of structure in a fit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.callbacks.trainer_state import FSDP2, class_names
-from lrcompress.errors import LayerError, PlatformError, SettingError
+from lrcompress.errors import CheckpointError, LayerError, PlatformError, SettingError
 from lrcompress.statistics.views import view
+from lrcompress.structure.plan import Plan
+from lrcompress.structure.schedule_free import is_schedule_free, unknown_schedule_free
 
 _REFUSED = {
     "StochasticWeightAveraging": "keeps a copy of the dense weights to average into",
@@ -26,8 +31,13 @@ BETWEEN_FITS = (
 )
 
 
-def check_trainer(trainer: pl.Trainer, owner: str) -> None:
-    """Check that strategy and callbacks of a trainer allow a change of structure.
+def check_trainer(trainer: pl.Trainer, owner: str, *, observes: bool = False) -> None:
+    """Check that strategy, callbacks and module of a trainer allow a change of structure.
+
+    Args:
+        trainer: in a fit.
+        owner: for the message.
+        observes: whether training steps are observed, by the batch that each begins with.
 
     Raises:
         PlatformError: if one does not; the message has the reason and what to do.
@@ -36,9 +46,19 @@ def check_trainer(trainer: pl.Trainer, owner: str) -> None:
         for name in class_names(type(callback)) & _REFUSED.keys():
             raise PlatformError(
                 f"{owner} replaces layers while fit runs, and {name} {_REFUSED[name]}; "
-                f"remove {name}, or call lrcompress.compress() after the fit"
+                f"remove {name}, or call lrcompress.compress() after the fit; averages of your "
+                "own can follow by the hook on_structure_change"
             )
     _check_strategy(trainer.strategy, owner)
+    if (
+        observes
+        and "dataloader_iter" in signature(trainer.lightning_module.training_step).parameters
+    ):
+        raise PlatformError(
+            f"{owner} looks at a batch before the step, and training_step(dataloader_iter) "
+            "fetches its own; take training_step(batch, batch_idx), or method='svd', which "
+            "observes nothing"
+        )
 
 
 def _check_strategy(strategy: Any, owner: str) -> None:
@@ -89,16 +109,21 @@ _OPTIMIZERS = {
     "it wraps",
     "LBFGS": "keeps all gradients in one flat vector of the length they had at its first step; "
     "use another optimizer, or call lrcompress.compress() after the fit",
+    "CPUOffloadOptimizer": "steps copies of the parameters on the host that it made at the start; "
+    "use the optimizer it wraps",
 }
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], owner: str, *, matrices: bool = True) -> None:
+def check_optimizers(
+    optimizers: Sequence[Optimizer], owner: str, *, matrices: bool = True, averages: bool = True
+) -> None:
     """Check that optimizers can go on with new parameters in the place of old ones.
 
     Args:
         optimizers: of the trainer.
         owner: for the message.
         matrices: whether all new parameters are matrices, which is all that Muon takes.
+        averages: whether a schedule-free optimizer can follow what is done to them.
 
     Raises:
         PlatformError: if one cannot; the message says why and what to do.
@@ -114,6 +139,16 @@ def check_optimizers(optimizers: Sequence[Optimizer], owner: str, *, matrices: b
             raise PlatformError(
                 f"{owner} makes parameters here that are no matrices, and Muon takes matrices "
                 "only; use another optimizer"
+            )
+        if unknown_schedule_free(optimizer) or (is_schedule_free(optimizer) and not averages):
+            raise PlatformError(
+                f"{owner} cannot follow the averages that {type(optimizer).__name__} keeps; use "
+                + (
+                    "one that is not schedule-free"
+                    if not averages
+                    else "AdamWScheduleFree, "
+                    "RAdamScheduleFree or SGDScheduleFree of the package schedulefree"
+                )
             )
 
 
@@ -163,4 +198,41 @@ def check_apart(names: Sequence[str], others: Sequence[str], other: object, owne
         raise SettingError(
             f"{type(other).__name__} and {owner} both replace layer {min(both)!r}: leave it out "
             "of one of them with exclude=, or give one several points"
+        )
+
+
+def check_rising(points: Sequence[object], steps: Sequence[int]) -> None:
+    """Check that points lie at rising steps.
+
+    Raises:
+        SettingError: if they do not.
+    """
+    if any(after <= before for before, after in pairwise(steps)):
+        named = ", ".join(map(str, points))
+        raise SettingError(f"points must rise, got {named}: steps {steps}")
+
+
+def check_version(state: Mapping[str, Any], version: int, owner: str) -> None:
+    """Check the version of a callback's state in a checkpoint.
+
+    Raises:
+        CheckpointError: if it is another.
+    """
+    if state.get("version") != version:
+        raise CheckpointError(
+            f"expected {owner} state of version {version}, got version {state.get('version')!r}"
+        )
+
+
+def check_plan(planned: Mapping[str, Any], module: nn.Module) -> None:
+    """Check that a module has the structure of the checkpoint that was loaded.
+
+    Raises:
+        CheckpointError: if it has another.
+    """
+    plan, found = Plan.from_dict(planned), Plan.of(module)
+    if plan != found:
+        raise CheckpointError(
+            f"the checkpoint was written with {len(plan)} factored layers, the model has "
+            f"{len(found)} of other sizes or names; load it through Trainer.fit(ckpt_path=...)"
         )

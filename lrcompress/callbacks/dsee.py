@@ -94,6 +94,8 @@ class DSEE(CompressionCallback):
         (16, 64)
     """
 
+    _keeps_averages = False  # what is pruned would come back from them
+
     def __init__(
         self,
         keep: float,

@@ -46,7 +46,7 @@ class Factorize(AutoKeepCallback):
     A weight ``W (out, in)`` becomes ``left right`` with ``left (out, rank)`` and
     ``right (rank, in)``. They minimise ``‖P (W − left right) Q‖²``; ``method`` gives the output
     metric ``PᵀP`` and the input metric ``QQᵀ``, see :mod:`lrcompress.objective`. A layer whose
-    factors would not be smaller stays as it is.
+    factors would not be smaller stays as it is, and so does one that nothing calls.
 
     Args:
         keep: Parameters that remain / parameters before, over the targeted layers, above 0 and
@@ -145,7 +145,7 @@ class Factorize(AutoKeepCallback):
         ShapeError: In ``fit``: if ``shapes`` do not divide a layer, or a mask is not
             ``(examples, length)``.
         ObservationError: In ``fit``: if there are no batches, no step was observed, a layer is
-            never called or called twice in a step, or the batch has no padding mask.
+            called twice in a step or has no part in the loss, or the batch has no padding mask.
         NotFiniteError: In ``fit``: if a weight or a statistic holds a NaN or an infinity.
         PlatformError: In ``fit``: if the strategy, an optimizer or another callback does not
             allow a change of structure, or processes differ.

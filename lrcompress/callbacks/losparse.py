@@ -119,6 +119,8 @@ class LoSparse(CompressionCallback):
         ('rows', 'svd')
     """
 
+    _keeps_averages = False  # what is pruned would come back from them
+
     def __init__(
         self,
         keep: float,
@@ -400,9 +402,8 @@ class LoSparse(CompressionCallback):
         if not self._pruner.importance.known:  # fewer steps than one window
             self._pruner.importance.close()
         self._pruner.prune_(0.0, trainer.optimizers)
-        ddp.check_same_parameters(
-            module, self._processes
-        )  # the same units, before they are structure
+        # the same units, before they are structure
+        ddp.check_same_parameters(module, self._processes)
         before, bytes_before = sizes_before(module)
         layers = self._pruner.compact_(module, trainer.optimizers)
         self._sync_structure(trainer, module)

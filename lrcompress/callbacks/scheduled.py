@@ -5,7 +5,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from lrcompress.callbacks.memory import check_memory
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.run_description import describe_run
 from lrcompress.callbacks.step_timing import StepTimer
+from lrcompress.callbacks.structure_change import structure_change, warn_of_stale
 from lrcompress.callbacks.warmup import LearningRateWarmup, show_true_rates
 from lrcompress.distributed import ONE_PROCESS
 from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import CheckpointError, ObservationError, SettingError
+from lrcompress.errors import ObservationError, SettingError
 from lrcompress.report import PointRecord, Report
 from lrcompress.schedules import Point, Warmup, squeeze
 from lrcompress.structure.plan import Plan
@@ -77,6 +77,7 @@ class CompressionCallback(pl.Callback, ABC):
         self._observation = Observation(self.sampling)
         self._stage = 0  # points that are done
         self._tried = False  # whether a batch of this fit was looked at
+        self._looked = False  # whether other callbacks were
         self._point_steps: list[int] = []
         self._warmup: LearningRateWarmup | None = None
         self._loaded: Mapping[str, Any] | None = None
@@ -89,6 +90,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     at: float | str | list[float | str]  # its argument; part of the state's key
     _makes_matrices = True  # and no parameters of other shapes
+    _keeps_averages = True  # of schedule-free optimizers
     _continues = False  # whether a second fit of one trainer goes on where the first ended
 
     @abstractmethod
@@ -131,7 +133,7 @@ class CompressionCallback(pl.Callback, ABC):
             if again and self._continues and trainer.global_step:  # which it counts on from there
                 self._stage, self.report, self._timer = done
             self._last = id(trainer)
-            compatibility.check_trainer(trainer, type(self).__name__)
+            compatibility.check_trainer(trainer, type(self).__name__, observes=self._observes(0))
             self._processes = ddp.processes_of(trainer)
             sampling = self.sampling.for_data(getattr(trainer, "datamodule", None))
             self._observation = Observation(sampling, self._processes)
@@ -152,7 +154,8 @@ class CompressionCallback(pl.Callback, ABC):
         self._live = (pl_module, trainer.optimizers)
         show_true_rates(trainer, self._hooks)
         owner = type(self).__name__
-        compatibility.check_optimizers(trainer.optimizers, owner, matrices=self._makes_matrices)
+        able = {"matrices": self._makes_matrices, "averages": self._keeps_averages}
+        compatibility.check_optimizers(trainer.optimizers, owner, **able)
         names = self.settings_at(0).select(pl_module).names
         ddp.check_layers(pl_module, names, self._processes, owner)
         if self._loaded is not None:
@@ -177,12 +180,7 @@ class CompressionCallback(pl.Callback, ABC):
     def _resume(
         self, module: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str, Any]
     ) -> None:
-        plan, found = Plan.from_dict(state["plan"]), Plan.of(module)
-        if plan != found:
-            raise CheckpointError(
-                f"the checkpoint was written with {len(plan)} factored layers, the model has "
-                f"{len(found)} of other sizes or names; load it through Trainer.fit(ckpt_path=...)"
-            )
+        compatibility.check_plan(state["plan"], module)
         trainer_state.reorder_parameters_(module, optimizers, state["param_names"])
         device = next(module.parameters()).device
         self._observation.load_state_dict(state["observation"], device)
@@ -218,11 +216,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("version") != VERSION:
-            raise CheckpointError(
-                f"expected {type(self).__name__} state of version {VERSION}, "
-                f"got version {state_dict.get('version')!r}"
-            )
+        compatibility.check_version(state_dict, VERSION, type(self).__name__)
         if "plan" not in state_dict or (self._live is not None and not self._fits):
             return  # a test after a fit loads the model alone
         ddp.check_same_checkpoint(state_dict, self._processes)
@@ -240,9 +234,7 @@ class CompressionCallback(pl.Callback, ABC):
         ddp.check_same_lengths(trainer, self._processes)
         self._total, self._per_epoch = trainer_state.run_lengths(trainer)
         self._point_steps = self._place_points()
-        if any(after <= before for before, after in pairwise(self._point_steps)):
-            named = ", ".join(map(str, self.points))
-            raise SettingError(f"points must rise, got {named}: steps {self._point_steps}")
+        compatibility.check_rising(self.points, self._point_steps)
         if self._trial:
             trainer_state.tell_trial_points(self._point_steps, self._total, type(self).__name__)
         if (step := self._next_step) is None:
@@ -257,6 +249,12 @@ class CompressionCallback(pl.Callback, ABC):
             )
         if observes:
             self._prepare_observation(pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not (self._is_done or self._looked):  # others are ready by now
+            warn_of_stale(trainer, pl_module, self.settings_at(self._stage).watched(pl_module))
+        self._looked = True
 
     def _place_points(self) -> list[int]:
         """Return the steps of the points."""
@@ -339,7 +337,8 @@ class CompressionCallback(pl.Callback, ABC):
                 if one._next_step is not None and one._next_step <= one._total:
                     one._run_point(trainer, pl_module, one._next_step)
         if trainer_state.steps_done(trainer) >= self._total:  # before the last validation
-            self._end_training(trainer, pl_module)
+            with structure_change(trainer, pl_module):
+                self._end_training(trainer, pl_module)
 
     def _run_point(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
         trainer_state.drop_gradients(module)
@@ -353,7 +352,8 @@ class CompressionCallback(pl.Callback, ABC):
         if not self._stage:
             trainer_state.notify_compression_start(module)
         told, lost = len(self.report.points), reporting.dropped_state(trainer, module, names)
-        self._change_model(trainer, module, now)
+        with structure_change(trainer, module):
+            self._change_model(trainer, module, now)
         self._stage += 1
         self._observation.reset()
         if self._next_step is not None and self._observes(self._stage):
@@ -407,7 +407,8 @@ class CompressionCallback(pl.Callback, ABC):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_training(trainer, pl_module)  # where training ended before its last step
+        with structure_change(trainer, pl_module):  # where training ended before its last step
+            self._end_training(trainer, pl_module)
         self.report.seconds_per_step |= self._timer.seconds_per_step()
         self.report.finish(trainer_state.steps_done(trainer))
         self.report.about = describe_run(trainer, pl_module, self._timer.started)

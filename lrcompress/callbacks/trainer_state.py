@@ -18,6 +18,7 @@ from lrcompress.distributed import Processes
 from lrcompress.errors import CheckpointError, nearest
 from lrcompress.schedules import StepsPerEpoch
 from lrcompress.structure.plan import Plan
+from lrcompress.structure.schedule_free import averaged
 from lrcompress.structure.surgery import start_state_
 
 FSDP2 = "ModelParallelStrategy"
@@ -116,7 +117,8 @@ def run_validation(trainer: pl.Trainer, batches: float | None = None) -> dict[st
     """Validate once inside a fit and return the metrics, without any other effect.
 
     Loggers, checkpoints and early stopping do not see it, and random numbers continue as if it
-    had not been. Empty where the trainer has nothing to validate.
+    had not been. Schedule-free optimizers are in evaluation mode meanwhile. Empty where the trainer
+    has nothing to validate.
 
     Args:
         trainer: in a fit.
@@ -125,7 +127,7 @@ def run_validation(trainer: pl.Trainer, batches: float | None = None) -> dict[st
     if not trainer.enable_validation or trainer.barebones:
         return {}
     loop, limit = trainer.validate_loop, trainer.limit_val_batches
-    with isolate_rng(), _validating(trainer):
+    with isolate_rng(), averaged(trainer.optimizers), _validating(trainer):
         trainer.limit_val_batches = limit if batches is None else batches
         try:
             logged = loop.run()

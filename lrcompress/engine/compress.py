@@ -18,7 +18,7 @@ from lrcompress.engine.observation import Loss, observe_batches
 from lrcompress.engine.refit import Masks, Passes
 from lrcompress.engine.settings import Settings, check_device, check_present
 from lrcompress.engine.solved_model import candidates, parameters_of, solve_model
-from lrcompress.errors import SettingError
+from lrcompress.errors import PlatformError, SettingError
 from lrcompress.objective import METHODS
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import Sizes
@@ -29,6 +29,8 @@ from lrcompress.statistics.moments import Statistics
 from lrcompress.structure.feed_forward import Blocks
 from lrcompress.structure.parameter_counts import replaced_sizes
 from lrcompress.structure.selection import Selection
+
+_WRAPPERS = {"_FabricModule", "DistributedDataParallel", "FullyShardedDataParallel"}
 
 
 def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Selection, int]:
@@ -108,7 +110,7 @@ def factor_(
         NoMatchError: if a pattern matches nothing.
         LayerError: if a layer has sparse rows, or is factored as the method cannot start from.
         ShapeError: if a size in ``shapes`` does not divide its layer's.
-        ObservationError: if a layer was never seen.
+        ObservationError: if a statistic is missing of a layer that was seen, or no layer was.
         NotFiniteError: if a statistic or a weight is not finite.
         SettingError: if the budget cannot be met, or there are no passes to refit on.
 
@@ -149,7 +151,8 @@ def compress(
     the metrics ``PᵀP`` ``(out, out)`` and ``QQᵀ`` ``(in, in)`` that ``method`` takes from the
     batches; :mod:`lrcompress.objective` has the methods and their sources. Ranks are allocated so
     that ``keep`` of the targeted layers' parameters remain. The model is observed in evaluation
-    mode, without dropout, and no ``.grad`` is touched. An error leaves the model as it was.
+    mode, without dropout, and no ``.grad`` is touched. Layers that nothing uses stay, with a note
+    in the record. An error leaves the model as it was.
 
     Args:
         model: changed in place; on any device, or spread over several.
@@ -180,10 +183,11 @@ def compress(
         LayerError: if a layer is of a kind that cannot be factored.
         ShapeError: if a mask is not two-dimensional, or ``shapes`` do not divide their layers'.
         ObservationError: if ``batches`` is empty, or all its losses are not finite; if a layer
-            was never used or has no part in the loss, was used twice in a step without
-            ``shared``, or read sequences without a mask; if a batch holds no tensor.
+            has no part in the loss, was used twice in a step without ``shared``, or read
+            sequences without a mask; if no layer was used, or a batch holds no tensor.
         NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
-        PlatformError: if ``offload`` or ``solve_device`` names a device that is not there.
+        PlatformError: if ``offload`` or ``solve_device`` names a device that is not there, or the
+            model is wrapped by Fabric or DDP.
 
     Cost:
         A pass of the model a batch, as of :func:`observe`; then that of :func:`factor_`.
@@ -197,6 +201,7 @@ def compress(
         [2, 2]
     """
     chosen = Settings(**settings)
+    _check_not_wrapped(model)
     names = chosen.select(model).names
     method = METHODS[chosen.method]
     if chosen.keep is None and not (chosen.ranks or chosen.keeps):
@@ -224,6 +229,21 @@ def compress(
             given["logits"] = LogitsCapture(model, logits)
         blocks = observe_batches(recorder, model, batches, loss, **given)
     return factor_(model, recorder.statistics, chosen, blocks=blocks, passes=passes)
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    """Check that nothing wraps the model that would go on with the parameters of before.
+
+    Raises:
+        PlatformError: if it is wrapped.
+    """
+    for kind in type(model).__mro__:
+        if kind.__name__ in _WRAPPERS:
+            raise PlatformError(
+                f"{kind.__name__} and its optimizers would go on with the parameters that layers "
+                "have now: compress the model itself, before it is wrapped, and then make the "
+                "optimizer; with Fabric before fabric.setup(model, optimizer)"
+            )
 
 
 def _masks(batch: Any, mask: MaskSource) -> Masks:

@@ -35,7 +35,7 @@ from lrcompress.engine.refit import Passes, Refit
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import SettingError
 from lrcompress.nn import LowRankLinear, PivotedLinear
-from lrcompress.objective import few_tokens
+from lrcompress.objective import METHODS, few_tokens
 from lrcompress.report.record import LayerRecord, PointRecord, sum_or_none
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.views import view
@@ -44,6 +44,7 @@ from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, 
 from lrcompress.structure.transaction import all_or_nothing, undone
 
 PIVOTED = "stored as pivoted rows, rank·(out + in − rank) parameters a layer"
+NOT_SEEN = "left as they are, for nothing called them in {} observed steps: {}"
 TRAINED = "trained as balanced factors; as such they take {} parameters more"
 
 
@@ -141,6 +142,7 @@ class SolvedModel:
         observers: how many processes have seen tokens of a layer.
         context: that the model runs in.
         seconds: that solving took.
+        unseen: layers that stay as they are, for nothing called them in the observed steps.
     """
 
     model: nn.Module
@@ -156,6 +158,7 @@ class SolvedModel:
     observers: int
     context: Context
     seconds: float
+    unseen: tuple[str, ...] = ()
 
     def choose(self, keep: float | None = None) -> Sizes:
         """Return the ranks and widths for a share of the parameters; nothing is changed.
@@ -276,6 +279,9 @@ class SolvedModel:
         after, bytes_after = _as_stored(now, saved := saved_by_pivoting(model, later))
         pivoted = PIVOTED if any(self.pivoted.values()) else ""
         notes = [sizes.choice.missed, self.narrowing.note(sizes.widths), pivoted]
+        notes += [NOT_SEEN.format(self.statistics.steps, ", ".join(self.unseen))] * bool(
+            self.unseen
+        )
         notes += [TRAINED.format(f"{now[0] - after:,}")] if saved else []
         notes += [refit.note] if refit else []
         inputs = max((c.in_features for c in self.asked), default=0)
@@ -343,7 +349,8 @@ def solve_model(
         processes, as the weights.
     """
     started = time.perf_counter()
-    names = settings.select(model).names
+    unseen = _unseen(settings.select(model).names, statistics, settings.method, processes, owner)
+    names = tuple(name for name in settings.select(model).names if name not in unseen)
     check_layers(model, names, settings)
     shared: dict[str, Any] = {"processes": processes, "owner": owner, "track": track}
     narrowing = solve_blocks(model, names, blocks, statistics, settings, **shared)
@@ -376,7 +383,25 @@ def solve_model(
         1 if owner else processes.size,
         forward_context,
         time.perf_counter() - started,
+        unseen,
     )
+
+
+def _unseen(
+    names: Sequence[str],
+    statistics: Statistics,
+    method: str,
+    processes: Processes,
+    owner: Mapping[str, int] | None,
+) -> tuple[str, ...]:
+    """Return layers of which nothing was seen, the same in all processes; none if that is all."""
+    if not METHODS[method].kinds:
+        return ()
+    mine = [x for x in names if owner is None or owner[x] == processes.index]
+    seen = statistics.source.keys() | statistics.outputs.keys()
+    every = processes.all_gather([name for name in mine if name not in seen])
+    found = {name for one in every for name in one}
+    return tuple(name for name in names if name in found) if len(found) < len(names) else ()
 
 
 def _as_stored(sizes: tuple[int, int], saved: Mapping[str, tuple[int, int]]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from lrcompress.nn import Replacement
 from lrcompress.structure.tied_weights import plain_layers, update_tied_weights_keys_
+from lrcompress.structure.wrapped import check_unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,7 +26,8 @@ def merge_dense(model: Model) -> Model:
         The dense copy, on the devices and in the dtypes of ``model``.
 
     Raises:
-        LayerError: if a layer has no dense form, as :class:`~lrcompress.nn.SafeEmbedding`.
+        LayerError: if a layer has no dense form, as :class:`~lrcompress.nn.SafeEmbedding`, has
+            adapters, or quantised factors.
 
     Cost:
         The memory of the dense model beside that of ``model``, and one matrix product a layer.
@@ -37,6 +39,7 @@ def merge_dense(model: Model) -> Model:
           (0): Linear(in_features=6, out_features=4, bias=True)
         )
     """
+    check_unwrapped(model)
     memo: dict[int, Any] = {}
     replaced = [module for module in model.modules() if isinstance(module, Replacement)]
     for layer, plain in plain_layers(replaced).items():

@@ -28,6 +28,7 @@ from lrcompress.export.plugin import VERSION, CompressionConfig, CompressionQuan
 from lrcompress.files import atomic_write
 from lrcompress.report import PointRecord, Report
 from lrcompress.structure.plan import Plan
+from lrcompress.structure.wrapped import check_unwrapped
 
 # Arguments of from_pretrained that load_pretrained fixes.
 _FIXED = {"config", "trust_remote_code", "use_safetensors", "local_files_only", "subfolder"}
@@ -54,6 +55,7 @@ def save_pretrained(
 
     Raises:
         SettingError: if ``model`` is no ``transformers`` model, or a quantised one.
+        LayerError: if a factored layer has adapters, or quantised factors.
 
     Example:
         >>> import tempfile
@@ -93,6 +95,7 @@ def checked_model(model: nn.Module) -> PreTrainedModel:
 
     Raises:
         SettingError: if it is no ``transformers`` model, or a quantised one.
+        LayerError: if a factored layer has adapters, or quantised factors.
     """
     if not isinstance(model, PreTrainedModel):
         inner = [name for name, child in model.named_children() if _is_pretrained(child)]
@@ -108,6 +111,7 @@ def checked_model(model: nn.Module) -> PreTrainedModel:
         raise SettingError(
             f"the model is quantised by {type(other).__name__}; export it before it is quantised"
         )
+    check_unwrapped(model)
     return model
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
 from lrcompress.statistics.views import is_linear, stacked_matrices, view
+from lrcompress.structure.wrapped import MERGE, adapted_names, is_adapted, quantised, unread_layers
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def select(
 
     Raises:
         NoMatchError: if a pattern matches no linear layer, or nothing is left to factor.
-        LayerError: if a layer named in full cannot be factored.
+        LayerError: if a layer named in full cannot be factored, or one that was chosen has
+            adapters.
     """
     targets = [targets] if isinstance(targets, str) else targets
     everything = dict(model.named_modules(remove_duplicate=True))
@@ -56,9 +58,15 @@ def select(
         # the factors of a factored layer are linear layers too, but not for themselves
         if name and is_linear(module) and not is_linear(everything[name.rpartition(".")[0]])
     }
-    stacks = stacked_matrices(model)
+    stacks = stacked_matrices(model) | unread_layers(model)
+    every = ["*.[0-9]*.*"] if targets is None else targets
+    beside = {n: why for n, why in stacks.items() if any(fnmatchcase(n, one) for one in every)}
     if targets is None:
         wanted = [name for name in linear if any(part.isdigit() for part in name.split("."))]
+        if not wanted and beside:
+            raise LayerError(
+                "layer {!r} cannot be factored: {}".format(*next(iter(beside.items())))
+            )
         if not wanted:
             raise NoMatchError(
                 f"none of the {len(linear)} linear layers stands in a numbered block; choose some "
@@ -68,6 +76,12 @@ def select(
         _check_named(targets, everything, linear, stacks)
         wanted = _matching(argument, targets, linear)
     excluded = set(_matching("exclude", exclude, linear))
+    wrapped = adapted_names(model)
+    adapted = [name for name in wanted if name not in excluded and is_adapted(name, wrapped)]
+    if adapted:
+        raise LayerError(
+            f"layer {adapted[0]!r} is wrapped by an adapter; {MERGE}, or leave it out with exclude="
+        )
     reasons = _obstacles(model, linear, shared)
     blocked = {n: reasons[n] for n in wanted if n in reasons and n not in excluded}
     named = [name for name in targets or () if name in blocked]
@@ -78,8 +92,6 @@ def select(
         some = next(iter(blocked.items()), None)
         why = f"; {some[0]!r} was left alone: {some[1]}" if some else ""
         raise NoMatchError(f"no layer is left to factor of {len(wanted)} that were chosen{why}")
-    every = ["*.[0-9]*.*"] if targets is None else targets
-    beside = {n: why for n, why in stacks.items() if any(fnmatchcase(n, one) for one in every)}
     once = {n: why for n, why in beside.items() if n.rpartition(".")[0] not in beside}
     return Selection(names, blocked | once)
 
@@ -123,10 +135,12 @@ def _obstacles(model: nn.Module, linear: dict[str, nn.Module], shared: bool) -> 
     reasons = {}
     for name, module in linear.items():
         others = [place for place in places[id(module)] if place != name]
-        weight = view(module).parameters[0]
+        weights = view(module).parameters
         own = tuple(f"{place}." for place in places[id(module)])
-        tied = [other for other in holders.get(id(weight), []) if not f"{other}.".startswith(own)]
-        reason = _unsuited(model, name, weight)
+        tied = [
+            other for other in holders.get(id(weights[0]), []) if not f"{other}.".startswith(own)
+        ]
+        reason = _unsuited(model, name, weights)
         if reason is None and others and not shared:
             reason = f"it is also used as {others[0]!r}; pass shared=True to factor both"
         if reason is None and tied and not shared:
@@ -136,12 +150,10 @@ def _obstacles(model: nn.Module, linear: dict[str, nn.Module], shared: bool) -> 
     return reasons
 
 
-def _unsuited(model: nn.Module, name: str, weight: Tensor) -> str | None:
-    if name.endswith(".base_layer") or "lora_" in name:
-        return "it is wrapped by an adapter; merge the adapter first"
-    sharded = hasattr(weight, "full_tensor")  # an nn.Parameter too, though not by its type
-    if not weight.is_floating_point() or not (sharded or type(weight) is nn.Parameter):
-        return f"its weight is quantised ({weight.dtype}, {type(weight).__name__})"
+def _unsuited(model: nn.Module, name: str, weights: Sequence[Tensor]) -> str | None:
+    bits = quantised(weights)
+    if bits is not None:
+        return f"its weight is {bits}"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight without calling it, as its in_proj_weight"
     return None

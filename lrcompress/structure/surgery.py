@@ -13,6 +13,8 @@ from lrcompress.errors import LayerError, NoMatchError, nearest
 from lrcompress.linalg import double, full_precision, least_squares
 from lrcompress.nn import LowRankLinear, LowRankSparseLinear, PivotedLinear, Replacement
 from lrcompress.statistics.views import view
+from lrcompress.structure.low_bit_state import as_before, plain
+from lrcompress.structure.schedule_free import position_at, without_positions
 
 # Optimizer state that is linear in past gradients, and state that is quadratic in them.
 _LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
@@ -300,16 +302,18 @@ def swap_parameters_(
     successors = successors or {id(old[0]): coming}
     for optimizer in optimizers:
         _swap_in_groups(optimizer.param_groups, successors, staying)
-        held = [optimizer.state.get(p, {}) for p in old]
+        held, placed = without_positions(optimizer, [optimizer.state.get(p, {}) for p in old])
         if not staying:
             for p in old:
                 optimizer.state.pop(p, None)
         for parameter, state in zip(new, _carried(held, old, new, carry), strict=True):
+            if state and not exact:
+                end = exact_from if parameter is new[0] else None
+                _raise_second_moments_(state, _options(optimizer, parameter), slice(end))
+            state = as_before(optimizer, parameter, state, held[0], _LINEAR)
+            state |= position_at(parameter) if placed else {}
             if state:
                 optimizer.state[parameter] = state
-                if not exact:
-                    end = exact_from if parameter is new[0] else None
-                    _raise_second_moments_(state, _options(optimizer, parameter), slice(end))
         start_state_(optimizer, new)
 
 
@@ -336,7 +340,8 @@ def start_state_(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
 
 def unknown_state(optimizer: Optimizer, old: Iterable[Tensor]) -> list[str]:
     """Return the keys of state for which :func:`swap_parameters_` drops all state of ``old``."""
-    held = [(p, key, x) for p in old for key, x in optimizer.state.get(p, {}).items()]
+    states = ((p, without_positions(optimizer, [optimizer.state.get(p, {})])[0][0]) for p in old)
+    held = ((p, key, x) for p, state in states for key, x in state.items())
     return list(dict.fromkeys(key for p, key, x in held if not _is_understood(p, key, x)))
 
 
@@ -413,7 +418,7 @@ def _carried(
 ) -> list[dict[str, object]]:
     result: list[dict[str, object]] = [{} for _ in new]
     for key in states[0] if carry else ():
-        values = [state.get(key) for state in states]
+        values = [plain(state.get(key)) for state in states]
         tensors = [value for value in values if isinstance(value, Tensor)]
         if key in _LINEAR | _SQUARED and [t.shape for t in tensors] == [p.shape for p in old]:
             assert carry is not None

@@ -719,15 +719,6 @@ def test_a_frozen_layer(tagger: Make, loader: Make, trainer: Make) -> None:
     assert isinstance(model.blocks[1]["up"], nn.Linear)
 
 
-def test_a_layer_never_called(tagger: Make, loader: Make, trainer: Make) -> None:
-    model = tagger()
-    model.blocks[1]["idle"] = nn.Linear(4, 4)
-    for method in ("kfac", "drone"):
-        with pytest.raises(ObservationError, match=r"layer 'blocks.1.idle'"):
-            trainer(factorize(method=method)).fit(model, loader())
-    assert isinstance(model.blocks[0]["up"], nn.Linear)
-
-
 def test_a_layer_called_twice(tagger: Make, loader: Make, trainer: Make) -> None:
     model = tagger()
     model.blocks.append(model.blocks[0])

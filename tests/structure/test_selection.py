@@ -143,12 +143,33 @@ class Adapted(nn.Module):
 
 
 @pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default"])
-def test_layers_of_an_adapter_are_left_alone(part: str) -> None:
+def test_layers_of_an_adapter_are_refused_unless_left_out(part: str) -> None:
     model = Model()
     model.blocks[0].up = Adapted(model.blocks[0].up)
-    reason = "it is wrapped by an adapter; merge the adapter first"
-    refused(model, f"blocks.0.up.{part}", reason)
-    assert select(model).names == BLOCKS[1:]
+    for targets in (None, [f"blocks.0.up.{part}"]):
+        with pytest.raises(
+            LayerError, match=r"up\.\w+.* is wrapped by an adapter; merge the adapt"
+        ):
+            select(model, targets)
+    assert select(model, exclude=["blocks.0.up.*"]).names == BLOCKS[1:]
+
+
+class Other(nn.Linear):
+    """As libraries replace layers by their own."""
+
+
+def test_linear_layers_of_other_types_stay_with_a_reason() -> None:
+    model = Model()
+    model.blocks[0].up = Other(4, 6)
+    found = select(model)
+    assert found.names == BLOCKS[1:]
+    assert "it is a Other of " in found.left_alone["blocks.0.up"]
+    with pytest.raises(LayerError, match=r"'blocks.0.up' cannot be factored: it is a Other of"):
+        select(model, ["blocks.0.up"])
+    for block in model.blocks:
+        block.up, block.down = Other(4, 6), Other(6, 4)
+    with pytest.raises(LayerError, match=r"'blocks.0.up' cannot be factored: it is a Other of"):
+        select(model)
 
 
 class Packed(nn.Parameter):
