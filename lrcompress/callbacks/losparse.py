@@ -83,10 +83,7 @@ class LoSparse(CompressionCallback):
         also_observe: Statistics to accumulate besides those of ``init``.
         fisher: Whose gradients to observe: of ``labels``, or of labels as the ``model`` predicts.
         logits: For ``fisher: model``, the name of the submodule that returns the logits.
-        mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
-            within), an index or a function of the batch. ``~key``: nonzero at padding, as in
-            torch's ``key_padding_mask``; ``labels``: -100 where nothing is predicted. None if
-            nothing is padded. The default is the ``statistics_mask`` of a data module that has one.
+        mask: Where a batch has its padding mask, as in ``Factorize``. None if nothing is padded.
         offload: Device for the statistics; by default each layer's own.
         deal: Let each process observe some of the layers only, as in ``Factorize``.
         solve_device: Where layers are solved; by default where each lies.

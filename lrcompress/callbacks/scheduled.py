@@ -151,9 +151,8 @@ class CompressionCallback(pl.Callback, ABC):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._live = (pl_module, trainer.optimizers)
+        self._live, owner = (pl_module, trainer.optimizers), type(self).__name__
         show_true_rates(trainer, self._hooks)
-        owner = type(self).__name__
         able = {"matrices": self._makes_matrices, "averages": self._keeps_averages}
         compatibility.check_optimizers(trainer.optimizers, owner, **able)
         names = self.settings_at(0).select(pl_module).names
