@@ -106,6 +106,21 @@ class Target:
     reference: float
     drop: float
 
+    @classmethod
+    def of(cls, monitor: str, mode: str, reference: float, drop: Drop) -> "Target":
+        """Return the target from the dense model's figure.
+
+        Raises:
+            SettingError: if all of the figure may be lost, which was hardly meant.
+        """
+        amount = drop.amount(reference)
+        if mode == "max" and amount >= abs(reference) > 0:
+            raise SettingError(
+                f"drop={amount:g} allows all of {monitor} to be lost, which is {reference:.4g} for "
+                "the dense model; give drop='1%' for a hundredth of that, 0.01 for a hundredth of 1"
+            )
+        return cls(mode, reference, amount)
+
     def lost(self, value: float) -> float:
         """Return by how much a value is worse than the reference; below 0 where it is better."""
         return (self.reference - value) * (1 if self.mode == "max" else -1)

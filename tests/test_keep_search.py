@@ -113,6 +113,15 @@ def test_drops() -> None:
     assert Drop.parse("1%").amount(0.5) == 0.005
 
 
+@pytest.mark.parametrize("drop", ["100%", 1, 0.41])
+def test_a_drop_of_the_whole_figure_was_hardly_meant(drop: object) -> None:
+    told = r"drop=\S+ allows all of val_accuracy to be lost, which is 0.41 .* give drop='1%'"
+    with pytest.raises(SettingError, match=told):
+        Target.of("val_accuracy", "max", 0.41, Drop.parse(drop))
+    assert Target.of("val_loss", "min", 0.41, Drop.parse(drop)).drop >= 0.41
+    assert Target.of("val_gain", "max", 0.0, Drop.parse(1)) == Target("max", 0.0, 1.0)
+
+
 def test_what_is_lost_counts_up_in_both_directions() -> None:
     higher, lower = Target("max", 0.93, 0.01), Target("min", 2.0, 0.1)
     assert higher.lost(0.9) == pytest.approx(0.03)

@@ -232,7 +232,7 @@ class KeepSearch:
                 f"monitor={self.monitor!r} is {value} for the dense model, before the first point: "
                 "nothing can be said of what others lose"
             )
-        self.target = Target(self.mode, value, self.drop.amount(value))
+        self.target = Target.of(self.monitor, self.mode, value, self.drop)
 
     def _validated(self, run: "Run") -> Figures:
         """Return the figures of a validation, of the metric the mean over all processes."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lrcompress.engine.observation import Loss, observe_batches
 from lrcompress.engine.refit import Masks, Passes
 from lrcompress.engine.settings import Settings, check_device, check_present
 from lrcompress.engine.solved_model import candidates, parameters_of, solve_model
-from lrcompress.errors import PlatformError, SettingError
+from lrcompress.errors import PlatformError, SettingError, nearest
 from lrcompress.objective import METHODS
 from lrcompress.report.record import LayerRecord, PointRecord
 from lrcompress.solvers.kronecker import Sizes
@@ -200,6 +200,9 @@ def compress(
         >>> [layer.rank for layer in record.layers]
         [2, 2]
     """
+    known = [field.name for field in fields(Settings)]
+    for name in settings.keys() - set(known):
+        raise TypeError(f"compress has no option {name!r}; nearest: {nearest(name, known)}")
     chosen = Settings(**settings)
     _check_not_wrapped(model)
     names = chosen.select(model).names

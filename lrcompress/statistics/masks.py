@@ -94,7 +94,16 @@ def _looked_up(batch: Any, key: str | int) -> Any:
 def _contents(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return f"keys are {', '.join(map(str, batch))}"
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        entries = (f"mask={i}: {_kind(entry)}" for i, entry in enumerate(batch))
+        return f"a {type(batch).__name__} of {', '.join(entries)}"
     return type(batch).__name__
+
+
+def _kind(entry: Any) -> str:
+    if isinstance(entry, Tensor):
+        return f"{str(entry.dtype).removeprefix('torch.')} {tuple(entry.shape)}"
+    return type(entry).__name__
 
 
 def batch_decoder_mask(batch: Any) -> Tensor | None:

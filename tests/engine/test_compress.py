@@ -453,6 +453,7 @@ def test_a_loss_over_tokens_is_predicted_in_its_own_unit(method: str) -> None:
         (nothing, {"ranks": {"*.up": 1}}, SettingError, "keep is missing: 2 of 4 layers"),
         (nothing, {}, SettingError, "keep is missing: give keep=, or ranks or keeps"),
         (nothing, {"keep": 0.5, "targets": ["head"], "shared": 3, "typo": 1}, TypeError, "typo"),
+        (nothing, {"kep": 0.5}, TypeError, "compress has no option 'kep'; nearest: keep"),
     ],
 )
 def test_nothing_is_changed_when_anything_is_wrong(
@@ -526,7 +527,7 @@ def test_batches_without_a_mask_must_say_so_where_layers_read_sequences() -> Non
     before = copy.deepcopy(model)
     with pytest.raises(
         ObservationError,
-        match=r"compress leaves padding out by .* \(tuple\); name another with mask=",
+        match=r"compress leaves padding out by .* mask=1: int64 \(8, 5\), .*; name another with mask=",
     ):
         compress(model, data, tuple_loss, keep=0.5)
     assert unchanged(model, before)

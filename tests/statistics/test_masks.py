@@ -43,7 +43,12 @@ def test_none_asks_for_no_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "has"), [({"ids": FOUR, "y": FOUR}, "keys are ids, y"), ((FOUR, FOUR), "tuple")]
+    ("batch", "has"),
+    [
+        ({"ids": FOUR, "y": FOUR}, "keys are ids, y"),
+        ((FOUR, "x"), "a tuple of mask=0: float32 (4, 7), mask=1: str"),
+        (FOUR, "Tensor"),
+    ],
 )
 def test_a_missing_mask_says_what_there_is_and_how_to_go_on(batch: Any, has: str) -> None:
     mask, missing = batch_mask(batch, "attention_mask", "Owner")
