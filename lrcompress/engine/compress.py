@@ -219,7 +219,7 @@ def compress(
     blocks: Blocks | None = None
     if method.kinds:
         given: dict[str, Any] = {"mask": mask, "examples": examples}
-        given["find_blocks"] = chosen.narrow_blocks
+        given["find_blocks"] = bool(chosen.narrow_blocks)
         if fisher == "model" and method.needs_gradients:
             given["logits"] = LogitsCapture(model, logits)
         blocks = observe_batches(recorder, model, batches, loss, **given)
