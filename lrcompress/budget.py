@@ -42,6 +42,8 @@ class Candidate:
         most: the greatest rank there is; by default the smaller of the two.
         costs: parameters at every rank from 0 on, rising, where they are no multiples of a unit,
             as :func:`pivoted_costs` returns them.
+        whole: parameters of the layer in the architecture, where it has fewer rows or columns by
+            now; 0 where it has all.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Candidate:
     unit: int = 0
     most: int = 0
     costs: Sequence[int] = ()
+    whole: int = 0
 
     def __post_init__(self) -> None:
         unit = self.unit or self.out_features + self.in_features
@@ -63,8 +66,13 @@ class Candidate:
 
     @property
     def dense(self) -> int:
-        """Parameters of the layer as it was."""
+        """Parameters of the layer as it is without factors."""
         return self.out_features * self.in_features
+
+    @property
+    def before(self) -> int:
+        """Parameters that shares are of: those of the layer in the architecture."""
+        return self.whole or self.dense
 
     @property
     def useful(self) -> int:
@@ -194,7 +202,7 @@ def allocate(
     if not free:
         return {c.name: fixed[c.name] for c in candidates}
     assert keep is not None
-    total = sum(c.dense for c in candidates)
+    total = sum(c.before for c in candidates)
     spent = sum(cost(c, fixed[c.name]) for c in candidates if c.name in fixed)
     budget = math.floor(check_keep(keep) * total + 1e-6) - spent
     least = sum(cost(c, c.least) for c in free)
@@ -223,7 +231,7 @@ def _fixed_rank(candidate: Candidate) -> int | None:
             )
         return _dense_above(candidate, candidate.rank)
     share = check_keep(candidate.keep or 0, f"keep of layer {candidate.name!r}")
-    rank = int(_rank_within(candidate.prices, share * candidate.dense) + 1e-9)
+    rank = int(_rank_within(candidate.prices, share * candidate.before) + 1e-9)
     return max(1, rank) if share < 1 and candidate.useful else None
 
 
@@ -232,11 +240,11 @@ def _uniform(free: Sequence[Candidate], budget: int, align: int) -> dict[str, in
     open_, left = list(free), budget
     share = 0.0
     while open_:  # layers at a bound pay for it first, the others share what is left
-        share = left / sum(c.dense for c in open_)
-        dear = [c for c in open_ if cost(c, c.least) > share * c.dense]
-        full = [c for c in open_ if cost(c, c.top) < share * c.dense]
-        over = sum(cost(c, c.least) - share * c.dense for c in dear)
-        under = sum(share * c.dense - cost(c, c.top) for c in full)
+        share = left / sum(c.before for c in open_)
+        dear = [c for c in open_ if cost(c, c.least) > share * c.before]
+        full = [c for c in open_ if cost(c, c.top) < share * c.before]
+        over = sum(cost(c, c.least) - share * c.before for c in dear)
+        under = sum(share * c.before - cost(c, c.top) for c in full)
         # Only one side at a time: what the one takes may open the other again.
         bound = {c.name: c.least for c in dear} if over >= under else {c.name: c.top for c in full}
         if not bound:
@@ -244,7 +252,7 @@ def _uniform(free: Sequence[Candidate], budget: int, align: int) -> dict[str, in
         left -= sum(cost(c, bound[c.name]) for c in open_ if c.name in bound)
         ranks |= bound
         open_ = [c for c in open_ if c.name not in bound]
-    fair = {c.name: _rank_within(c.prices, share * c.dense) for c in free}
+    fair = {c.name: _rank_within(c.prices, share * c.before) for c in free}
     for c in open_:
         whole = int(fair[c.name] + 1e-9)
         rounded = whole // align * align or whole
@@ -350,6 +358,7 @@ def match_bounds(
     in_features: int,
     unit: int | None = None,
     costs: Sequence[int] = (),
+    whole: int = 0,
 ) -> tuple[int, int | None]:
     """Return the least and the greatest rank for a range of keep per layer.
 
@@ -359,6 +368,7 @@ def match_bounds(
         in_features: columns of the weight.
         unit: parameters one rank costs; None is ``out + in``.
         costs: as of :class:`Candidate`.
+        whole: as of :class:`Candidate`.
 
     Returns:
         The two ranks; the second is None where a layer may stay dense.
@@ -367,15 +377,15 @@ def match_bounds(
         >>> match_bounds((0.1, 0.5), out_features=100, in_features=100)
         (5, 25)
     """
-    layer = Candidate("", out_features, in_features, unit=unit or 0, costs=costs)
-    least, greatest = (_rank_within(layer.prices, keep * layer.dense) for keep in keep_range)
+    layer = Candidate("", out_features, in_features, unit=unit or 0, costs=costs, whole=whole)
+    least, greatest = (_rank_within(layer.prices, keep * layer.before) for keep in keep_range)
     lowest = max(1, math.ceil(least - 1e-9))
     return lowest, None if keep_range[1] >= 1 else max(1, int(greatest + 1e-9))
 
 
 def kept_share(candidates: Sequence[Candidate], ranks: Mapping[str, int | None]) -> float:
     """Return the keep over all ``candidates`` that ``ranks`` result in."""
-    return sum(cost(c, ranks[c.name]) for c in candidates) / sum(c.dense for c in candidates)
+    return sum(cost(c, ranks[c.name]) for c in candidates) / sum(c.before for c in candidates)
 
 
 def kept_units(

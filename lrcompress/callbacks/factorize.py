@@ -74,6 +74,7 @@ class Factorize(AutoKeepCallback):
             where that is predicted to lose less: their layers become narrower dense ones, and
             what reads the features is solved anew. Blocks are found in the graph of the first
             step that is looked at; for methods that know the predicted loss, and not under FSDP2.
+            With ``"low_rank"`` what is left of their layers may have low rank besides.
         storage: What a low-rank matrix ends as: ``balanced`` factors of ``rank·(out + in)``
             parameters, or ``pivoted`` rows: ``rank`` rows and how the others follow from them,
             ``rank·(out + in − rank)``. The matrices are the same, but of higher ranks at the same
@@ -181,7 +182,7 @@ class Factorize(AutoKeepCallback):
         shapes: dict[str, list[int]] | None = None,
         keep_range: tuple[float, float] = (0.0, 1.0),
         align: int = 8,
-        narrow_blocks: bool = False,
+        narrow_blocks: bool | str = False,
         storage: str = "balanced",
         window: float | str = "epoch:1",
         every_n_steps: int | None = None,
@@ -247,7 +248,7 @@ class Factorize(AutoKeepCallback):
             keep, self.settings[0], drop, monitor, monitor_mode, max_trials, verbose=verbose
         )
         if measure_layers:
-            check_measurable(searched=self._search is not None, narrow_blocks=narrow_blocks)
+            check_measurable(searched=self._search is not None, narrow_blocks=bool(narrow_blocks))
         if len(points) > 1 and METHODS[method].form != "low_rank":
             raise SettingError(
                 f"method={method!r} factors dense layers, which they are at the first point "

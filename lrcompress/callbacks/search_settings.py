@@ -8,8 +8,8 @@ from torch import nn
 from lrcompress.budget import allocate
 from lrcompress.callbacks.search import BETTER, KeepSearch
 from lrcompress.distributed import Processes
+from lrcompress.engine.candidates import candidates
 from lrcompress.engine.settings import Settings
-from lrcompress.engine.solved_model import candidates
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.keep_search import Drop, better_direction, check_monitor
 from lrcompress.schedules import Point, parse_points

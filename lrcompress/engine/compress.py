@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 from lrcompress.bench.latency_ranks import Context
 from lrcompress.budget import allocate
 from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.candidates import candidates, parameters_of
 from lrcompress.engine.factored_layers import keep_lower_ranks
 from lrcompress.engine.kronecker_shapes import KroneckerShapes, check_layers, term_parameters
 from lrcompress.engine.observation import Loss, observe_batches
 from lrcompress.engine.refit import Masks, Passes
 from lrcompress.engine.settings import Settings, check_device, check_present
-from lrcompress.engine.solved_model import candidates, parameters_of, solve_model
+from lrcompress.engine.solved_model import solve_model
 from lrcompress.errors import PlatformError, SettingError, nearest
 from lrcompress.objective import METHODS
 from lrcompress.report.record import LayerRecord, PointRecord
@@ -227,7 +228,7 @@ def compress(
     blocks: Blocks | None = None
     if method.kinds:
         given: dict[str, Any] = {"mask": mask, "examples": examples}
-        given["find_blocks"] = chosen.narrow_blocks
+        given["find_blocks"] = bool(chosen.narrow_blocks)
         if fisher == "model" and method.needs_gradients:
             given["logits"] = LogitsCapture(model, logits)
         blocks = observe_batches(recorder, model, batches, loss, **given)

@@ -77,6 +77,7 @@ class LayerSummary:
         reached: tuple[float, float] | None = None,
         stood: int | None = None,
         parameters: int | None = None,
+        narrow: tuple[int, int] | None = None,
     ) -> LayerRecord:
         """Return what became of the layer at ``rank``, with some of its error curve.
 
@@ -89,9 +90,12 @@ class LayerSummary:
                 from the energies.
             stood: parameters that stood there before, where it was not dense.
             parameters: of what stands there now, where it is no pair of factors.
+            narrow: inner features that are left, and of how many, where it has lost some.
         """
         most = len(self.energies)
         shown = {round(most ** (i / (_SHOWN - 1))) for i in range(_SHOWN)} if most else ()
+        if narrow:  # the curves of such layers are over features
+            shown = set()
         # six digits: a report is read by people
         curve = tuple((r, float(f"{self.error(r):.6g}")) for r in sorted(shown))
         error, loss = self.error(rank), self.loss(rank)
@@ -101,7 +105,8 @@ class LayerSummary:
         notes = "; ".join(filter(None, (self.note, note)))
         first = None if rank is None else self.first
         given = (name, *shape, rank, error, loss, notes)
-        return LayerRecord(*given, curve=curve, first=first, stood=stood, parameters=parameters)
+        now = {"stood": stood, "parameters": parameters, "narrow": narrow}
+        return LayerRecord(*given, curve=curve, first=first, **now)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

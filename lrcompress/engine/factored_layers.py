@@ -10,7 +10,13 @@ from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.distributed_solve import Found, broadcast_layers_
 from lrcompress.engine.settings import Settings
 from lrcompress.linalg import double
-from lrcompress.nn import FactoredLinear, KroneckerLinear, LowRankLinear, PivotedLinear
+from lrcompress.nn import (
+    FactoredLinear,
+    KroneckerLinear,
+    LowRankLinear,
+    PivotedLinear,
+    low_rank_in_place_of,
+)
 from lrcompress.nn.kronecker import carry_kronecker
 from lrcompress.objective import Metric
 from lrcompress.solvers.kronecker import KroneckerFactors, Sizes
@@ -66,10 +72,9 @@ def put_factors(
     new: FactoredLinear
     if first is not None:
         new, parts = KroneckerLinear.in_place_of(layer, rank, *first), ("first", "second")
-    elif pivoted:
-        new, parts = PivotedLinear.in_place_of(layer, rank), ("right", "rest")
     else:
-        new = LowRankLinear.in_place_of(layer, rank)
+        new = low_rank_in_place_of(layer, rank, pivoted=pivoted)
+        parts = ("right", "rest") if pivoted else None
     carry = _set_factors_(new, layer, *found) if found else carry_later(new.factors)
     replace_(model, name, new)
     tied = any(parameter is old.parameters[0] for parameter in model.parameters())

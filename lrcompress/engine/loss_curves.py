@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lrcompress.budget import allocate
+from lrcompress.engine.candidates import candidates
 from lrcompress.engine.distributed_solve import solve_layers
 from lrcompress.engine.settings import Settings
-from lrcompress.engine.solved_model import candidates
 from lrcompress.errors import SettingError
 from lrcompress.objective import LOW_RANK
 from lrcompress.report.keep_curves import PredictedLoss

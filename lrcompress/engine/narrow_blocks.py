@@ -1,5 +1,6 @@
 """Narrow feed-forward blocks: solve, and replace their layers by narrower ones."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ from torch.optim import Optimizer
 
 from lrcompress.budget import Candidate, match_bounds
 from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.block_budget import RankedWidth
 from lrcompress.engine.distributed_solve import broadcast_layers_
-from lrcompress.engine.settings import Settings
+from lrcompress.engine.narrow_low_rank import NarrowedRanks, Problems, solve_ranks
+from lrcompress.engine.settings import LOW_RANK, Settings
 from lrcompress.errors import SettingError
 from lrcompress.linalg import double
-from lrcompress.nn import PrunedLinear, Replacement
-from lrcompress.objective import METHODS, Metric, metric_of
+from lrcompress.nn import NarrowLowRank, PrunedLinear, Replacement
+from lrcompress.objective import METHODS
 from lrcompress.report.record import LayerRecord
 from lrcompress.solvers.narrowing import Narrowed, Narrowings, narrowings, relative_error
 from lrcompress.statistics.moments import Statistics
@@ -25,6 +28,8 @@ from lrcompress.structure.feed_forward import Block, Blocks
 from lrcompress.structure.parameter_counts import replaced_sizes
 from lrcompress.structure.surgery import carry_left, check_kinds, replace_, swap_parameters_
 from lrcompress.structure.transaction import all_or_nothing
+
+Ranks = Mapping[str, int | None]
 
 _SHOWN = 20  # widths of an error curve that are kept for the report
 # Tokens that count as one: features are heavy-tailed and neighbours alike. On text that was held
@@ -72,20 +77,20 @@ class SolvedBlocks:
 
     Attributes:
         model: whose blocks they are.
+        ranks: what low rank on top of narrowing loses, where that is asked for.
         blocks: by the name of the layer that reads the inner features.
         measured: what narrowing each of them loses.
-        problem: gives the weight and the metric of such a layer, again, where they are solved.
         own: those that this process has solved.
-        owner: which process has solved each.
+        owner: which process solves each of their layers.
         processes: the processes.
         left_alone: layers whose blocks cannot be narrowed, with the reasons.
         asked: whether they were to be narrowed.
     """
 
     model: nn.Module
+    ranks: NarrowedRanks
     blocks: Mapping[str, Block] = field(default_factory=dict)
     measured: Mapping[str, BlockSummary] = field(default_factory=dict)
-    problem: Callable[[str], tuple[Tensor, Metric]] = lambda _: (torch.empty(0), Metric())
     own: Mapping[str, Narrowings] = field(default_factory=dict)
     owner: Mapping[str, int] = field(default_factory=dict)
     processes: Processes = ONE_PROCESS
@@ -106,7 +111,9 @@ class SolvedBlocks:
         """Return how many inner features there are now, and in the architecture."""
         layer = self.model.get_submodule(down)
         now = view(layer).shape[1]
-        return now, len(layer.columns) if isinstance(layer, PrunedLinear) else now
+        if isinstance(layer, PrunedLinear | NarrowLowRank):
+            return now, len(layer.columns)
+        return now, now
 
     def candidates(
         self, keep_range: tuple[float, float]
@@ -128,49 +135,112 @@ class SolvedBlocks:
             found[down] = candidate, () if self._pruned(block) else block.names
         return found
 
+    def ranked_widths(self, keep_range: tuple[float, float]) -> dict[str, list[RankedWidth]]:
+        """Return the widths at which the layers of blocks may have low rank too."""
+        found = {}
+        for down, (one, _) in self.candidates(keep_range).items():
+            tried = [k for k in self.ranks.curves.get(down, ()) if one.least <= k <= one.top]
+            found[down] = [self._ranked_width(down, k, keep_range) for k in tried]
+        return found
+
+    def _ranked_width(self, down: str, k: int, keep_range: tuple[float, float]) -> RankedWidth:
+        one, whole = self.measured[down], self.features(down)[1]
+        layers = self.ranks.candidates(down, k, whole, keep_range)
+        return RankedWidth(k, float(one.expected[k]) * one.loss_scale, layers)
+
+    def low_rank(self, widths: Mapping[str, int | None], ranks: Ranks) -> dict[str, int | None]:
+        """Return those of the ranks that layers of narrowed blocks have."""
+        names = [name for down in widths for name in self.blocks[down].names]
+        return {name: ranks[name] for name in names if name in ranks}
+
+    def sized(
+        self, widths: Mapping[str, int | None], ranks: Ranks, keep_range: tuple[float, float]
+    ) -> list[tuple[Candidate, int | None]]:
+        """Return narrowed blocks, or their layers where these have ranks, and their sizes."""
+        blocks, found = self.candidates(keep_range), []
+        for down, k in widths.items():
+            if k is not None and self.low_rank({down: k}, ranks):
+                layers = self._ranked_width(down, k, keep_range).layers
+                found += [(one, ranks[one.name]) for one in layers]
+            else:
+                found.append((blocks[down][0], k))
+        return found
+
+    def lost(self, down: str, width: int | None, ranks: Ranks) -> dict[str, float]:
+        """Return the predicted loss of a narrowed block, by its layers."""
+        block, k = self.blocks[down], self.features(down)[0] if width is None else width
+        lost = dict.fromkeys(block.names, 0.0)
+        for name, rank in self.low_rank({down: k}, ranks).items():
+            lost[name] = 0.5 * self.ranks.tail(down, k, name, rank)
+        lost[down] += self.measured[down].loss(k)
+        return lost
+
     @contextmanager
     def narrowed_(
-        self, widths: Mapping[str, int | None], optimizers: Sequence[Optimizer]
+        self,
+        widths: Mapping[str, int | None],
+        ranks: Ranks,
+        optimizers: Sequence[Optimizer],
+        *,
+        pivoted: bool,
     ) -> Iterator[dict[str, LayerRecord]]:
         """Narrow blocks, the same in all processes; an error in the block undoes it.
 
         Args:
             widths: of blocks, by the layer that reads the inner features; None leaves one dense.
+            ranks: of their layers, where they have low rank too.
             optimizers: whose parameters and state follow.
+            pivoted: whether low-rank layers are stored as pivoted rows.
 
         Yields:
             What became of their layers.
         """
-        records = {x.name: x for down, k in widths.items() for x in self._records(down, k)}
+        records = {x.name: x for down, k in widths.items() for x in self._records(down, k, ranks)}
         if not records:
             yield records
             return
         with all_or_nothing(self.model, records, optimizers):
-            self._narrow_({down: k for down, k in widths.items() if k is not None}, optimizers)
+            asked = {down: k for down, k in widths.items() if k is not None}
+            kept = self._narrow_(asked, optimizers)
+            inner = self.low_rank(asked, ranks)
+            factored = {name: rank for name, rank in inner.items() if rank is not None}
+            if factored:
+                rows = {up: k for down, k in kept.items() for up in self.blocks[down].ups}
+                given = optimizers, self.processes, self.owner
+                self.ranks.factor_(factored, (rows, kept), *given, pivoted=pivoted)
             yield records
 
-    def pairs(self, widths: Mapping[str, int | None]) -> dict[str, tuple[str, ...]]:
-        """Return what reads the features of blocks that are narrowed, to what gives them."""
-        return {down: self.blocks[down].ups for down, k in widths.items() if k is not None}
+    def pairs(self, widths: Mapping[str, int | None], ranks: Ranks) -> dict[str, tuple[str, ...]]:
+        """Return what reads the features of blocks that are narrowed alone, to what gives them."""
+        narrow = {down: k for down, k in widths.items() if k is not None}
+        return {
+            down: self.blocks[down].ups for down in narrow if not self.low_rank({down: 0}, ranks)
+        }
 
-    def note(self, widths: Mapping[str, int | None]) -> str:
+    def note(self, widths: Mapping[str, int | None], ranks: Ranks) -> str:
         """Return how many blocks are narrowed, in words, or ""; after it."""
         narrow = [k for k in widths.values() if k is not None]
         if not narrow:
             return "no feed-forward block is narrowed" if self.asked else ""
         wholes = sorted({self.features(down)[1] for down, k in widths.items() if k is not None})
         span = str(narrow[0]) if len({*narrow}) == 1 else f"{min(narrow):,} to {max(narrow):,}"
+        more = sum(any(self.low_rank({down: k}, ranks).values()) for down, k in widths.items())
         return (
             f"{len(narrow)} of {len(self.blocks)} feed-forward blocks narrowed, to {span} of "
             f"{', '.join(f'{whole:,}' for whole in wholes)} inner features"
+            + (f", {more} of them with low rank on top" if more else "")
         )
 
-    def _narrow_(self, asked: Mapping[str, int], optimizers: Sequence[Optimizer]) -> None:
+    def _narrow_(
+        self, asked: Mapping[str, int], optimizers: Sequence[Optimizer]
+    ) -> dict[str, Tensor]:
+        """Narrow blocks, and return which of the features that there were are left."""
+        left: dict[str, Tensor] = {}
         found: dict[str, tuple[Narrowed, Tensor | None]] = {}
 
         def solve() -> dict[str, list[int]]:
             for down in (x for x, k in asked.items() if x in self.own and k < self.features(x)[0]):
-                weight, metric = self.problem(down)
+                weight, metric = self.ranks.problems.of(down)
                 one = self.own[down].solved(weight, metric.input, asked[down])
                 found[down] = one, metric.mean
             return {down: one.kept.tolist() for down, (one, _) in found.items()}
@@ -178,8 +248,10 @@ class SolvedBlocks:
         for part in self.processes.run_on_all(solve):
             for down, kept in part.items():
                 self._put(self.blocks[down], kept, found.get(down), optimizers)
+                left[down] = torch.tensor(kept)
         owner = {down: self.owner[down] for down in asked}
         broadcast_layers_(self.model, owner, optimizers, self.processes)
+        return left
 
     def _put(
         self,
@@ -205,29 +277,41 @@ class SolvedBlocks:
             new.bias.add_(lost.to(new.bias))
         new.weight.copy_(one.weight)
 
-    def _records(self, down: str, width: int | None) -> list[LayerRecord]:
+    def _records(self, down: str, width: int | None, ranks: Ranks) -> list[LayerRecord]:
         block, one = self.blocks[down], self.measured[down]
         now, whole = self.features(down)
         left = now if width is None else width
         stood = replaced_sizes(self.model, block.names)
+        lost, inner = self.lost(down, width, ranks), self.low_rank({down: width}, ranks)
         shown = sorted({round(now ** (i / (_SHOWN - 1))) for i in range(_SHOWN)})
         curve = tuple((k, float(f"{relative_error(one.losses, k):.6g}")) for k in shown)
         records = []
         for name in block.names:
             out_features, in_features = view(self.model.get_submodule(name)).shape
-            last = name == down
+            last, rank = name == down, inner.get(name)
             shape = (out_features, whole) if last else (whole, in_features)
             record = LayerRecord(
-                *(name, *shape, None),
-                relative_error(one.losses, left) if last else 0.0,
-                one.loss(left) if last else 0.0,
+                *(name, *shape, rank),
+                self._error(down, name, left, rank),
+                lost[name],
                 one.note if last else "",
                 curve=curve if last else (),
                 stood=stood.get(name),
                 narrow=None if width is None else (width, whole),
+                parameters=None if rank is None else self.ranks.parameters(down, left, name, rank),
             )
             records.append(record)
         return records
+
+    def _error(self, down: str, name: str, width: int, rank: int | None) -> float:
+        one = self.measured[down]
+        if name != down:
+            return 0.0 if rank is None else self.ranks.error(down, width, name, rank)
+        if rank is None:
+            return relative_error(one.losses, width)
+        # what the features that stay do not tell, and what their factors lose, are orthogonal
+        lost = float(one.losses[width]) + self.ranks.tail(down, width, name, rank) / one.loss_scale
+        return math.sqrt(lost / float(one.losses[0]))
 
 
 def solve_blocks(
@@ -263,7 +347,7 @@ def solve_blocks(
         That of :func:`~lrcompress.solvers.narrowing.narrowings` for each.
     """
     if not settings.narrow_blocks:
-        return SolvedBlocks(model)
+        return SolvedBlocks(model, NarrowedRanks(Problems(model, statistics, settings)))
     check_sharding(processes)
     blocks = processes.run_on_first(lambda: blocks)
     if blocks is None:
@@ -273,23 +357,19 @@ def solve_blocks(
         )
     chosen = {x.down: x for x in blocks.found if {*x.names} <= {*names} and _is_alike(model, x)}
     inside = {name for block in chosen.values() for name in block.names}
-    check_kinds(model, [name for name in names if name not in inside])
+    outside = [name for name in names if name not in inside]
+    check_kinds(model, outside, narrow=settings.narrow_blocks == LOW_RANK)
     cost = {down: float(view(model.get_submodule(down)).shape[1] ** 3) for down in chosen}
-    whose = {x: owner[x] for x in chosen} if owner else processes.assign(cost)
+    shared = processes.assign(cost)
+    whose = owner or {x: shared[down] for down, one in chosen.items() for x in one.names}
 
-    def problem(down: str) -> tuple[Tensor, Metric]:
-        layer = view(model.get_submodule(down))
-        weight = layer.weight.to(settings.solve_device)
-        refit = settings.refit_bias and layer.bias is not None
-        given = {"refit_bias": refit, "shrink": settings.shrink, "device": weight.device}
-        return weight, metric_of(settings.method, statistics, down, **given)  # type: ignore[arg-type]
-
+    problems = Problems(model, statistics, settings)
     own: dict[str, Narrowings] = {}
 
     def work() -> dict[str, BlockSummary]:
         told = {}
         for down in track([x for x in chosen if whose[x] == processes.index]):
-            weight, one = problem(down)
+            weight, one = problems.of(down)
             own[down] = narrowings(weight, one.output, one.input)
             scale = 1.0 if one.loss_scale is None else one.loss_scale
             seen = int(statistics.of(down, METHODS[settings.method].kinds).tokens)
@@ -299,8 +379,11 @@ def solve_blocks(
     measured: dict[str, BlockSummary] = {}
     for part in processes.run_on_all(work):
         measured |= part
+    low_rank = settings.narrow_blocks == LOW_RANK
+    ranks = solve_ranks(problems, chosen if low_rank else {}, own, whose, processes)
     alone = {name: f"its block is not narrowed: {why}" for name, why in blocks.left_alone.items()}
-    return SolvedBlocks(model, chosen, measured, problem, own, whose, processes, alone, True)
+    given = model, ranks, chosen, measured, own, whose, processes, alone, True
+    return SolvedBlocks(*given)
 
 
 def _is_alike(model: nn.Module, block: Block) -> bool:

@@ -31,7 +31,7 @@ from lrcompress.engine.block_runs import (
 from lrcompress.engine.distributed_solve import broadcast_layers_
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError
-from lrcompress.nn import LowRankLinear, PivotedLinear, PrunedLinear
+from lrcompress.nn import LowRankLinear, NarrowLowRank, PivotedLinear, PrunedLinear
 from lrcompress.nn.replacement import plain_linear
 from lrcompress.solvers.left_factor import Normal
 from lrcompress.statistics.views import view
@@ -183,6 +183,9 @@ class Refit:
         """
         self._pending = {**together}
         changed = [name for name in self.dense if self._is_changed(name)]
+        layers = {name: self.model.get_submodule(name) for name in self.dense}
+        both = [name for name, layer in layers.items() if isinstance(layer, NarrowLowRank)]
+        self.left_alone |= dict.fromkeys(both, "it is of low rank in a narrowed block")
         if not changed:
             return
         with evaluating(self.model), self.passes.context():
@@ -207,7 +210,8 @@ class Refit:
 
     def _is_changed(self, name: str) -> bool:
         layer = self.model.get_submodule(name)
-        return isinstance(layer, LowRankLinear | PivotedLinear | PrunedLinear)
+        able = isinstance(layer, LowRankLinear | PivotedLinear | PrunedLinear)
+        return able and not isinstance(layer, NarrowLowRank)
 
     def _order(self, changed: Sequence[str]) -> Order:
         batch = next(iter(self.passes.batches), None)

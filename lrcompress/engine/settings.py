@@ -13,6 +13,7 @@ from lrcompress.solvers.kronecker import are_sizes
 from lrcompress.structure.selection import Selection, select
 
 STORAGES = ("balanced", "pivoted")
+LOW_RANK = "low_rank"  # of narrow_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Settings:
         keep_range: least and greatest keep any one layer may get; 1 allows it to stay dense.
         align: what ranks are multiples of, as far as no budget is lost by it.
         narrow_blocks: let feed-forward blocks keep some of their inner features in place of ranks,
-            where that is predicted to lose less.
+            where that is predicted to lose less; with :data:`LOW_RANK` what is left of their
+            layers may have low rank besides.
         storage: what low-rank layers are stored as, a key of :data:`STORAGES`: ``"balanced"``
             factors of ``rank·(out + in)`` parameters, or ``"pivoted"`` rows of
             ``rank·(out + in − rank)``, by which ranks are higher at the same ``keep``.
@@ -62,7 +64,7 @@ class Settings:
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     keep_range: tuple[float, float] = (0.0, 1.0)
     align: int = 8
-    narrow_blocks: bool = False
+    narrow_blocks: bool | str = False
     storage: str = "balanced"
     refit_bias: bool = True
     refit: float | None = None
@@ -103,6 +105,10 @@ class Settings:
             self._check_narrow()
 
     def _check_narrow(self) -> None:
+        if self.narrow_blocks not in (True, LOW_RANK):
+            raise SettingError(
+                f"narrow_blocks must be True, False or {LOW_RANK!r}, got {self.narrow_blocks!r}"
+            )
         reason = ""
         if not METHODS[self.method].comparable:
             reason = f"method {self.method!r} does not know; use {' or '.join(COMPARABLE)}"

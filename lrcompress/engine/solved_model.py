@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.bench.latency_ranks import Context, RankChoice, allocate_by_latency
-from lrcompress.budget import Candidate, allocate, cost, match_bounds, pivoted_costs
+from lrcompress.budget import Candidate, allocate, cost
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.block_budget import allocate_with_blocks
+from lrcompress.engine.candidates import candidates, parameters_of
 from lrcompress.engine.distributed_solve import (
     Found,
-    LayerSummary,
     Solutions,
     factors_on_trial,
     greatest_rank,
@@ -29,78 +29,27 @@ from lrcompress.engine.factored_layers import (
     put_factors,
     saved_by_pivoting,
 )
-from lrcompress.engine.kronecker_shapes import by_layer, check_layers, solver_for
+from lrcompress.engine.kronecker_shapes import check_layers, solver_for
 from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
 from lrcompress.engine.refit import Passes, Refit
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import SettingError
 from lrcompress.nn import LowRankLinear, PivotedLinear
 from lrcompress.objective import METHODS, few_tokens
 from lrcompress.report.record import LayerRecord, PointRecord, sum_or_none
 from lrcompress.statistics.moments import Statistics
-from lrcompress.statistics.views import view
 from lrcompress.structure.feed_forward import Blocks
-from lrcompress.structure.parameter_counts import replaced_sizes, sizes_before, stored_bytes
+from lrcompress.structure.parameter_counts import (
+    inner_features,
+    replaced_sizes,
+    sizes_before,
+    stored_bytes,
+    whole_shape,
+)
 from lrcompress.structure.transaction import all_or_nothing, undone
 
 PIVOTED = "stored as pivoted rows, rank·(out + in − rank) parameters a layer"
 NOT_SEEN = "left as they are, for nothing called them in {} observed steps: {}"
 TRAINED = "trained as balanced factors; as such they take {} parameters more"
-
-
-def candidates(
-    model: nn.Module,
-    names: Sequence[str],
-    settings: Settings,
-    measured: Mapping[str, LayerSummary],
-) -> list[Candidate]:
-    """Return the layers as candidates for ranks, with their error curves and bounds.
-
-    Args:
-        model: whose layers they are.
-        names: of the layers.
-        settings: their ranks, keeps and bounds.
-        measured: the layers as far as they are solved; others cost what low-rank factors do.
-
-    Raises:
-        NoMatchError: if a pattern of ``ranks`` or ``keeps`` matches no targeted layer.
-        SettingError: if a layer has both a rank and a keep of its own.
-    """
-    ranks = by_layer("ranks", settings.ranks, names)
-    keeps = by_layer("keeps", settings.keeps, names)
-    both = sorted(ranks.keys() & keeps.keys())
-    if both:
-        raise SettingError(f"layer {both[0]!r} is given both a rank and a keep")
-    result = []
-    for name in names:
-        layer = model.get_submodule(name)
-        shape = view(layer).shape
-        one = measured.get(name)
-        unit = one.unit if one else 0
-        costs = pivoted_costs(*shape) if is_pivoted(layer, settings) else ()
-        lowest, highest = match_bounds(settings.keep_range, *shape, unit or None, costs)
-        if isinstance(layer, LowRankLinear | PivotedLinear):
-            highest = layer.rank if highest is None else min(highest, layer.rank)
-        result.append(
-            Candidate(
-                name,
-                *shape,
-                energies=one.curve if one else None,
-                rank=ranks.get(name),
-                keep=keeps.get(name),
-                lowest=lowest,
-                highest=highest,
-                unit=unit,
-                most=len(one.energies) if one else 0,
-                costs=costs,
-            )
-        )
-    return result
-
-
-def parameters_of(one: Candidate, rank: int | None) -> int | None:
-    """Return the parameters of a layer that is no pair of factors, for the record."""
-    return cost(one, rank) if one.costs and rank is not None else None
 
 
 @dataclass(frozen=True)
@@ -193,18 +142,24 @@ class SolvedModel:
 
     def kept(self, sizes: Sizes) -> float:
         """Return the share of the targeted layers' parameters that sizes amount to."""
-        blocks = self.narrowing.candidates(self.settings.keep_range)
-        every = [(one, sizes.choice.ranks.get(one.name)) for one in self.asked]
-        every = [(one, rank) for one, rank in every if one.name in sizes.choice.ranks]
-        every += [(blocks[name][0], width) for name, width in sizes.widths.items()]
-        return sum(cost(*one) for one in every) / sum(one.dense for one, _ in every)
+        ranks = self._ranks(sizes)
+        every = [(one, ranks[one.name]) for one in self.asked if one.name in ranks]
+        given = sizes.widths, sizes.choice.ranks, self.settings.keep_range
+        every += self.narrowing.sized(*given)
+        return sum(cost(*one) for one in every) / sum(one.before for one, _ in every)
+
+    def _ranks(self, sizes: Sizes) -> dict[str, int | None]:
+        """Return the ranks of layers whose blocks are as they are."""
+        inner = self.narrowing.low_rank(sizes.widths, sizes.choice.ranks)
+        return {name: rank for name, rank in sizes.choice.ranks.items() if name not in inner}
 
     def predicted_loss(self, sizes: Sizes) -> float | None:
         """Return the predicted increase of the loss; None where the metric does not know it."""
-        ranks, measured = sizes.choice.ranks, self.solutions.measured
-        lost = [measured[name].loss(rank) for name, rank in ranks.items()]
+        measured = self.solutions.measured
+        lost = [measured[name].loss(rank) for name, rank in self._ranks(sizes).items()]
         narrow = {name: width for name, width in sizes.widths.items() if width is not None}
-        lost += [self.narrowing.measured[name].loss(width) for name, width in narrow.items()]
+        given = sizes.choice.ranks
+        lost += [sum(self.narrowing.lost(*one, given).values()) for one in narrow.items()]
         return sum_or_none(lost)
 
     @contextmanager
@@ -215,10 +170,10 @@ class SolvedModel:
         """
         with undone(self.model, self.names), torch.no_grad():
             if sizes.widths:
-                with self.narrowing.narrowed_(sizes.widths, ()):
+                with self._narrowed_(sizes, ()):
                     pass
             with factors_on_trial(
-                self.model, self.solutions, _factored(sizes), self._putting(sizes, ())
+                self.model, self.solutions, self._factored(sizes), self._putting(sizes, ())
             ):
                 yield
 
@@ -244,10 +199,11 @@ class SolvedModel:
         Raises:
             SettingError: if there are no passes to refit on.
         """
-        started, model, chosen = time.perf_counter(), self.model, _factored(sizes)
+        started, model = time.perf_counter(), self.model
+        chosen = {} if sizes is None else self._factored(sizes)
         sizes = sizes or self.standing
-        ranks = sizes.choice.ranks
-        later = [name for name in self.pivoted if self.pivoted[name] and self.train_balanced]
+        ranks = self._ranks(sizes)
+        later = self._stored_later(sizes)
         sizes_now, saved = sizes_before(model), saved_by_pivoting(model, later)
         before, bytes_before = _as_stored(sizes_now, saved)
         stood = replaced_sizes(model, self.names)
@@ -256,21 +212,22 @@ class SolvedModel:
         refit = Refit.before(model, self.names, self.settings, passes, self.processes)
         with (
             all_or_nothing(model, self.names, held) if refit else nullcontext(),
-            self.narrowing.narrowed_(sizes.widths, held) as records,
+            self._narrowed_(sizes, held) as records,
         ):
             given = model, self.solutions, chosen, self._putting(sizes, held), held
             reached = install_factors_(*given, away=refit is None)
             if refit:
-                refit.run_(self.narrowing.pairs(sizes.widths))
+                refit.run_(self.narrowing.pairs(sizes.widths, sizes.choice.ranks))
         records |= {
             c.name: self.solutions.measured[c.name].record(
                 c.name,
-                (c.out_features, c.in_features),
+                whole_shape(layer := model.get_submodule(c.name)),
                 ranks[c.name],
                 sizes.choice.notes.get(c.name, "") or self.narrowing.left_alone.get(c.name, ""),
                 reached.get(c.name),
                 stood.get(c.name),
                 parameters_of(c, ranks[c.name]),
+                inner_features(layer),
             )
             for c in self.asked
             if c.name in ranks
@@ -278,10 +235,9 @@ class SolvedModel:
         now = sum(p.numel() for p in model.parameters()), stored_bytes(model)
         after, bytes_after = _as_stored(now, saved := saved_by_pivoting(model, later))
         pivoted = PIVOTED if any(self.pivoted.values()) else ""
-        notes = [sizes.choice.missed, self.narrowing.note(sizes.widths), pivoted]
-        notes += [NOT_SEEN.format(self.statistics.steps, ", ".join(self.unseen))] * bool(
-            self.unseen
-        )
+        narrow = self.narrowing.note(sizes.widths, sizes.choice.ranks)
+        unseen = NOT_SEEN.format(self.statistics.steps, ", ".join(self.unseen))
+        notes = [sizes.choice.missed, narrow, pivoted, unseen if self.unseen else ""]
         notes += [TRAINED.format(f"{now[0] - after:,}")] if saved else []
         notes += [refit.note] if refit else []
         inputs = max((c.in_features for c in self.asked), default=0)
@@ -298,6 +254,24 @@ class SolvedModel:
             bytes_after=bytes_after,
             note="; ".join(filter(None, notes)),
         )
+
+    def _narrowed_(
+        self, sizes: Sizes, optimizers: Sequence[Optimizer]
+    ) -> AbstractContextManager[dict[str, LayerRecord]]:
+        given = sizes.widths, sizes.choice.ranks, optimizers
+        return self.narrowing.narrowed_(*given, pivoted=not self.train_balanced)
+
+    def _factored(self, sizes: Sizes) -> dict[str, int]:
+        """Return the ranks of the layers that get factors, but for those of narrowed blocks."""
+        return {name: rank for name, rank in self._ranks(sizes).items() if rank is not None}
+
+    def _stored_later(self, sizes: Sizes) -> list[str]:
+        """Return the layers that are balanced factors for now, and will be pivoted rows."""
+        if not self.train_balanced:
+            return []
+        inner = self.narrowing.low_rank(sizes.widths, sizes.choice.ranks)
+        pivoted = self.settings.storage == "pivoted"
+        return [n for n in self.names if self.pivoted.get(n, pivoted and n in inner)]
 
     def _putting(
         self, sizes: Sizes, optimizers: Sequence[Optimizer]
@@ -318,12 +292,6 @@ def _noted(record: LayerRecord, refit: Refit | None) -> LayerRecord:
     if why is None:
         return record
     return replace(record, note="; ".join(filter(None, (record.note, f"not refitted: {why}"))))
-
-
-def _factored(sizes: Sizes | None) -> dict[str, int]:
-    """Return the ranks of the layers that get factors."""
-    ranks = {} if sizes is None else sizes.choice.ranks
-    return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
 @torch.no_grad()
@@ -425,7 +393,8 @@ def _choose_sizes(
     budget = settings.keep, settings.spread, settings.align
     if narrowing.blocks:
         blocks = narrowing.candidates(settings.keep_range)
-        ranks, widths = allocate_with_blocks(asked, blocks, settings.keep, settings.align)
+        given = settings.keep, settings.align, narrowing.ranked_widths(settings.keep_range)
+        ranks, widths = allocate_with_blocks(asked, blocks, *given)
         return RankChoice(ranks), widths
     if not settings.keep_measured:
         return RankChoice(allocate(asked, *budget)), {}

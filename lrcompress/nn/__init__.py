@@ -8,6 +8,12 @@ from lrcompress.nn.low_rank import FactoredLinear, LowRankLinear
 from lrcompress.nn.low_rank_embedding import FactoredEmbedding, LowRankEmbedding
 from lrcompress.nn.low_rank_sparse import LowRankSparseLinear
 from lrcompress.nn.low_rank_update import LowRankUpdateLinear
+from lrcompress.nn.narrow_low_rank import (
+    NarrowLowRank,
+    NarrowLowRankLinear,
+    NarrowPivotedLinear,
+    low_rank_in_place_of,
+)
 from lrcompress.nn.pivoted_linear import PivotedLinear
 from lrcompress.nn.pruned_linear import PrunedLinear
 from lrcompress.nn.replacement import Replacement
@@ -23,6 +29,8 @@ KINDS: Mapping[str, type[Replacement]] = {
         KroneckerLinear,
         LowRankUpdateLinear,
         PrunedLinear,
+        NarrowLowRankLinear,
+        NarrowPivotedLinear,
         LowRankEmbedding,
         KroneckerEmbedding,
         SafeEmbedding,
@@ -39,8 +47,12 @@ __all__ = [
     "LowRankLinear",
     "LowRankSparseLinear",
     "LowRankUpdateLinear",
+    "NarrowLowRank",
+    "NarrowLowRankLinear",
+    "NarrowPivotedLinear",
     "PivotedLinear",
     "PrunedLinear",
     "Replacement",
     "SafeEmbedding",
+    "low_rank_in_place_of",
 ]

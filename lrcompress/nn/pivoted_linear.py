@@ -164,7 +164,9 @@ class PivotedLinear(FactoredLinear):
     @torch.no_grad()
     def to_low_rank(self) -> LowRankLinear:
         """Return balanced factors of the same weight, to rounding, with the same bias parameter."""
-        new = LowRankLinear.in_place_of(self, self.rank)
+        return self._balanced_in(LowRankLinear.in_place_of(self, self.rank))
+
+    def _balanced_in(self, new: LowRankLinear) -> LowRankLinear:
         pairs = balanced(double(self.left), double(self.right))
         for parameter, value in zip((new.left.weight, new.right.weight), pairs, strict=True):
             parameter.copy_(value)

@@ -101,12 +101,12 @@ class LayerRecord:
     @property
     def stored(self) -> int:
         """Parameters that take up memory, zeros among them."""
+        if self.parameters is not None:
+            return self.parameters
         if self.narrow is not None:
             return self.narrow[0] * self.unit
         if self.rank is None:
             return self.before
-        if self.parameters is not None:
-            return self.parameters
         return self.rank * self.unit + (self.rows or 0) * self.in_features
 
     def _untouched(self) -> "LayerRecord":

@@ -53,6 +53,10 @@ class Narrowings:
         """Return the relative error with ``k`` inputs."""
         return relative_error(self.losses, k)
 
+    def kept(self, k: int) -> Tensor:
+        """Return the best ``k`` inputs, rising, ``(k,)`` int64 on the CPU."""
+        return self.orders[int(self.given_up[k])][:k].sort().values
+
     @torch.no_grad()
     def solved(self, weight: Tensor, input: Tensor | None, k: int) -> Narrowed:
         """Return the weight that loses least with the best ``k`` inputs.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.linalg import balanced, double, eigh, root, whitening
+from lrcompress.linalg import balanced, double, eigh, eigvalsh, root, whitening
 
 # Keeps the inverse of an output metric bounded: the least of its eigenvalues, of the largest.
 FLOOR = 1e-10
@@ -200,6 +200,29 @@ def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of a positive semidefinite matrix, falling, and their vectors."""
     energies, basis = eigh(matrix)
     return energies.clamp(min=0).flip(0), basis.flip(1)  # rounding can push a zero below zero
+
+
+def rank_energies(whitened: Tensor, moment: Tensor | None) -> Tensor:
+    """Return the squared singular values of ``A Q``, falling: what each further rank saves.
+
+    The curve alone, of a weight whose one side is whitened already, where the other is narrowed.
+
+    Args:
+        whitened: ``A (n, k)``: ``P W``, or ``(W Q)ᵀ`` where it is the output metric that is left.
+        moment: ``QQᵀ``: ``(k, k)``, ``(k,)`` its diagonal, or None for the identity; float64.
+
+    Returns:
+        ``(min(n, k),)``.
+
+    Cost:
+        ``n k² + n² k`` operations, and the eigenvalues of ``n × n``.
+
+    Example:
+        >>> rank_energies(torch.diag(torch.tensor([1.0, 2.0]))[:, :1], None)
+        tensor([1.])
+    """
+    found = eigvalsh(_times(whitened, moment) @ whitened.mT)
+    return found.clamp(min=0).flip(0)[: min(whitened.shape)]
 
 
 def check(weight: Tensor, output: Tensor | None, input: Tensor | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lrcompress.nn import LowRankSparseLinear, Replacement
+from lrcompress.statistics.views import view
 
 
 def dense_size(model: nn.Module) -> int:
@@ -32,6 +33,22 @@ def replaced_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """Return the parameters in place of the dense weight, of the named layers that have others."""
     layers = {name: model.get_submodule(name) for name in names}
     return {name: factor_size(x) for name, x in layers.items() if isinstance(x, Replacement)}
+
+
+def whole_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return ``(out, in)`` of a linear layer in the architecture, whatever is left of it."""
+    if isinstance(layer, Replacement):
+        return layer.sizes["out"], layer.sizes["in"]
+    return view(layer).shape
+
+
+def inner_features(layer: nn.Module) -> tuple[int, int] | None:
+    """Return how many features are left of those of which a layer has lost some, and of how many.
+
+    None for a layer that has all of its inputs and outputs.
+    """
+    sides = zip(view(layer).shape, whole_shape(layer), strict=True)
+    return next((pair for pair in sides if pair[0] < pair[1]), None)
 
 
 def factor_size(layer: Replacement) -> int:

@@ -215,7 +215,8 @@ def _stored_layer(
     Raises:
         CheckpointError: if its factors are not of their form.
     """
-    for kind in KINDS.values():
+    # one that has all the tensors of another kind, and more, is none of that kind
+    for kind in sorted(KINDS.values(), key=lambda kind: -len(kind.sizing_tensors)):
         found = {
             part: state[prefix + part] for part in kind.sizing_tensors if prefix + part in state
         }

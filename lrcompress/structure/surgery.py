@@ -11,7 +11,13 @@ from torch.optim import SGD, Adagrad, Optimizer
 
 from lrcompress.errors import LayerError, NoMatchError, nearest
 from lrcompress.linalg import double, full_precision, least_squares
-from lrcompress.nn import LowRankLinear, LowRankSparseLinear, PivotedLinear, Replacement
+from lrcompress.nn import (
+    LowRankLinear,
+    LowRankSparseLinear,
+    PivotedLinear,
+    PrunedLinear,
+    Replacement,
+)
 from lrcompress.statistics.views import view
 from lrcompress.structure.low_bit_state import as_before, plain
 from lrcompress.structure.schedule_free import position_at, without_positions
@@ -24,6 +30,8 @@ _PAIRS = (("exp_avg", "exp_avg_sq"), ("grad_avg", "square_avg"))  # averages of 
 _MADE_BY = {
     "low_rank": "is low rank already",
     "pivoted": "is low rank already, in pivoted rows",
+    "narrow_low_rank": "is low rank already, in a narrowed block",
+    "narrow_pivoted": "is low rank already, in pivoted rows of a narrowed block",
     "kronecker": "is a sum of Kronecker products already",
     "low_rank_sparse": "is low rank plus sparse rows, which LoSparse made",
     "updated": "is frozen with an update, which DSEE made and merges at the end",
@@ -31,13 +39,16 @@ _MADE_BY = {
 }
 
 
-def check_kinds(model: nn.Module, names: Iterable[str], *, dense: bool = False) -> None:
+def check_kinds(
+    model: nn.Module, names: Iterable[str], *, dense: bool = False, narrow: bool = False
+) -> None:
     """Check that layers are of a kind that can be factored.
 
     Args:
         model: whose layers they are.
         names: of the layers.
         dense: whether they have to be dense.
+        narrow: whether they may have lost features.
 
     Raises:
         LayerError: if one is neither dense nor low-rank, or is factored at all where it has to be
@@ -46,8 +57,9 @@ def check_kinds(model: nn.Module, names: Iterable[str], *, dense: bool = False) 
     for name in names:
         layer = model.get_submodule(name)
         takes = "dense" if dense else "dense or low-rank"
-        low_rank = isinstance(layer, LowRankLinear | PivotedLinear)
-        if isinstance(layer, Replacement) and (dense or not low_rank):
+        able = isinstance(layer, LowRankLinear | PivotedLinear)
+        able |= narrow and isinstance(layer, PrunedLinear)
+        if isinstance(layer, Replacement) and (dense or not able):
             raise LayerError(
                 f"layer {name!r} {_MADE_BY.get(layer.kind, f'is a {type(layer).__name__}')}; this "
                 f"starts from {takes} layers: leave it out with exclude=, or make it dense with "

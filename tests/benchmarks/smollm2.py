@@ -1,7 +1,7 @@
 """SmolLM2-135M on WikiText-2: perplexity of every storage at several keeps, without training.
 
-    python tests/benchmarks/smollm2.py FOLDER [--keep .8 .6 .4] [--storage balanced] [--narrow]
-        [--refit .5] [--held-out]
+    python tests/benchmarks/smollm2.py FOLDER [--keep .8 .6 .4] [--storage balanced]
+        [--narrow [low_rank]] [--refit .5] [--held-out]
 
 FOLDER holds the model and its tokenizer as ``save_pretrained`` writes them. All linear layers of
 its blocks are factored by ``kfac`` with global ranks, from statistics of 48 × 512 tokens of the
@@ -100,7 +100,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--storage", nargs="+", default=["balanced", "pivoted"])
-    parser.add_argument("--narrow", action="store_true", help="feed-forward blocks may be narrowed")
+    parser.add_argument(
+        "--narrow",
+        nargs="?",
+        const=True,
+        default=False,
+        help="feed-forward blocks may be narrowed; 'low_rank': with low rank on top",
+    )
     parser.add_argument("--refit", type=float, nargs="+", default=[], help="anchors, one a row")
     parser.add_argument("--refit-windows", type=int, default=48)
     parser.add_argument("--held-out", action="store_true", help="figures of training text")

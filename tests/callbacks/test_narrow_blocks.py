@@ -10,7 +10,7 @@ from rich.console import Console
 
 import lrcompress
 from lrcompress.errors import SettingError
-from lrcompress.nn import PrunedLinear
+from lrcompress.nn import NarrowLowRank, PrunedLinear
 from tests.architectures.matrix import check_reloads
 from tests.architectures.models import batch_for, made
 
@@ -25,6 +25,7 @@ MADE = (
     "lrcompress.Factorize(keep=[0.7, 0.4], at=['epoch:1', 0.7], every_n_steps=1, align=1, "
     "narrow_blocks=True, report_path=None, verbose=False)"
 )
+LOW_RANK = MADE.replace("narrow_blocks=True", "narrow_blocks='low_rank'").replace("0.4]", "0.2]")
 
 
 def narrow_layers(model: torch.nn.Module) -> dict[str, PrunedLinear]:
@@ -73,6 +74,39 @@ def test_a_run_resumed_at_any_step_ends_bit_identical(
         assert same(model, whole), path.name
 
 
+def test_low_rank_on_top_is_trained_and_stored_as_pivoted_rows(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    model = tagger()
+    callback = eval(LOW_RANK.replace("align=1", "align=1, storage='pivoted'"))
+    run = trainer(callback)
+    run.fit(model, loader(), loader())
+    both = {n: m for n, m in model.named_modules() if isinstance(m, NarrowLowRank)}
+    assert both
+    assert {layer.kind for layer in both.values()} == {"narrow_pivoted"}
+    first, second = callback.report.points
+    assert (first.keep, second.keep) == pytest.approx((0.7, 0.2), abs=0.05)
+    assert second.model_after == sum(p.numel() for p in model.parameters())
+    for layer in (x for x in second.layers if x.name in both):
+        assert layer.after == sum(p.numel() for p in both[layer.name].factors)
+    (optimizer,) = run.optimizers
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
+def test_a_run_with_low_rank_on_top_resumes_bit_identical(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    whole = tagger()
+    trainer(eval(LOW_RANK), every_step=True).fit(whole, loader(), loader())
+    assert any(isinstance(m, NarrowLowRank) for m in whole.modules())
+    saved = sorted(tmp_path.glob("step=*.ckpt"), key=lambda path: int(path.stem[5:]))
+    for path in saved[1:-1:3]:
+        model = tagger(width=16)
+        trainer(eval(LOW_RANK)).fit(model, loader(), loader(), ckpt_path=path)
+        assert same(model, whole), path.name
+
+
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {here!r})
@@ -101,6 +135,10 @@ def test_two_processes_end_alike_and_as_one_would(
     tagger: Make, loader: Make, trainer: Make, launch: Make, tmp_path: Path
 ) -> None:
     runs = {"summed": MADE, "dealt": MADE.replace("align=1", "align=1, deal=True")}
+    runs |= {
+        f"{name} low rank": make.replace("narrow_blocks=True", "narrow_blocks='low_rank'")
+        for name, make in runs.items()
+    }
     script = tmp_path / "script.py"
     here = str(Path(__file__).parent)
     script.write_text(SCRIPT.format(here=here, root=str(tmp_path), runs=runs))
@@ -113,7 +151,8 @@ def test_two_processes_end_alike_and_as_one_would(
         torch.manual_seed(0)
         model = tagger(dropout=0.0)
         trainer(eval(make)).fit(model, loader(), loader())
-        assert any(x["kind"] == "narrow" for x in one["plan"]["layers"])
+        kinds = {x["kind"] for x in one["plan"]["layers"]}
+        assert "narrow_low_rank" in kinds if "low rank" in name else "narrow" in kinds
         assert one["plan"] == lrcompress.Plan.of(model).to_dict()
         for key, value in model.state_dict().items():
             torch.testing.assert_close(one["model"][key], value, rtol=5e-3, atol=5e-4)
@@ -161,3 +200,28 @@ def test_narrow_models_are_saved_reloaded_and_merged(architecture: str, tmp_path
         torch.testing.assert_close(merged(**batch).logits, before, rtol=1e-3, atol=1e-4)
     assert not narrow_layers(merged)
     assert "narrow" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("architecture", "keep"), [("BERT", 0.3), ("GPT-2", 0.1), ("Llama", 0.3)])
+def test_models_with_low_rank_on_top_are_saved_reloaded_and_merged(
+    architecture: str, keep: float, tmp_path: Path
+) -> None:
+    model = made(architecture)
+    lrcompress.compress(
+        model,
+        [batch_for(model)],
+        lambda model, batch: model(**batch).loss,
+        keep=keep,
+        align=1,
+        narrow_blocks="low_rank",
+        storage="pivoted",
+    )
+    assert any(isinstance(m, NarrowLowRank) for m in model.modules())
+    check_reloads(architecture, model.eval(), tmp_path)
+    batch = batch_for(model)
+    with torch.no_grad():
+        before = model(**batch).logits
+        merged = lrcompress.merge_dense(model)
+        torch.testing.assert_close(merged(**batch).logits, before, rtol=1e-3, atol=1e-4)
+    assert not len(lrcompress.Plan.of(merged))
+    assert "narrow pivoted" in (tmp_path / "README.md").read_text()

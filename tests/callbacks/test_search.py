@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import lrcompress
 from lrcompress.budget import allocate, kept_share
 from lrcompress.callbacks.search import KeepSearch
+from lrcompress.engine.candidates import candidates
 from lrcompress.engine.settings import Settings
-from lrcompress.engine.solved_model import candidates
 from lrcompress.errors import (
     NoMatchError,
     NotFiniteError,

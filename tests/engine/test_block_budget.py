@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lrcompress.budget import Candidate, allocate, cost
-from lrcompress.engine.block_budget import allocate_with_blocks
+from lrcompress.engine.block_budget import RankedWidth, allocate_with_blocks
 from lrcompress.errors import SettingError
 
 Blocks = dict[str, tuple[Candidate, tuple[str, ...]]]
@@ -140,3 +140,112 @@ def test_says_what_cannot_be_met_in_either_way() -> None:
 def test_without_blocks_it_is_the_allocation_of_ranks() -> None:
     layers, _ = problem(0, width=12, inner=40)
     assert allocate_with_blocks(layers, {}, 0.5, 4) == (allocate(layers, 0.5, "global", 4), {})
+
+
+# Low rank on top of narrowed blocks
+
+
+def ranked_problem(seed: int, inner: int = 6) -> tuple[list, Blocks, dict[str, list[RankedWidth]]]:
+    """Layers whose narrowed forms are worth as much as what is left of them."""
+    layers, blocks = problem(seed, inner=inner)
+    ranked = {}
+    for name, (block, parts) in blocks.items():
+        widths = []
+        for width in range(2, inner, 2):
+            left = []
+            for part in parts:
+                one = next(x for x in layers if x.name == part)
+                out, n = (one.out_features, width) if part == name else (width, one.in_features)
+                energies = one.energies[: min(out, n)] * width / inner
+                left.append(Candidate(part, out, n, energies, whole=one.dense))
+            widths.append(RankedWidth(width, tail(block, width), left))
+        ranked[name] = widths
+    return layers, blocks, ranked
+
+
+def forms(layers: list[Candidate], blocks: Blocks, ranked: dict) -> list[tuple]:
+    """Return what is lost anyway, and the candidates, of every choice of a form for each block."""
+    options = []
+    for name, (block, parts) in blocks.items():
+        own = [(0.0, [x for x in layers if x.name in parts]), (0.0, [block])]
+        options.append(own + [(x.loss, [*x.layers]) for x in ranked[name]])
+    inside = {part for _, parts in blocks.values() for part in parts}
+    rest = [x for x in layers if x.name not in inside]
+    every = itertools.product(*options)
+    return [(sum(x for x, _ in one), rest + [y for _, x in one for y in x]) for one in every]
+
+
+def least_loss(candidates: list[Candidate], budget: float) -> float:
+    best = {0: 0.0}  # parameters to the least loss, one candidate after the other
+    for one in candidates:
+        step: dict[int, float] = {}
+        for spent, loss in best.items():
+            for size in range(one.least, one.top + 1):
+                place = spent + cost(one, size)
+                step[place] = min(step.get(place, math.inf), loss + tail(one, size))
+        best = step
+    return min((loss for spent, loss in best.items() if spent <= budget), default=math.inf)
+
+
+def outcome(found: tuple, layers: list[Candidate], blocks: Blocks, ranked: dict) -> tuple:
+    """Return the loss and the parameters of the sizes that were found."""
+    ranks, widths = found
+    known, loss = {x.name: x for x in layers}, 0.0
+    sizes = []
+    for name, width in widths.items():
+        low_rank = [x for x in ranked[name] if x.width == width and {*blocks[name][1]} <= {*ranks}]
+        sizes += [] if low_rank else [(blocks[name][0], width)]
+        loss += sum(x.loss for x in low_rank)
+        known |= {y.name: y for x in low_rank for y in x.layers}
+    sizes += [(known[name], rank) for name, rank in ranks.items()]
+    loss += sum(0.0 if size is None else tail(one, size) for one, size in sizes)
+    return loss, sum(cost(one, size) for one, size in sizes)
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.6, 0.8])
+def test_low_rank_on_top_is_near_brute_force_over_widths_and_ranks(keep: float) -> None:
+    ratios, on_top = [], 0
+    for seed in range(12):
+        layers, blocks, ranked = ranked_problem(seed)
+        found = allocate_with_blocks(layers, blocks, keep, ranked=ranked)
+        loss, spent = outcome(found, layers, blocks, ranked)
+        budget = keep * sum(one.dense for one in layers)
+        assert spent <= budget
+        best = min(fixed + least_loss(x, budget) for fixed, x in forms(layers, blocks, ranked))
+        ratios.append(loss / best)
+        assert ratios[-1] >= 1 - 1e-9
+        on_top += any(part in found[0] for name in found[1] for part in blocks[name][1])
+    assert sorted(ratios)[6] < 1.15
+    assert max(ratios) < 2
+    assert on_top
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
+def test_low_rank_on_top_never_loses_more_than_without_it(keep: float, seed: int) -> None:
+    layers, blocks, ranked = ranked_problem(seed, inner=40)
+    without = loss_of(allocate_with_blocks(layers, blocks, keep), layers, blocks)
+    found = allocate_with_blocks(layers, blocks, keep, ranked=ranked)
+    assert outcome(found, layers, blocks, ranked)[0] <= without * (1 + 1e-12)
+
+
+def test_a_narrow_block_gets_low_rank_without_becoming_narrower() -> None:
+    torch.manual_seed(0)
+    layers = [candidate("attention", 12, 12)]
+    block = candidate("down", 24, 40, unit=24, highest=20)
+    block.energies[:] = 1.0
+    block.energies[20:] = 0
+    left = [
+        Candidate(name, *shape, 0.5 ** torch.arange(12.0), whole=480)
+        for name, shape in (("up", (20, 12)), ("down", (12, 20)))
+    ]
+    ranked = {"down": [RankedWidth(20, 0.0, left)]}
+    given = layers, {"down": (block, ())}
+    ranks, widths = allocate_with_blocks(*given, 0.3, ranked=ranked)
+    assert widths == {"down": 20}
+    assert 0 < ranks["up"] < 12 > ranks["down"]
+    total = 12 * 12 + 24 * 40
+    assert (
+        outcome((ranks, widths), layers, {"down": (block, ("up", "down"))}, ranked)[1]
+        <= 0.3 * total
+    )

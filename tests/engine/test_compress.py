@@ -527,7 +527,7 @@ def test_batches_without_a_mask_must_say_so_where_layers_read_sequences() -> Non
     before = copy.deepcopy(model)
     with pytest.raises(
         ObservationError,
-        match=r"compress leaves padding out by .* mask=1: int64 \(8, 5\), .*; name another with mask=",
+        match=r"compress leaves padding out by .* mask=1: int64 \(8, 5\), .*; name another",
     ):
         compress(model, data, tuple_loss, keep=0.5)
     assert unchanged(model, before)

@@ -52,6 +52,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"method": "drone", "allocation": "uniform"},
     {"method": "kfac", "storage": "pivoted"},
     {"method": "kfac", "narrow_blocks": True},
+    {"method": "kfac", "narrow_blocks": "low_rank"},
 ]
 
 

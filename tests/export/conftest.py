@@ -96,23 +96,26 @@ ARCHITECTURES: dict[str, Callable[[], tf.PreTrainedModel]] = {
 def give_structure_(model: nn.Module, kind: str) -> Plan:
     """Factor the numbered layers at random, all of one kind; of sparse rows some are pruned.
 
-    Of kind ``narrow`` are only the layers of feed-forward blocks, which keep 10 inner features.
+    Of narrow kinds are only the layers of feed-forward blocks, which keep 10 inner features.
     """
     layers = []
     inner = 64 if model.config.model_type == "gpt2" else 24
     for name in select(model).names:
         out_features, in_features = view(model.get_submodule(name)).shape
+        left = {
+            "rows": 10 if out_features == inner else out_features,
+            "columns": 10 if in_features == inner else in_features,
+        }
         own = {
             "low_rank": {"rank": 3},
             "pivoted": {"rank": 3},
             "low_rank_sparse": {"rank": 3, "rows": out_features // 2},
             "kronecker": {"terms": 2, "first_out": out_features // 2, "first_in": 4},
-            "narrow": {
-                "rows": 10 if out_features == inner else out_features,
-                "columns": 10 if in_features == inner else in_features,
-            },
+            "narrow": left,
+            "narrow_low_rank": {**left, "rank": 3},
+            "narrow_pivoted": {**left, "rank": 3},
         }[kind]
-        if kind == "narrow" and inner not in (out_features, in_features):
+        if kind.startswith("narrow") and inner not in (out_features, in_features):
             continue
         layers.append(LayerPlan(name, kind, {"in": in_features, "out": out_features} | own))
     plan = Plan(tuple(layers))

@@ -23,6 +23,7 @@ from .test_torch_export import bert, example, other
         ("bert", "kronecker"),
         ("bert", "pivoted"),
         ("llama", "narrow"),
+        ("llama", "narrow_pivoted"),
     ],
 )
 def test_onnxruntime_gives_what_the_model_gives(

@@ -23,7 +23,15 @@ from lrcompress.tasks import TextClassification, TextData
 
 from .conftest import ARCHITECTURES, inputs, made, train_step_
 
-KINDS = ["low_rank", "low_rank_sparse", "kronecker", "pivoted", "narrow"]
+KINDS = [
+    "low_rank",
+    "low_rank_sparse",
+    "kronecker",
+    "pivoted",
+    "narrow",
+    "narrow_low_rank",
+    "narrow_pivoted",
+]
 
 
 def same_state(one: nn.Module, other: nn.Module) -> bool:

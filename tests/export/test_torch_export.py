@@ -45,6 +45,7 @@ def bert(forward: Callable[..., Any]) -> tf.PreTrainedModel:
         ("gpt2", "kronecker"),
         ("bert", "pivoted"),
         ("llama", "narrow"),
+        ("llama", "narrow_pivoted"),
     ],
 )
 def test_a_program_gives_what_the_model_gives(architecture: str, kind: str, tmp_path: Path) -> None:

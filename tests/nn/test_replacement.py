@@ -12,7 +12,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 # What these kinds compute, no plain layer of the same sizes does: their own tests say what it is.
-OTHERWISE = {"narrow", "safe_embedding"}
+OTHERWISE = {"narrow", "narrow_low_rank", "narrow_pivoted", "safe_embedding"}
 
 
 def original(kind: type[Replacement]) -> nn.Module:
