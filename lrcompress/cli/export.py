@@ -17,7 +17,7 @@ from lrcompress.callbacks.between_fits import load_weights_
 from lrcompress.cli.int8 import check_measured, int8_table
 from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.errors import CheckpointError, RecipeError, nearest
-from lrcompress.export import merge_dense, save_pretrained
+from lrcompress.export import merge_dense, save_pretrained, save_remote_code
 from lrcompress.export.model_card import model_card
 from lrcompress.export.onnx import INT8, ONNX, export_onnx, quantize_onnx
 from lrcompress.export.torch_export import PROGRAM, export_program
@@ -27,7 +27,7 @@ from lrcompress.structure.checkpoint import read_lightning_checkpoint
 from lrcompress.structure.plan import Plan
 from lrcompress.tasks.locations import model_folder, source_arguments
 
-FORMATS = ("transformers", "dense", "onnx", "torch-export")
+FORMATS = ("transformers", "dense", "remote-code", "onnx", "torch-export")
 INT8_FLAG, PIVOTED = "--int8", "--pivoted"
 FLAGS, OPTIONS = (INT8_FLAG, PIVOTED), ("--config", "--format")
 USAGE = (
@@ -71,6 +71,10 @@ def export(options: list[str]) -> None:
     if kind == "transformers":
         save_pretrained(model, places[1], tokenizer, _report(checkpoint, model))
         rich.print(f"written; lrcompress.load_pretrained({places[1]!r}) loads it")
+        return
+    if kind == "remote-code":
+        save_remote_code(model, places[1], tokenizer)
+        rich.print("written; from_pretrained(…, trust_remote_code=True) loads it")
         return
     merge_dense(model).save_pretrained(places[1])
     if tokenizer is not None:

@@ -9,6 +9,7 @@ from lrcompress.export.dense import merge_dense
 from lrcompress.export.onnx import export_onnx, quantize_onnx, run_onnx
 from lrcompress.export.plugin import CompressionConfig, CompressionQuantizer
 from lrcompress.export.pretrained import load_pretrained, save_pretrained
+from lrcompress.export.remote_code import save_remote_code
 from lrcompress.export.torch_export import export_program
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "quantize_onnx",
     "run_onnx",
     "save_pretrained",
+    "save_remote_code",
 ]
