@@ -17,7 +17,7 @@ import yaml
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer
 
-from lrcompress.cli import _RecipeCLI, main
+from lrcompress.cli import main
 from lrcompress.cli.bench import _parser as bench_parser
 from lrcompress.cli.export import _checked as check_export
 from lrcompress.cli.guide import FOLDER
@@ -159,11 +159,8 @@ def check_verb(verb: str, *options: str) -> None:
 
 @functools.cache
 def check_recipe(verb: str, *options: str) -> None:
-    verbs = _RecipeCLI.subcommands()
-    with pytest.MonkeyPatch.context() as patch:  # parsers of other verbs take most of the time
-        patch.setattr(_RecipeCLI, "subcommands", staticmethod(lambda: {verb: verbs[verb]}))
-        with pytest.raises(SystemExit) as ended:  # after the recipe was read and checked
-            main([verb, *options, "--print_config"])
+    with pytest.raises(SystemExit) as ended:  # after the recipe was read and checked
+        main([verb, *options, "--print_config"])
     assert ended.value.code == 0
 
 

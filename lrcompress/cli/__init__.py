@@ -235,15 +235,23 @@ class SaveRecipe(SaveConfigCallback):
             file.write(text)
 
 
+def recipe_verbs() -> dict[str, set[str]]:
+    """Return the verbs that take a recipe, each with what of it is no option of the verb."""
+    verbs = LightningCLI.subcommands()
+    del verbs["predict"]
+    return verbs | {verb: {"model", "datamodule"} for verb in ("plan", "factor")}
+
+
 class _RecipeCLI(LightningCLI):
     """LightningCLI for any module and data, which reports all errors of a recipe at once."""
 
     def __init__(self, args: list[str]) -> None:
-        verbs = self.subcommands()
+        verbs = recipe_verbs()
         if args[0] not in verbs:
             near = nearest(args[0], [*verbs, *WITHOUT_TRAINER])
             raise RecipeError(f"expected a verb, found {args[0]!r}; nearest valid: {near}")
         self._options = args[1:]
+        self._verb = {args[0]: verbs[args[0]]}
         settings = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             args=args,
@@ -254,16 +262,14 @@ class _RecipeCLI(LightningCLI):
             parser_kwargs={
                 "prog": "lrcompress",
                 **settings,
-                **{verb: dict(settings) for verb in verbs},  # each gets a description of its own
+                **{verb: dict(settings) for verb in self._verb},  # its own description
             },
         )
 
-    @staticmethod
     @override
-    def subcommands() -> dict[str, set[str]]:
-        verbs = LightningCLI.subcommands()
-        del verbs["predict"]
-        return verbs | {verb: {"model", "datamodule"} for verb in ("plan", "factor")}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the verb that was asked for: a parser of another would be built in vain."""
+        return self._verb
 
     @override
     def _prepare_subcommand_parser(
