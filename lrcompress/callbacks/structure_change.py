@@ -23,6 +23,7 @@ from lrcompress.structure.schedule_free import averaged, begin_averages_
 
 HOOK = "on_structure_change"
 Changes = dict[str, list[str]]
+_MARK = "_lrcompress_name"  # of a parameter: what it was called before a change
 
 
 @contextmanager
@@ -33,8 +34,11 @@ def structure_change(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
     """
     with averaged(trainer.optimizers):
         before = Structure(module)
-        yield
-        changes = before.changes(module)
+        try:
+            yield
+            changes = before.changes(module)
+        finally:
+            before.forget(module)
         if not changes:
             return
         begin_averages_(trainer.optimizers)
@@ -50,7 +54,10 @@ class Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {name: ref(module) for name, module in model.named_modules()}
-        self._parameters = {name: ref(parameter) for name, parameter in model.named_parameters()}
+        self._names = []
+        for name, parameter in model.named_parameters():
+            self._names.append(name)
+            setattr(parameter, _MARK, name)  # torch swaps no parameter that is weakly referred to
 
     def changes(self, model: nn.Module) -> Changes:
         """Return what stands in ``model`` for each parameter of a layer that is another one now.
@@ -62,18 +69,24 @@ class Structure:
         now = dict(model.named_modules())
         other = [name for name, held in self._modules.items() if held() is not now.get(name)]
         layers = [name for name in other if not _within(name, other)]
-        named = {id(parameter): name for name, parameter in model.named_parameters()}
+        named = {name: getattr(p, _MARK, None) for name, p in model.named_parameters()}
+        still = {before: name for name, before in named.items() if before is not None}
         found: Changes = {}
         for layer in layers:
-            old = {n: held() for n, held in self._parameters.items() if _within(n, [layer])}
-            stayed = {n: named[id(p)] for n, p in old.items() if p is not None and id(p) in named}
-            new = [n for n in named.values() if _within(n, [layer]) and n not in stayed.values()]
+            old = [name for name in self._names if _within(name, [layer])]
+            stayed = {name: still[name] for name in old if name in still}
+            new = [n for n in named if _within(n, [layer]) and n not in stayed.values()]
             gone = [n for n in old if not _within(stayed.get(n, ""), [layer])]
-            heirs = gone or [*old][:1]
+            heirs = gone or old[:1]
             for name in old:
                 found[name] = [stayed[name]] if name in stayed else []
                 found[name] += new if name in heirs else []
         return found
+
+    def forget(self, model: nn.Module) -> None:
+        """Remove from the parameters what tells which ones they were."""
+        for parameter in model.parameters():
+            vars(parameter).pop(_MARK, None)
 
 
 def _within(name: str, layers: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """``lrcompress`` as a user runs it: real fits of a tiny module, and how each ends."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -269,7 +270,10 @@ def test_python_dash_m_says_nothing_unasked(recipe: Path) -> None:
     command = [sys.executable, "-m", "lrcompress", "fit", "--config", "recipe.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "`Trainer.fit` stopped: `max_steps=2` reached.\n"
+    # what torchao says when transformers imports it, of libraries for GPUs and of its own types
+    theirs = re.compile(r"Failed to load .*torchao|.*torch/utils/_pytree.py.*register_constant")
+    said = [line for line in done.stderr.splitlines() if not theirs.match(line)]
+    assert said == ["`Trainer.fit` stopped: `max_steps=2` reached."]
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
