@@ -188,6 +188,9 @@ def test_factors_that_become_dense_and_layers_that_stay_are_told_apart() -> None
         "1.left.weight": ["1.weight", "1.bias"],
         "1.left.bias": ["1.weight", "1.bias"],
     }
+    assert any(vars(parameter) for parameter in net.parameters())
+    before.forget(net)
+    assert not any(vars(parameter) for parameter in net.parameters())
 
 
 class Stale(L.Callback):
