@@ -43,15 +43,17 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
 
 
 def heal(model: nn.Module, teacher: nn.Module, tokens: Tensor, steps: int) -> None:
-    """Train the model to give the teacher's predictions."""
+    """Train the model on the text and, as much, to give the teacher's predictions."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     model.train()
     for step in range(steps):
         batch = tokens[step % len(tokens)][None]
         with torch.no_grad():
             wanted = teacher(batch).logits.log_softmax(-1).flatten(0, 1)
-        given = model(batch).logits.log_softmax(-1).flatten(0, 1)
-        loss = nn.functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
+        output = model(batch, labels=batch)
+        given = output.logits.log_softmax(-1).flatten(0, 1)
+        apart = nn.functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
+        loss = 0.5 * output.loss + 0.5 * apart
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
