@@ -1,5 +1,6 @@
 """``lrcompress export``: from a checkpoint to a folder, in one command."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 import yaml
+from safetensors.torch import load_file
 from torch.distributed import checkpoint as distributed
 
 from lrcompress.cli import main
@@ -71,6 +73,26 @@ def test_a_checkpoint_becomes_a_plain_model(recipe: Path, checkpoint: Path, tmp_
     name = "bert.encoder.layer.1.output.dense"
     product = state[f"model.{name}.left.weight"] @ state[f"model.{name}.right.weight"]
     torch.testing.assert_close(model.get_submodule(name).weight, product)
+
+
+def test_a_checkpoint_becomes_a_folder_with_its_own_code(
+    recipe: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = [f"--config={recipe}", "--format=remote-code"]
+    assert main(["export", *options, str(checkpoint), str(out)]) == 0
+    assert "trust_remote_code=True" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    auto = {"AutoModelForSequenceClassification": "modeling_compressed.CompressedModel"}
+    assert config["auto_map"] == auto
+    assert len(config["compressed_layers"]) == 2
+    code = (out / "modeling_compressed.py").read_text()
+    assert "import lrcompress" not in code
+    assert "BertForSequenceClassification" in code
+    held = load_file(out / "model.safetensors")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(held[key.removeprefix("model.")].equal(value) for key, value in state.items())
+    assert tf.AutoTokenizer.from_pretrained(out).model_max_length == 64
 
 
 def test_low_rank_layers_are_stored_as_pivoted_rows(
