@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 import lrcompress
 from lrcompress.errors import SettingError
@@ -179,6 +180,17 @@ def test_a_preview_says_that_blocks_are_found_later(tagger: Make) -> None:
     assert "feed-forward blocks are found in the first step that is looked at" in shown.get()
 
 
+def reloaded_and_merged(architecture: str, model: nn.Module, folder: Path) -> nn.Module:
+    """Check that a model is saved, loaded and merged as it is; return it merged."""
+    check_reloads(architecture, model.eval(), folder)
+    batch = batch_for(model)
+    with torch.no_grad():
+        before = model(**batch).logits
+        merged = lrcompress.merge_dense(model)
+        torch.testing.assert_close(merged(**batch).logits, before, rtol=1e-3, atol=1e-4)
+    return merged
+
+
 @pytest.mark.parametrize("architecture", ["BERT", "GPT-2", "Llama", "T5", "BART", "ViT"])
 def test_narrow_models_are_saved_reloaded_and_merged(architecture: str, tmp_path: Path) -> None:
     model = made(architecture)
@@ -192,12 +204,7 @@ def test_narrow_models_are_saved_reloaded_and_merged(architecture: str, tmp_path
         mask="attention_mask" if architecture != "ViT" else None,
     )
     assert narrow_layers(model), record.note
-    check_reloads(architecture, model.eval(), tmp_path)
-    batch = batch_for(model)
-    with torch.no_grad():
-        before = model(**batch).logits
-        merged = lrcompress.merge_dense(model)
-        torch.testing.assert_close(merged(**batch).logits, before, rtol=1e-3, atol=1e-4)
+    merged = reloaded_and_merged(architecture, model, tmp_path)
     assert not narrow_layers(merged)
     assert "narrow" in (tmp_path / "README.md").read_text()
 
@@ -217,11 +224,6 @@ def test_models_with_low_rank_on_top_are_saved_reloaded_and_merged(
         storage="pivoted",
     )
     assert any(isinstance(m, NarrowLowRank) for m in model.modules())
-    check_reloads(architecture, model.eval(), tmp_path)
-    batch = batch_for(model)
-    with torch.no_grad():
-        before = model(**batch).logits
-        merged = lrcompress.merge_dense(model)
-        torch.testing.assert_close(merged(**batch).logits, before, rtol=1e-3, atol=1e-4)
+    merged = reloaded_and_merged(architecture, model, tmp_path)
     assert not len(lrcompress.Plan.of(merged))
     assert "narrow pivoted" in (tmp_path / "README.md").read_text()

@@ -41,15 +41,7 @@ def brute_force(layers: list[Candidate], blocks: Blocks, keep: float) -> float:
         narrow = [name for name, yes in zip(blocks, chosen, strict=True) if yes]
         gone = {part for name in narrow for part in blocks[name][1]}
         every = [x for x in layers if x.name not in gone] + [blocks[name][0] for name in narrow]
-        best = {0: 0.0}  # parameters to the least loss, one candidate after the other
-        for one in every:
-            step: dict[int, float] = {}
-            for spent, loss in best.items():
-                for size in range(one.least, one.top + 1):
-                    place = spent + cost(one, size)
-                    step[place] = min(step.get(place, math.inf), loss + tail(one, size))
-            best = step
-        least = min([least, *(loss for spent, loss in best.items() if spent <= keep * total)])
+        least = min(least, least_loss(every, keep * total))
     return least
 
 

@@ -256,7 +256,12 @@ def test_optimizer_state_goes_with_its_entries(kind: dict[str, bool]) -> None:
     optimizer.step()
 
 
-def test_an_error_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "narrow", [{"keep": 0.5}, {"keep": 0.2, "narrow_blocks": "low_rank", "align": 1}]
+)
+def test_an_error_leaves_everything_as_it_was(
+    narrow: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Net()
     optimizer = torch.optim.Adam(model.parameters())
     before, layers = copy.deepcopy(model.state_dict()), [*model.modules()]
@@ -270,7 +275,7 @@ def test_an_error_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -
         factor_(
             model,
             statistics,
-            Settings(keep=0.5, narrow_blocks=True),
+            Settings(**{"narrow_blocks": True, **narrow}),
             blocks=BLOCKS,
             optimizers=[optimizer],
         )

@@ -93,6 +93,18 @@ ARCHITECTURES: dict[str, Callable[[], tf.PreTrainedModel]] = {
 }
 
 
+# Of layers, as give_structure_ makes them.
+KINDS = [
+    "low_rank",
+    "low_rank_sparse",
+    "kronecker",
+    "pivoted",
+    "narrow",
+    "narrow_low_rank",
+    "narrow_pivoted",
+]
+
+
 def give_structure_(model: nn.Module, kind: str) -> Plan:
     """Factor the numbered layers at random, all of one kind; of sparse rows some are pruned.
 

@@ -12,21 +12,10 @@ from lrcompress.export import load_pretrained, merge_dense, save_pretrained
 from lrcompress.nn import FactoredLinear, LowRankLinear
 from lrcompress.structure.plan import Plan
 
-from .conftest import ARCHITECTURES, inputs, made
+from .conftest import ARCHITECTURES, KINDS, inputs, made
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "low_rank",
-        "low_rank_sparse",
-        "kronecker",
-        "pivoted",
-        "narrow",
-        "narrow_low_rank",
-        "narrow_pivoted",
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_merged_model_computes_the_same_with_the_layers_it_had(
     architecture: str, kind: str

@@ -21,17 +21,7 @@ from lrcompress.report import LayerRecord, PointRecord, Report
 from lrcompress.structure.plan import LayerPlan, Plan
 from lrcompress.tasks import TextClassification, TextData
 
-from .conftest import ARCHITECTURES, inputs, made, train_step_
-
-KINDS = [
-    "low_rank",
-    "low_rank_sparse",
-    "kronecker",
-    "pivoted",
-    "narrow",
-    "narrow_low_rank",
-    "narrow_pivoted",
-]
+from .conftest import ARCHITECTURES, KINDS, inputs, made, train_step_
 
 
 def same_state(one: nn.Module, other: nn.Module) -> bool:

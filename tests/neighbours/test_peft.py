@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
 import lrcompress
 from lrcompress.errors import LayerError
@@ -18,28 +17,16 @@ from lrcompress.nn import LowRankLinear
 from lrcompress.structure.plan import Plan
 from tests.callbacks.conftest import Loader, Tagger, sentences
 
+from .conftest import IDS, bert
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),  # peft's
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
 ]
 Make = Callable[..., Any]
 QUIET: dict[str, Any] = {"verbose": False, "validate": False, "report_path": None}
-IDS = torch.arange(24).reshape(3, 8)
 GIVEN: dict[str, Any] = {"keep": 0.5, "method": "svd"}
 INNER = "bert.encoder.layer.0.attention.self.query"
-
-
-def bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=16,
-    )
-    return BertForSequenceClassification(config).eval()
 
 
 def summed(model: nn.Module, batch: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torchao import optim
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from transformers import BertConfig, BertForSequenceClassification
 
 import lrcompress
 from lrcompress.errors import LayerError, NoMatchError
 from lrcompress.nn import LowRankLinear
 from lrcompress.structure.low_bit_state import is_low_bit
 from tests.callbacks.conftest import Loader, Tagger, sentences
+
+from .conftest import IDS, bert
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
@@ -59,24 +60,8 @@ def test_training_goes_on_with_state_of_few_bits(kind: str, trainer: Make) -> No
     assert all(bool(p.isfinite().all()) for p in made.parameters())
 
 
-def bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=16,
-    )
-    return BertForSequenceClassification(config).eval()
-
-
-IDS = torch.arange(24).reshape(3, 8)
-
-
 def test_a_factored_folder_is_quantised_after_it_is_loaded(tmp_path: Path) -> None:
-    model = bert()
+    model = bert(64)
     lrcompress.compress(model, [IDS], lambda m, x: m(x).logits.sum(), method="svd", keep=0.5)
     lrcompress.save_pretrained(model, tmp_path / "half")
     loaded = lrcompress.load_pretrained(tmp_path / "half").eval()
@@ -93,7 +78,7 @@ def test_a_factored_folder_is_quantised_after_it_is_loaded(tmp_path: Path) -> No
 
 
 def test_quantised_weights_are_no_targets() -> None:
-    model = bert()
+    model = bert(64)
     quantize_(model, Int8WeightOnlyConfig())
     given: Any = {"loss": lambda m, x: m(x).logits.sum(), "keep": 0.5, "method": "svd"}
     with pytest.raises(NoMatchError, match="its weight is quantised"):
@@ -105,7 +90,7 @@ def test_quantised_weights_are_no_targets() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_factors_that_are_quantised_are_not_factored_again(side: str) -> None:
-    model = bert()
+    model = bert(64)
     given: Any = {"loss": lambda m, x: m(x).logits.sum(), "method": "svd"}
     lrcompress.compress(model, [IDS], keep=0.5, **given)
     quantize_(model, Int8WeightOnlyConfig(), lambda m, name: name.endswith(side))

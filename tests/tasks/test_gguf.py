@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -11,8 +12,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import lrcompress
 from lrcompress.errors import NoMatchError, SettingError
 from lrcompress.tasks import LanguageData, LanguageModelling
-
-gguf = pytest.importorskip("gguf")
 
 CHARACTERS = [chr(c) for c in range(33, 127)]
 TOKENS = [
