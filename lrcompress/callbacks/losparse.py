@@ -18,7 +18,7 @@ from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.importance import Importance
-from lrcompress.objective import METHODS
+from lrcompress.objective import METHODS, few_tokens
 from lrcompress.pruning import LoSparseBudget, Pruner, check_dense, preview, split_
 from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
@@ -407,7 +407,7 @@ class LoSparse(CompressionCallback):
         after = sum(p.numel() for p in module.parameters())
         seconds = time.perf_counter() - started
         method = "LoSparse" if self.init == "svd" else f"LoSparse from {self.init}"
-        observed = self._split_record["observed"]
+        observed, inputs = self._split_record["observed"], max(x.in_features for x in layers)
         record = PointRecord(
             method,
             now,
@@ -419,6 +419,7 @@ class LoSparse(CompressionCallback):
             bytes_before=bytes_before,
             bytes_after=stored_bytes(module),
             budget=tuple(map(tuple, self._split_record["budget"])),
+            note=few_tokens(self.settings.method, observed.get("tokens", 0), inputs),
         )
         record.metrics = {"before": self._split_record["metrics"], "after": {}}
         self.report.points.append(record)

@@ -66,6 +66,18 @@ def split_layers(module: nn.Module) -> dict[str, LowRankSparseLinear]:
     return {n: m for n, m in module.named_modules() if isinstance(m, LowRankSparseLinear)}
 
 
+@pytest.mark.parametrize(("tokens", "told"), [(40, True), (1000, False)])
+def test_too_few_tokens_are_told_by_a_split_that_rests_on_them(
+    tokens: int, told: bool, tagger: Make, loader: Make, trainer: Make
+) -> None:
+    callback = losparse(init="kfac", at="epoch:1", every_n_steps=1, max_tokens=tokens)
+    trainer(callback).fit(tagger(), loader())
+    (point,) = callback.report.points
+    observed = point.observed["tokens"]
+    few = f"{observed} tokens were observed of layers with up to 32 inputs"
+    assert point.note.startswith(few) == told == (observed < 4 * 32)
+
+
 @each_variant
 def test_a_fine_tune_ends_with_what_was_asked_for(
     options: dict[str, Any], tagger: Make, loader: Make, trainer: Make
