@@ -1,8 +1,9 @@
-"""Rank allocation: a budget of parameters is shared by layers according to error curves.
+"""Rank allocation: a budget is shared by layers according to error curves.
 
 Balanced factors of rank r take ``r·(out + in)`` parameters, pivoted rows ``r·(out + in − r)``, a
 layer left dense ``out·in``. ``keep`` is the share of the targeted layers' parameters that remains,
-over all of them together.
+over all of them together. Where candidates bring prices of their own, such as measured time, these
+take the place of parameters.
 """
 
 import heapq
@@ -44,6 +45,7 @@ class Candidate:
             as :func:`pivoted_costs` returns them.
         whole: parameters of the layer in the architecture, where it has fewer rows or columns by
             now; 0 where it has all.
+        price: of the layer without factors, where ``costs`` and ``whole`` are no parameters.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Candidate:
     most: int = 0
     costs: Sequence[int] = ()
     whole: int = 0
+    price: int = 0
 
     def __post_init__(self) -> None:
         unit = self.unit or self.out_features + self.in_features
@@ -66,8 +69,8 @@ class Candidate:
 
     @property
     def dense(self) -> int:
-        """Parameters of the layer as it is without factors."""
-        return self.out_features * self.in_features
+        """Parameters of the layer as it is without factors, or its price."""
+        return self.price or self.out_features * self.in_features
 
     @property
     def before(self) -> int:

@@ -535,3 +535,20 @@ def test_layers_without_units_are_no_obstacle() -> None:
     nothing = {"a": torch.zeros(0)}
     assert kept_units(nothing, {"a": 3}, 5)["a"].tolist() == []
     assert kept_units({**nothing, "b": torch.ones(2)}, {"a": 3, "b": 4}, 5)["b"].any()
+
+
+@each_allocation
+def test_prices_take_the_place_of_parameters(allocation: str) -> None:
+    """A layer at twice the price is one of twice the size, whatever its parameters."""
+    unit, energies = 14, torch.arange(6.0, 0, -1)
+    plain = [Candidate(name, 6, 8, energies) for name in "ab"]
+    priced = [
+        replace(one, costs=tuple(1000 * unit * r for r in range(7)), price=48_000, unit=1)
+        for one in plain
+    ]
+    for keep in (0.3, 0.6, 0.9):
+        assert allocate(priced, keep, allocation) == allocate(plain, keep, allocation)
+    assert [cost(priced[0], rank) for rank in (1, 3, None)] == [14_000, 42_000, 48_000]
+    assert priced[0].before == priced[0].dense == 48_000
+    half = replace(priced[0], whole=96_000)
+    assert kept_share([half], {"a": None}) == 0.5

@@ -17,7 +17,7 @@ from lrcompress.statistics.views import view
 # Makes a context that a forward pass runs in, such as that of autocast.
 Context = Callable[[], AbstractContextManager[object]]
 # Calls between two waits for an accelerator.
-_CALLS = 20
+CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -162,5 +162,5 @@ def relative_time(
 
     with context():
         work = {"now": partial(call, now), "new": partial(call, new)}
-        taken = interleaved(work, rounds, 1 if kind == "cpu" else _CALLS)
+        taken = interleaved(work, rounds, 1 if kind == "cpu" else CALLS)
     return ratio(taken["new"], taken["now"])

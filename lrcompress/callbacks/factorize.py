@@ -23,6 +23,7 @@ from lrcompress.callbacks.sensitivity import DenseLayers, check_measurable
 from lrcompress.callbacks.warmup import check_warmup
 from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.engine.kronecker_shapes import check_layers
+from lrcompress.engine.latency import check_unsharded, choose_and_install_
 from lrcompress.engine.narrow_blocks import check_sharding
 from lrcompress.engine.refit import check_whole
 from lrcompress.engine.settings import Settings, check_present
@@ -43,16 +44,16 @@ class Factorize(AutoKeepCallback):
     other one anew. Under DDP and FSDP2 each process observes its own batches and factors some
     of the layers. What happened is in ``report``.
 
-    A weight ``W (out, in)`` becomes ``left right`` with ``left (out, rank)`` and
-    ``right (rank, in)``. They minimise ``‖P (W − left right) Q‖²``; ``method`` gives the output
-    metric ``PᵀP`` and the input metric ``QQᵀ``, see :mod:`lrcompress.objective`. A layer whose
-    factors would not be smaller stays as it is, and so does one that nothing calls.
+    A weight ``W (out, in)`` becomes ``left right`` with ``left (out, rank)``, ``right (rank, in)``
+    that minimise ``‖P (W − left right) Q‖²``; ``method`` gives the output metric ``PᵀP`` and the
+    input metric ``QQᵀ``, see :mod:`lrcompress.objective`. A layer whose factors would not be
+    smaller stays as it is, and so does one that nothing calls.
 
     Args:
         keep: Parameters that remain / parameters before, over the targeted layers, above 0 and
             at most 1. A list, falling, for several points. None if ``ranks`` or ``keeps`` cover
-            every layer. ``auto``: the least that ends within ``drop`` of the dense model, found at
-            each point by trials on the validation data, which are then no test of the result.
+            every layer, or with ``latency``. ``auto``: the least that ends within ``drop`` of the
+            dense model, found by trials on the validation data, which are then no test of it.
         at: When to factor: a fraction of all steps (``0.4``), ``"epoch:N"`` (after N epochs) or
             ``"step:N"``. A list, rising, for several points.
         method: What errors are measured in: ``svd``, ``fwsvd``, ``asvd``, ``drone``,
@@ -119,6 +120,12 @@ class Factorize(AutoKeepCallback):
             what remains.
         measured_tokens: How many tokens layers read while they are measured; by default as many
             as in a training step, padding excluded.
+        latency: In place of ``keep`` or beside it, at one point: greatest time of the model / its
+            time just before, such as ``0.5``, of the training step's forward pass in evaluation
+            mode, eager, in the Trainer's precision. Layers are measured at all ranks, which share
+            out time in place of parameters; the whole model is measured, and a miss is said.
+        latency_shape: Examples and length of the batch for it; by default those of the latest
+            batch that was observed, whose examples and tokens are repeated or cut otherwise.
         restart_steps: Steps after a point over which the learning rate rises again, as a number
             or as a fraction of all steps.
         restart_scale: What the learning rate is multiplied by after the rise.
@@ -201,6 +208,8 @@ class Factorize(AutoKeepCallback):
         shared: bool = False,
         keep_measured: bool = False,
         measured_tokens: int | None = None,
+        latency: float | None = None,
+        latency_shape: tuple[int, int] | None = None,
         restart_steps: float = 0.05,
         restart_scale: float = 1.0,
         validate: bool = True,
@@ -217,9 +226,9 @@ class Factorize(AutoKeepCallback):
         self.measure_layers = measure_layers
         self._makes_matrices = method != "kronecker"  # whose terms are stacked
         check_warmup(restart_steps, restart_scale)
-        if keep is None and not (ranks or keeps):
+        if keep is None and latency is None and not (ranks or keeps):
             raise SettingError("keep is missing: the share of parameters that remains, e.g. 0.3")
-        points, keeps_at = points_and_keeps(at, keep)
+        points, keeps_at = points_and_keeps(at, keep, latency)
         self.settings = [
             Settings(
                 method=method,
@@ -241,6 +250,8 @@ class Factorize(AutoKeepCallback):
                 keep_measured=keep_measured,
                 measured_tokens=measured_tokens,
                 solve_device=solve_device,
+                latency=latency,
+                latency_shape=latency_shape,
             )
             for share in keeps_at
         ]
@@ -264,7 +275,7 @@ class Factorize(AutoKeepCallback):
             mask=mask,
             offload=offload,
             deal=deal,
-            refit_tokens=None if refit is None else refit_tokens,
+            refit_tokens=refit_tokens if refit is not None else 1 if latency else None,
             owner=type(self).__name__,
         )
         super().__init__(
@@ -346,8 +357,9 @@ class Factorize(AutoKeepCallback):
         super().setup(trainer, pl_module, stage)
         if any(one.narrow_blocks for one in self.settings):
             check_sharding(self._processes)
+        latency = self.settings[0].latency
         if self.sampling.refit_tokens:
-            check_whole(self._processes)
+            (check_whole if latency is None else check_unsharded)(self._processes)
             check_training_step(pl_module)
         if self._processes.sharded and self.measure_layers:
             raise PlatformError(
@@ -384,7 +396,8 @@ class Factorize(AutoKeepCallback):
             before = trainer_state.run_validation(trainer) if self.validate else {}
             solved = self._solve(trainer, module, seen.statistics, seen.owner, seen.blocks)
             passes = training_passes(trainer, module, seen.kept, seen.sampling.mask)
-            record = solved.install_(solved.choose(), trainer.optimizers, now, passes)
+            tell = reporting.tell if self.verbose else str
+            record = choose_and_install_(solved, trainer.optimizers, now, passes, tell)
             self._sync_structure(trainer, module)
             record.metrics = {"before": before, "after": {}}
         else:

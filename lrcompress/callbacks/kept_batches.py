@@ -137,8 +137,9 @@ def check_training_step(module: pl.LightningModule) -> None:
     """
     if not module.automatic_optimization:
         raise SettingError(
-            "refit runs the training step without gradients, and with manual optimization it steps "
-            "the optimizers too; leave refit out, or call lrcompress.compress() between two fits"
+            "refit and latency run the training step without gradients, and with manual "
+            "optimization it steps the optimizers too; leave them out, or call "
+            "lrcompress.compress() between two fits"
         )
 
 

@@ -88,8 +88,8 @@ class Sampling:
         check_device("offload", self.offload)
         if self.refit_tokens and not self.kinds:
             raise SettingError(
-                "refit needs batches of observed steps, and the method observes none; use 'drone', "
-                "or give also_observe=['input_moment']"
+                "refit and latency need batches of observed steps, and the method observes none; "
+                "use 'drone', or give also_observe=['input_moment']"
             )
 
     def for_data(self, data: object) -> "Sampling":

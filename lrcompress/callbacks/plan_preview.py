@@ -38,13 +38,19 @@ def plan_preview(
         SettingError: if ``keep`` cannot be met.
         ShapeError: if ``shapes`` do not divide a layer.
     """
-    shown = replace(settings, keep=_SHOWN) if searched else settings
+    timed = settings.latency is not None and settings.keep is None
+    shown = replace(settings, keep=_SHOWN) if searched or timed else settings
     records, selection, nbytes = preview(model, shown)
     keep = "auto" if searched else settings.keep
-    title = f"Factorize: {settings.method}, keep {keep}, at {place}"
+    size = f"latency {settings.latency:g}" if timed else f"keep {keep}"
+    title = f"Factorize: {settings.method}, {size}, at {place}"
     notes = [f"left alone: {name}: {why}" for name, why in selection.left_alone.items()]
     if searched:
         notes.append(f"keep is chosen at the point, by validation; ranks are shown for {_SHOWN:g}")
+    if timed:
+        notes.append(f"ranks are shown for keep {_SHOWN:g}; measured at the point")
+    elif settings.latency is not None:
+        notes.append(f"less where that takes more than {settings.latency:g} of the model's time")
     if settings.spread == "global":
         notes.append("ranks are shown uniform; global allocation shares them out at the point")
     notes += placed

@@ -56,6 +56,11 @@ def report_file(trainer: pl.Trainer, report_path: str | None) -> Path | None:
     return None if "://" in str(folder) else Path(folder) / "report.json"
 
 
+def tell(message: str) -> None:
+    """Say in one line what is being done, in the first process."""
+    rank_zero_info(f"lrcompress: {message}")
+
+
 @contextmanager
 def warning_if_fails(what: str) -> Iterator[None]:
     """Turn an exception of the block into a warning of what failed and why.

@@ -37,7 +37,8 @@ from lrcompress.keep_search import (
     grid_below,
     smallest_within,
 )
-from lrcompress.report.record import PointRecord, SearchRecord, TrialRecord
+from lrcompress.report.record import PointRecord
+from lrcompress.report.trials import SearchRecord, TrialRecord
 from lrcompress.statistics.moments import Statistics
 from lrcompress.statistics.reduction import gathered_on_first
 from lrcompress.structure.feed_forward import Blocks

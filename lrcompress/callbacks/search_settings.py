@@ -89,14 +89,21 @@ def _check_settings(settings: Settings) -> None:
 
 
 def points_and_keeps(
-    at: float | str | list[float | str], keep: object
+    at: float | str | list[float | str], keep: object, latency: object = None
 ) -> tuple[list[Point], list[float | None]]:
     """Return the points and the keep of each, None where it is searched for.
 
     Raises:
         SettingError: as of :func:`~lrcompress.schedules.parse_points`, and if ``keep`` is a word
-            other than ``"auto"``.
+            other than ``"auto"``, or ``latency`` is given beside that or for several points.
     """
+    several = isinstance(at, list) and len(at) > 1
+    if latency is not None and (keep == AUTO or several):
+        other = f"at={at!r}" if several else "keep='auto'"
+        raise SettingError(
+            f"latency is the time of the model after one point / before it; got {other}: give one "
+            "point, and keep as a number if at all"
+        )
     if keep == AUTO:
         return parse_points(at, [None for _ in at] if isinstance(at, list) else None)
     if isinstance(keep, str):

@@ -15,6 +15,7 @@ from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.candidates import candidates, parameters_of
 from lrcompress.engine.factored_layers import keep_lower_ranks
 from lrcompress.engine.kronecker_shapes import KroneckerShapes, check_layers, term_parameters
+from lrcompress.engine.latency import choose_and_install_
 from lrcompress.engine.observation import Loss, observe_batches
 from lrcompress.engine.refit import Masks, Passes
 from lrcompress.engine.settings import Settings, check_device, check_present
@@ -102,7 +103,7 @@ def factor_(
         train_balanced: put balanced factors in place even where pivoted rows are to be stored:
             :func:`~lrcompress.engine.factored_layers.store_pivoted_` turns them at the end. Sizes
             in the record are those of pivoted rows.
-        passes: of the model, for ``settings.refit``.
+        passes: of the model, for ``settings.refit`` and ``settings.latency``.
 
     Returns:
         What was done, layer by layer.
@@ -131,7 +132,7 @@ def factor_(
         blocks=blocks,
         train_balanced=train_balanced,
     )
-    return solved.install_(solved.choose(), optimizers, step, passes)
+    return choose_and_install_(solved, tuple(optimizers), step, passes)
 
 
 def compress(
@@ -158,8 +159,8 @@ def compress(
     Args:
         model: changed in place; on any device, or spread over several.
         batches: whatever ``loss`` understands, on the model's device; one pass is made over all
-            of them, none where the method needs no statistics (``svd``), and with ``refit`` some
-            more: an iterator, which can be gone through once, is refused then.
+            of them, none where the method needs no statistics (``svd``), and with ``refit`` or
+            ``latency`` some more: an iterator, which can be gone through once, is refused then.
         loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
             predicted tokens, a scalar.
         mask: where a batch has its padding mask: a key, an index or a function of the batch, as
@@ -208,14 +209,16 @@ def compress(
     _check_not_wrapped(model)
     names = chosen.select(model).names
     method = METHODS[chosen.method]
-    if chosen.keep is None and not (chosen.ranks or chosen.keeps):
-        raise SettingError("keep is missing: give keep=, or ranks or keeps for every layer")
+    if chosen.keep is None and chosen.latency is None and not (chosen.ranks or chosen.keeps):
+        raise SettingError(
+            "keep is missing: give keep=, or ranks or keeps for every layer, or latency="
+        )
     check_fisher(fisher)
     check_device("offload", offload)
     for argument, where in (("offload", offload), ("solve_device", chosen.solve_device)):
         check_present(argument, where)
     passes = None
-    if chosen.refit is not None:
+    if chosen.refit is not None or chosen.latency is not None:
         passes = Passes(batches, loss, lambda batch: _masks(batch, mask))
     recorder = Recorder(
         model,

@@ -59,9 +59,21 @@ class Passes:
     def __post_init__(self) -> None:
         if iter(self.batches) is self.batches:
             raise SettingError(
-                "refit makes further passes over batches, which are an iterator and can be gone "
-                "through once; give a list or a data loader, or leave refit out"
+                "refit and latency make further passes over batches, which are an iterator and can "
+                "be gone through once; give a list or a data loader, or leave them out"
             )
+
+    def run_alike(self, model: nn.Module, batch: Any) -> None:
+        """Run the model on a batch, with the same random numbers each time."""
+        with random_state_kept(model):
+            torch.manual_seed(0)
+            self.run(model, batch)
+
+
+def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Let random numbers go on after the block as if it had drawn none."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    return torch.random.fork_rng([*devices])
 
 
 @dataclass(frozen=True)
@@ -221,11 +233,7 @@ class Refit:
             return find_order(self.model, changed, partial(self._run, batch))
 
     def _run(self, batch: Any) -> None:
-        """Run the model on a batch, with the same random numbers each time."""
-        devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng([*devices]):
-            torch.manual_seed(0)
-            self.passes.run(self.model, batch)
+        self.passes.run_alike(self.model, batch)
 
     def _everywhere(self, work: Callable[[], Any]) -> Any:
         """Return what this process's work gives; if it fails in one process, fail in all."""

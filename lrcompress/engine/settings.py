@@ -49,6 +49,10 @@ class Settings:
         measured_tokens: that layers read at once while they are measured; None is what they
             have read, on average, in an observed step.
         solve_device: where layers are solved; None is where each lies.
+        latency: greatest time of a pass of the whole model / that before, without gradients. Beside
+            ``keep`` both hold; alone it takes its place.
+        latency_shape: examples and length of the batch it is measured on; None is those of the
+            batch that is given.
 
     Raises:
         SettingError: if an entry is not what it may be.
@@ -73,6 +77,8 @@ class Settings:
     keep_measured: bool = False
     measured_tokens: int | None = None
     solve_device: str | None = None
+    latency: float | None = None
+    latency_shape: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         method = method_named(self.method)
@@ -99,6 +105,7 @@ class Settings:
         _check_whole("align", self.align)
         check_device("solve_device", self.solve_device)
         self._check_measured()
+        self._check_latency()
         self._check_form(method.form)
         self._check_refit(method.form)
         if self.narrow_blocks:
@@ -175,6 +182,36 @@ class Settings:
             raise SettingError(
                 f"keep_measured: method {self.method!r} observes no steps that would tell at how "
                 "many tokens; give measured_tokens="
+            )
+
+    def _check_latency(self) -> None:
+        share, shape = self.latency, self.latency_shape
+        if share is None:
+            if shape is not None:
+                raise SettingError(
+                    "latency_shape is the shape of the batch that latency is measured on; give "
+                    "latency=, or leave latency_shape out"
+                )
+            return
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 < share < 1:
+            raise SettingError(
+                "latency must be above 0 and below 1 (time of the model / its time before), such "
+                f"as 0.5, got {share!r}"
+            )
+        if shape is not None and not are_sizes(shape):
+            raise SettingError(
+                "latency_shape must be two whole numbers from 1, examples and length, such as "
+                f"(1, 128), got {shape!r}"
+            )
+        reason = ""
+        if METHODS[self.method].form != "low_rank":
+            reason = f"method {self.method!r} would solve anew for each"
+        elif self.keep_measured:
+            reason = "leaves layers alone that are not made faster, as keep_measured does"
+        if reason:
+            raise SettingError(
+                f"latency tries sizes by their time, and {reason}; leave one of them out"
             )
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 from lrcompress.errors import ReportError
 from lrcompress.files import atomic_write
+from lrcompress.report.trials import LatencyRecord, SearchRecord, latency_from, search_from
 
 VERSION = 2  # of the JSON; 1 said nothing of it, and had neither curves nor a history
 
@@ -117,50 +118,6 @@ class LayerRecord:
         return LayerRecord(*own, 0, None, None, parameters=self.stood)
 
 
-@dataclass(frozen=True)
-class TrialRecord:
-    """A share of parameters that was tried at a point, and validated.
-
-    Attributes:
-        keep: that was asked for.
-        kept: that it amounts to over the targeted layers.
-        value: of the metric; None where it was not finite.
-        lost: by how much it is worse than the dense model's; below 0 where it is better.
-        within: whether no more is lost than the point allows.
-    """
-
-    keep: float
-    kept: float
-    value: float | None
-    lost: float | None
-    within: bool
-
-
-@dataclass(frozen=True)
-class SearchRecord:
-    """The search for the smallest model within a drop, at one point.
-
-    Attributes:
-        monitor: name of the metric.
-        mode: ``"max"`` where higher values are better, ``"min"`` where lower ones are.
-        reference: its value for the dense model, just before the first point.
-        drop: by how much it may be worse in the end.
-        allowed: by how much it may be worse just after this point.
-        before: its value just before this point.
-        chosen: the share that was taken; None where the layers stay as they were.
-        trials: in their order.
-    """
-
-    monitor: str
-    mode: str
-    reference: float
-    drop: float
-    allowed: float
-    before: float | None
-    chosen: float | None = None
-    trials: tuple[TrialRecord, ...] = ()
-
-
 @dataclass
 class PointRecord:
     """Record of one point: its layers, sizes, and validation figures before and after.
@@ -183,6 +140,7 @@ class PointRecord:
         effective: parameters of the whole model that are not zero, updates merged; None where it
             was not counted.
         search: for the smallest model within a drop; None where ``keep`` was given.
+        latency: what came of ``latency``; None where that was not given.
 
     Example:
         >>> layer = LayerRecord("0", 8, 8, rank=2, error=0.1, predicted_loss=0.5)
@@ -205,6 +163,7 @@ class PointRecord:
     trained: int | None = None
     effective: int | None = None
     search: SearchRecord | None = None
+    latency: LatencyRecord | None = None
 
     @property
     def keep(self) -> float:
@@ -379,17 +338,12 @@ def _point(data: Mapping[str, Any]) -> PointRecord:
         )
         for one in data["layers"]
     ]
-    own = {"layers": layers, "budget": _curve(data.get("budget", ()))}
-    point = PointRecord(**{**data, **own, "search": _search(data.get("search"))})
+    own: dict[str, Any] = {"layers": layers, "budget": _curve(data.get("budget", ()))}
+    own |= {"search": search_from(data.get("search")), "latency": latency_from(data.get("latency"))}
+    point = PointRecord(**{**data, **own})
     if not layers:
         raise ValueError("a point without layers")
     return point
-
-
-def _search(data: Mapping[str, Any] | None) -> SearchRecord | None:
-    if data is None:
-        return None
-    return SearchRecord(**{**data, "trials": tuple(TrialRecord(**x) for x in data["trials"])})
 
 
 def _curve(pairs: Iterable[Sequence[float]]) -> Curve:

@@ -1,6 +1,6 @@
 """Numbers of examples, and of terms of the loss, of batches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -95,3 +95,60 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, Mapping | list | tuple):
         for part in batch.values() if isinstance(batch, Mapping) else batch:
             yield from _tensors(part)
+
+
+def batch_shape(batch: Any) -> tuple[int, ...]:
+    """Return the leading sizes of a batch: examples and length, or examples alone.
+
+    They are those of its largest tensor of whole numbers with two sizes; where there is none, the
+    examples.
+
+    Raises:
+        ObservationError: if there is no tensor in it.
+
+    Example:
+        >>> batch_shape({"input_ids": torch.zeros(2, 7, dtype=torch.int64)})
+        (2, 7)
+    """
+    tokens = [x for x in _tensors(batch) if x.ndim == 2 and not x.is_floating_point()]
+    if not tokens:
+        return (batch_examples(batch),)
+    return tuple(max(tokens, key=Tensor.numel).shape)
+
+
+def resized_batch(batch: Any, examples: int, length: int) -> Any:
+    """Return a batch of other sizes: tensors repeat their examples and tokens, or are cut.
+
+    Args:
+        batch: whose tensors have the leading sizes of :func:`batch_shape`; others stay.
+        examples: of the new one.
+        length: of the new one; nothing has one where the batch has none.
+
+    Raises:
+        ObservationError: if there is no tensor in it.
+
+    Example:
+        >>> resized_batch({"ids": torch.tensor([[1, 2, 3]]), "n": 5}, 2, 4)["ids"].tolist()
+        [[1, 2, 3, 1], [1, 2, 3, 1]]
+    """
+    shape = batch_shape(batch)
+
+    def resized(x: Tensor) -> Tensor:
+        for place, size in enumerate((examples, length)[: len(shape)]):
+            if x.ndim <= place or x.shape[place] != shape[place]:
+                break
+            x = x.index_select(place, torch.arange(size, device=x.device) % shape[place])
+        return x
+
+    return _mapped(batch, resized)
+
+
+def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return type(batch)({key: _mapped(part, change) for key, part in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, list | tuple):
+        parts = [_mapped(part, change) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lrcompress.report import LayerRecord, PointRecord, Report
-from lrcompress.report.record import SearchRecord, TrialRecord
+from lrcompress.report.trials import SearchRecord, TrialRecord
 
 NAMES = [f"model.layer.{block}.{kind}" for block in range(2) for kind in ("up", "down")]
 

@@ -1,6 +1,6 @@
 """What a batch says of itself."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from transformers import BatchEncoding
 
 from lrcompress.errors import ObservationError
-from lrcompress.statistics.batches import batch_examples, batch_terms, loss_terms
+from lrcompress.statistics.batches import (
+    batch_examples,
+    batch_shape,
+    batch_terms,
+    loss_terms,
+    resized_batch,
+)
 
 FOUR = torch.zeros(4, 7)
 
@@ -79,3 +85,45 @@ def test_where_a_cross_entropy_does_not_say_how_many_terms_it_averages_examples_
     for loss in unknown:
         assert loss_terms(loss) is None
         assert batch_terms((torch.ones(5, 3),), loss) == 5
+
+
+class Pair(NamedTuple):
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+
+IDS = torch.arange(6).reshape(2, 3)
+TWICE = torch.tensor([[0, 1], [3, 4], [0, 1]])
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_a_batch_of_another_shape_repeats_or_cuts_what_there_is(kind: Any) -> None:
+    batch = kind({"ids": IDS, "labels": torch.tensor([7, 8]), "n": 3, "one": torch.tensor(4)})
+    batch["mask"] = torch.ones(2, 1, 3, 3)
+    new = resized_batch(batch, 3, 2)
+    assert type(new) is kind
+    assert batch_shape(batch) == (2, 3)
+    assert batch_shape(new) == (3, 2)
+    assert torch.equal(new["ids"], TWICE)
+    assert new["labels"].tolist() == [7, 8, 7]
+    assert new["n"] == 3
+    assert new["one"] == 4
+    assert new["mask"].shape == (3, 1, 3, 3)
+    assert batch["ids"] is IDS
+
+
+def test_a_batch_of_another_shape_stays_the_tuple_it_was() -> None:
+    new = resized_batch(Pair(IDS, torch.tensor([7, 8])), 3, 2)
+    assert isinstance(new, Pair)
+    assert torch.equal(new.ids, TWICE)
+    (ids, labels) = resized_batch([IDS, {"y": (torch.tensor([7, 8]),)}], 1, 3)
+    assert ids.tolist() == [[0, 1, 2]]
+    assert labels["y"][0].tolist() == [7]
+
+
+def test_a_batch_without_tokens_has_examples_alone() -> None:
+    images = torch.zeros(2, 3, 8, 8)
+    assert batch_shape([images, torch.tensor([0, 1])]) == (2,)
+    assert resized_batch([images, torch.tensor([0, 1])], 5, 99)[0].shape == (5, 3, 8, 8)
+    with pytest.raises(ObservationError, match="no tensor in a batch"):
+        resized_batch({}, 1, 1)
