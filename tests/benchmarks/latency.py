@@ -46,7 +46,7 @@ def ratios(model: nn.Module, dense: nn.Module, shape: tuple[int, int]) -> list[f
             export_onnx(one.model, place, {key: value[:2, :8] for key, value in batch.items()})
             graphs.append(OnnxModel(one.name, place / "model.onnx", threads=1))
         runs.append(compare(*graphs, batch, device="cpu", rounds=15))
-    return [1 / run.speedup for run in runs if run.speedup]
+    return [1 / run.faster for run in runs if run.faster]
 
 
 def main() -> None:
