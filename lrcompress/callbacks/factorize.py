@@ -81,8 +81,7 @@ class Factorize(AutoKeepCallback):
             ``keep``, by which less is lost, most of all at high ``keep``. What is trained are
             balanced factors, which bear higher learning rates; after the last step they are
             stored as pivoted rows. Checkpoints of before that hold balanced factors:
-            ``lrcompress export --pivoted`` turns them, or
-            :func:`~lrcompress.engine.factored_layers.store_pivoted_`.
+            ``lrcompress export --pivoted`` turns them, or :func:`~lrcompress.store_pivoted_`.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
             ``"step:N"``.
         every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
