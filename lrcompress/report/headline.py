@@ -1,5 +1,7 @@
 """Headline of a report: what a run gained and lost, in ratios, of the whole model."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lrcompress.report.formatting import count, mebibytes, number
@@ -64,6 +66,31 @@ def headline(report: Report) -> list[Fact]:
         pair = number(before[name]), number(end[name])
         facts.append(Fact("{} → {}".format(*pair), name, f"before the first point, {when}"))
     return facts
+
+
+def name_of_run(about: Mapping[str, str]) -> str:
+    """Return model and data of a run in a few words, or "" where neither is known.
+
+    Args:
+        about: what was run; model and data as ``class: source``, or the class alone.
+
+    Example:
+        >>> name_of_run({"model": "Fine: BertModel, /models/bert", "data": "TextData: sst2"})
+        'models/bert on sst2'
+    """
+    names = []
+    for what in ("model", "data"):
+        kind, _, source = about.get(what, "").partition(": ")
+        if what == "model":  # the name of its folder, or else the class within
+            source = source.partition(", ")[2] or source
+        parts = [_end_of_path(part) for part in source.split(", ")]
+        names.append(", ".join(filter(None, parts)) or kind)
+    return " on ".join(filter(None, names))
+
+
+def _end_of_path(name: str) -> str:
+    """Return the last two parts of a path; a name on the hub has no more."""
+    return "/".join([part for part in re.split(r"[/\\]", name) if part][-2:])
 
 
 def _percent(now: int, before: int) -> str:
