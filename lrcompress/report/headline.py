@@ -8,6 +8,8 @@ from lrcompress.report.formatting import count, mebibytes, number
 from lrcompress.report.record import Report
 from lrcompress.report.summary import final_figures
 
+# Data sets of torch and Python, whose names say nothing of the data.
+_CONTAINERS = {"list", "tuple", "Dataset", "TensorDataset", "Subset", "ConcatDataset"}
 _SHOWN = 4  # validation figures, of a run that has many
 
 
@@ -77,6 +79,8 @@ def name_of_run(about: Mapping[str, str]) -> str:
     Example:
         >>> name_of_run({"model": "Fine: BertModel, /models/bert", "data": "TextData: sst2"})
         'models/bert on sst2'
+        >>> name_of_run({"model": "Tagger", "data": "TensorDataset"})
+        'Tagger'
     """
     names = []
     for what in ("model", "data"):
@@ -84,7 +88,7 @@ def name_of_run(about: Mapping[str, str]) -> str:
         if what == "model":  # the name of its folder, or else the class within
             source = source.partition(", ")[2] or source
         parts = [_end_of_path(part) for part in source.split(", ")]
-        names.append(", ".join(filter(None, parts)) or kind)
+        names.append(", ".join(filter(None, parts)) or ("" if kind in _CONTAINERS else kind))
     return " on ".join(filter(None, names))
 
 
