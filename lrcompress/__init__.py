@@ -23,6 +23,7 @@ _PUBLIC = {
     "observe": "engine.observation",
     "restore_structure": "structure.plan",
     "save_pretrained": "export",
+    "store_pivoted_": "engine.factored_layers",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 

@@ -5,25 +5,25 @@ an input metric, over all matrices ``M (out, in)`` of rank ``r``::
 
     min ‖P (W − M) Q‖²
 
-=================  ================  ===============  =====================================
-method             output metric     input metric     source
-=================  ================  ===============  =====================================
-``svd``            I                 I                Eckart & Young 1936
-``fwsvd``          I                 diag Σ_i F_ij    Hsu et al., ICLR 2022
-``asvd``           I                 diag (mean |x|)  Yuan et al., arXiv 2312.05821
-``drone``          I                 C                Chen et al., NeurIPS 2021
-``row_fisher``     diag Σ_j F_ij     C                Fisher of rows, inputs as ``drone``
-``kfac``           G                 C                two-sided, arXiv 2505.17974
-``weighted_kfac``  G                 C_g              as ``kfac``, inputs by gradient
-``kronecker``      G                 C                as ``kfac``, over sums of Kronecker products
-=================  ================  ===============  =====================================
+=================  ================  ===================  ===================================
+method             output metric     input metric         source
+=================  ================  ===================  ===================================
+``svd``            I                 I                    Eckart & Young 1936
+``fwsvd``          I                 diag Σ_i F_ij        Hsu et al., ICLR 2022
+``asvd``           I                 ``diag (mean |x|)``  Yuan et al., arXiv 2312.05821
+``drone``          I                 C                    Chen et al., NeurIPS 2021
+``row_fisher``     diag Σ_j F_ij     C                    Fisher of rows, inputs as ``drone``
+``kfac``           G                 C                    two-sided, arXiv 2505.17974
+``weighted_kfac``  G                 C_g                  as ``kfac``, inputs by gradient
+``kronecker``      G                 C                    as ``kfac``, sums of Kronecker products
+=================  ================  ===================  ===================================
 
 ``C`` is the covariance of the inputs (their second moment where there is no bias to refit),
 ``G`` the second moment of the gradient at the output, ``F`` the per-example Fisher.
 ``C_g = Σ ‖g‖² x xᵀ / Σ ‖g‖²`` counts a token's input by its squared gradient: where the loss
 depends on few tokens, as a classifier's does on the first, the inputs of all the others do not
 matter, and ``C`` does not know that. ``C_g ⊗ G`` has the exact trace of the Fisher. ASVD's
-exponent is ½ of the scale, hence mean |x| in the squared metric. With a Fisher metric on the
+exponent is ½ of the scale, hence ``mean |x|`` in the squared metric. With a Fisher metric on the
 output, half the squared error predicts the increase of the loss, so errors of different
 layers are in one currency: those methods are ``comparable``.
 """
@@ -68,6 +68,7 @@ class Method:
         return self.output is not None or self.input == "input_fisher"
 
 
+#: The methods, by the name that ``method=`` takes.
 METHODS: dict[str, Method] = {
     "svd": Method(None, None),
     "fwsvd": Method(None, "input_fisher"),

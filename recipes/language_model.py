@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrcompress
-from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.tasks.docstring_source import docstring_splits
 
 
@@ -87,7 +86,7 @@ def main() -> None:
     rich.print(f"perplexity, {record.keep:.2f} kept: {perplexity(model, test):.1f}")
     heal(model, teacher, train, given.steps)
     rich.print(f"perplexity, after {given.steps} steps: {perplexity(model, test):.1f}")
-    store_pivoted_(model)
+    lrcompress.store_pivoted_(model)
     lrcompress.save_pretrained(model, given.out, tokenizer, record)
 
 

@@ -143,7 +143,7 @@ def check_command(words: list[str]) -> None:
     elif first == "pytest":
         assert all((ROOT / word).exists() for word in rest if word[0] != "-"), words
     else:
-        assert first in ("ruff", "mypy", "pre-commit", ".ci/run"), words
+        assert first in ("ruff", "mypy", "pre-commit", "sphinx-build", ".ci/run"), words
 
 
 def check_verb(verb: str, *options: str) -> None:

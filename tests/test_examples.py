@@ -70,6 +70,26 @@ def test_a_language_model_is_compressed_and_healed(
     assert len(Plan.of(lrcompress.load_pretrained(tmp_path / "out"))) > 0
 
 
+def test_the_notebook_runs_from_first_to_last_cell(tiny_bert: Path, tmp_path: Path) -> None:
+    """In a kernel of its own; the cell after that of its settings puts stand-ins in their place."""
+    client = pytest.importorskip("nbclient", reason="notebooks need lrcompress[test]")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel", reason="notebooks need lrcompress[test]")
+    notebook = nbformat.read(RECIPES / "quickstart.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    tags = [cell.metadata.get("tags") for cell in notebook.cells]
+    few = {"train_size": 96, "val_size": 12, "test_size": 12}
+    stand_ins = nbformat.v4.new_code_cell(f"MODEL = {str(tiny_bert)!r}\nTEXTS = {few}")
+    notebook.cells.insert(tags.index(["parameters"]) + 1, stand_ins)
+    place = {"metadata": {"path": str(tmp_path)}}
+    client.NotebookClient(notebook, timeout=120, resources=place).execute()
+    shown = str([cell.get("outputs") for cell in notebook.cells])
+    assert "what was lost and gained" in shown
+    assert len(Plan.of(lrcompress.load_pretrained(tmp_path / "minilm-30"))) > 0
+    assert (tmp_path / "report.html").is_file()
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_starts_with_its_command(path: Path) -> None:
     assert f"python recipes/{path.name}" in path.read_text().split('"""')[1]

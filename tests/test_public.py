@@ -25,6 +25,7 @@ NAMES = [
     "observe",
     "restore_structure",
     "save_pretrained",
+    "store_pivoted_",
 ]
 HEAVY = ("lightning", "transformers", "datasets", "torchmetrics", "jsonargparse", "matplotlib")
 

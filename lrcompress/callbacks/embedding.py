@@ -68,7 +68,7 @@ class FactorizeEmbedding(CompressionCallback):
         max_tokens: Stop observing after so many tokens, padding excluded.
         fisher: Whose gradients: of ``labels``, or of labels as the ``model`` predicts.
         logits: For ``fisher: model``, the name of the submodule that returns the logits.
-        mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
+        mask: Where a batch has its padding mask, 1 at tokens: a key (``text.mask`` for one
             within), an index or a function of the batch. ``~key``: nonzero at padding, as in
             torch's ``key_padding_mask``; ``labels``: -100 where nothing is predicted. None if
             nothing is padded. The default is the ``statistics_mask`` of a data module that has one.

@@ -82,8 +82,7 @@ class Factorize(AutoKeepCallback):
             ``keep``, by which less is lost, most of all at high ``keep``. What is trained are
             balanced factors, which bear higher learning rates; after the last step they are
             stored as pivoted rows. Checkpoints of before that hold balanced factors:
-            ``lrcompress export --pivoted`` turns them, or
-            :func:`~lrcompress.engine.factored_layers.store_pivoted_`.
+            ``lrcompress export --pivoted`` turns them, or :func:`~lrcompress.store_pivoted_`.
         window: How long before a point to observe: a fraction of all steps, ``"epoch:N"`` or
             ``"step:N"``.
         every_n_steps: Observe every n-th step of the window; by default every 10th, or more often
@@ -97,7 +96,7 @@ class Factorize(AutoKeepCallback):
             observed steps), drawn otherwise.
         logits: For ``fisher: model``, the name of the submodule that returns the logits; by
             default the first output with ``.logits``.
-        mask: Where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
+        mask: Where a batch has its padding mask, 1 at tokens: a key (``text.mask`` for one
             within), an index or a function of the batch. ``~key``: nonzero at padding, as in
             torch's ``key_padding_mask``; ``labels``: -100 where nothing is predicted. None if
             nothing is padded. The default is the ``statistics_mask`` of a data module that has one.

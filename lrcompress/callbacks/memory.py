@@ -69,13 +69,13 @@ def check_memory(
     if not nbytes or live is None:
         return
     module, optimizers = live
-    told = [f"statistics will take at most {nbytes / 2**20:.0f} MiB"]
+    told = [f"statistics take at most {nbytes / 2**20:.0f} MiB of memory"]
     needed = None
     if isinstance(settings, Settings):
         needed = footprint_of(module, settings, observation, optimizers, nbytes)
-        told += needed.lines
+        told = needed.lines
     if verbose:
-        rank_zero_info("lrcompress: " + "; ".join(told))
+        rank_zero_info("lrcompress: " + "\n".join(told))
     if needed is not None:
         _check_fits(needed, next(module.parameters()).device, observation, optimizers)
 

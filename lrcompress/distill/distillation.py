@@ -207,9 +207,10 @@ class Distillation:
             return None
         for source in (call.kwargs, *call.args, batch):
             if isinstance(source, Mapping) and self.mask in source:
-                found: Tensor = source[self.mask]
-                return found
-        mask, complaint = batch_mask(batch, self.mask, "Distilled")
+                batch = source
+                break
+        check = required and self.teacher is None  # in the dry run, for no step may wait
+        mask, complaint = batch_mask(batch, self.mask, "Distilled", check_values=check)
         if complaint is not None and required:
             raise ObservationError(complaint)
         return mask

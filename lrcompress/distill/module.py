@@ -72,7 +72,7 @@ class Distilled(_InPlace, pl.LightningModule):
             the module itself; by default the outermost one whose output is a tensor or has
             ``.logits``, or ``.start_logits`` and ``.end_logits``, each a choice of positions.
         logits: the submodule that returns the logits, if it is another one.
-        mask: where a batch has its padding mask, nonzero at tokens: a key (``text.mask`` for one
+        mask: where a batch has its padding mask, 1 at tokens: a key (``text.mask`` for one
             within), an index or a function of the batch. ``~key``: nonzero at padding, as in
             torch's ``key_padding_mask``. None if nothing is padded.
         teacher_dir: folder for the file of a teacher that is frozen on the way; by default

@@ -101,8 +101,8 @@ def factor_(
         forward_context: that the model runs in, such as autocast; layers are timed in it.
         blocks: the feed-forward blocks of the model, where they may be narrowed.
         train_balanced: put balanced factors in place even where pivoted rows are to be stored:
-            :func:`~lrcompress.engine.factored_layers.store_pivoted_` turns them at the end. Sizes
-            in the record are those of pivoted rows.
+            :func:`~lrcompress.store_pivoted_` turns them at the end. Sizes in the record are those
+            of pivoted rows.
         passes: of the model, for ``settings.refit`` and ``settings.latency``.
 
     Returns:

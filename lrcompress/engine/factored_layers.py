@@ -96,7 +96,7 @@ def store_pivoted_(
 
     Args:
         model: changed in place.
-        names: of layers, by default all; those that are no :class:`~lrcompress.nn.LowRankLinear`,
+        names: of layers, by default all; those that are no :class:`~lrcompress.LowRankLinear`,
             or share their factors with an embedding, are left alone.
         optimizers: whose parameters and state follow.
         processes: those that do the same with the same model; sharded layers are turned in full.
@@ -134,7 +134,7 @@ def saved_by_pivoting(model: nn.Module, names: Iterable[str]) -> dict[str, tuple
 
     Args:
         model: whose layers they are.
-        names: of layers; those that are no :class:`~lrcompress.nn.LowRankLinear` are left out.
+        names: of layers; those that are no :class:`~lrcompress.LowRankLinear` are left out.
 
     Example:
         >>> saved_by_pivoting(nn.Sequential(LowRankLinear(6, 4, rank=2), nn.Linear(3, 3)), "01")

@@ -49,17 +49,15 @@ class Footprint:
     @property
     def lines(self) -> list[str]:
         """What people read."""
-        held = ("weights", "gradients", "optimizer", "statistics", "solve", "solutions")
-        where = {"solve": self.solved_on, "solutions": "the host"}
-        said = ", ".join(
-            f"{name} {getattr(self, name) / GIB:.2f}"
-            + (f" (on {where[name]})" if where.get(name) else "")
-            for name in held
-        )
+        where = f" on {self.solved_on}" if self.solved_on else ""
         return [
-            f"memory of a process, in GiB: {said}",
-            f"checkpoint within the window: {self.checkpoint / GIB:.2f} GiB; "
-            f"solving takes about {_duration(self.seconds)}",
+            "memory of a process, about:",
+            f"  to train: {_size(self.weights)} weights, {_size(self.gradients)} gradients, "
+            f"{_size(self.optimizer)} optimizer state",
+            f"  to observe: {_size(self.statistics)} statistics at most; checkpoints are "
+            f"{_size(self.checkpoint)} then",
+            f"  to compress: {_size(self.solve)} a layer{where}, "
+            f"{_size(self.solutions)} on the host for results; takes {_duration(self.seconds)}",
         ]
 
 
@@ -174,6 +172,19 @@ def _solved(matrix: Tensor) -> Tensor:
     energies, basis = torch.linalg.eigh(matrix)
     result: Tensor = energies + (basis @ matrix @ matrix).diagonal()
     return result
+
+
+def _size(nbytes: int) -> str:
+    """Return a number of bytes in the unit that reads best.
+
+    Example:
+        >>> _size(5 * 2**20 // 2), _size(86 * 2**20), _size(3 * 2**29)
+        ('2.5 MiB', '86 MiB', '1.5 GiB')
+    """
+    if nbytes >= GIB:
+        return f"{nbytes / GIB:.1f} GiB"
+    mib = nbytes / 2**20
+    return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:

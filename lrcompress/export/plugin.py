@@ -30,7 +30,7 @@ class CompressionConfig(QuantizationConfigMixin):
     """The entry ``quantization_config`` of a ``config.json``: the plan of a compressed model.
 
     Args:
-        plan: the structure, as :meth:`~lrcompress.structure.plan.Plan.to_dict` gives it.
+        plan: the structure, as :meth:`~lrcompress.Plan.to_dict` gives it.
         version: of the format of this entry, a whole number from 1.
         quant_method: always ``lrcompress``.
 

@@ -34,7 +34,7 @@ def save_remote_code(model: nn.Module, folder: str | Path, tokenizer: Any = None
 
     ``from_pretrained(folder, trust_remote_code=True)`` loads it, with torch and ``transformers``
     alone. Code runs at loading: who gets the folder has to trust it, which
-    :func:`~lrcompress.export.save_pretrained` does not ask. Nothing of ``model`` is changed.
+    :func:`~lrcompress.save_pretrained` does not ask. Nothing of ``model`` is changed.
 
     Args:
         model: with low-rank, pivoted or narrowed linear layers.

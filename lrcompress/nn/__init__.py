@@ -19,7 +19,7 @@ from lrcompress.nn.pruned_linear import PrunedLinear
 from lrcompress.nn.replacement import Replacement
 from lrcompress.nn.safe_embedding import SafeEmbedding
 
-# The name of a kind in plans, checkpoints and exported folders -> its class.
+#: The name of a kind in plans, checkpoints and exported folders -> its class.
 KINDS: Mapping[str, type[Replacement]] = {
     kind.kind: kind
     for kind in (

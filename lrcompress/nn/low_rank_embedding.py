@@ -135,7 +135,7 @@ class LowRankEmbedding(FactoredEmbedding):
     """Factorized embedding with rows ``left[i] right``: a table of rank at most ``rank``.
 
     It has ``rank·(vocabulary + width)`` parameters. An output head that is tied to it is a
-    :class:`~lrcompress.nn.LowRankLinear` with the same two parameters. The values of a new table
+    :class:`~lrcompress.LowRankLinear` with the same two parameters. The values of a new table
     are not set: they are uninitialised memory.
 
     Args:

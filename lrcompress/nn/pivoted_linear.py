@@ -18,7 +18,7 @@ class PivotedLinear(FactoredLinear):
     """Low-rank linear layer in pivoted rows: ``rank`` rows of its weight, and how others follow.
 
     ``weight[pivots] = right`` and ``weight[others] = rest right``: the same matrix as that of
-    :class:`~lrcompress.nn.LowRankLinear` in ``rank·(in + out − rank)`` parameters, besides the
+    :class:`~lrcompress.LowRankLinear` in ``rank·(in + out − rank)`` parameters, besides the
     bias and a whole number an output. At full rank that is as many as the dense layer has. A new
     one starts random, with the first rows as pivots.
 

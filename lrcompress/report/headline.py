@@ -1,11 +1,15 @@
 """Headline of a report: what a run gained and lost, in ratios, of the whole model."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lrcompress.report.formatting import count, mebibytes, number
 from lrcompress.report.record import Report
 from lrcompress.report.summary import final_figures
 
+# Data sets of torch and Python, whose names say nothing of the data.
+_CONTAINERS = {"list", "tuple", "Dataset", "TensorDataset", "Subset", "ConcatDataset"}
 _SHOWN = 4  # validation figures, of a run that has many
 
 
@@ -64,6 +68,33 @@ def headline(report: Report) -> list[Fact]:
         pair = number(before[name]), number(end[name])
         facts.append(Fact("{} → {}".format(*pair), name, f"before the first point, {when}"))
     return facts
+
+
+def name_of_run(about: Mapping[str, str]) -> str:
+    """Return model and data of a run in a few words, or "" where neither is known.
+
+    Args:
+        about: what was run; model and data as ``class: source``, or the class alone.
+
+    Example:
+        >>> name_of_run({"model": "Fine: BertModel, /models/bert", "data": "TextData: sst2"})
+        'models/bert on sst2'
+        >>> name_of_run({"model": "Tagger", "data": "TensorDataset"})
+        'Tagger'
+    """
+    names = []
+    for what in ("model", "data"):
+        kind, _, source = about.get(what, "").partition(": ")
+        if what == "model":  # the name of its folder, or else the class within
+            source = source.partition(", ")[2] or source
+        parts = [_end_of_path(part) for part in source.split(", ")]
+        names.append(", ".join(filter(None, parts)) or ("" if kind in _CONTAINERS else kind))
+    return " on ".join(filter(None, names))
+
+
+def _end_of_path(name: str) -> str:
+    """Return the last two parts of a path; a name on the hub has no more."""
+    return "/".join([part for part in re.split(r"[/\\]", name) if part][-2:])
 
 
 def _percent(now: int, before: int) -> str:

@@ -4,6 +4,7 @@ It holds every figure of the report, formatted by :mod:`lrcompress.report.format
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lrcompress.report.formatting import change, number, share
-from lrcompress.report.headline import headline
+from lrcompress.report.headline import headline, name_of_run
 from lrcompress.report.layer_groups import common_path
 from lrcompress.report.plots import COLOURS, Plot, plots
 from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
@@ -40,6 +41,8 @@ _PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+_ROW = 5  # cards of the headline, where there is room; more stand in two rows
 
 # A column of the layers' table -> what its figures are.
 _MEANING = {
@@ -75,7 +78,10 @@ class Table:
 
 
 def write_page(report: Report, path: str | Path) -> None:
-    """Write the report of a run with at least one point as HTML, titled like its folder."""
+    """Write the report of a run with at least one point as HTML.
+
+    It is titled by the model and the data, as far as they are known, and by its folder.
+    """
     found, shown = summary(report), plots(report)
     points = [
         {
@@ -86,11 +92,14 @@ def write_page(report: Report, path: str | Path) -> None:
         }
         for point in report.points
     ]
+    folder, name = Path(path).resolve().parent.name, name_of_run(report.about)
     page = render(
         "run.html",
-        title=Path(path).resolve().parent.name,
+        title=f"{name} · {folder}" if name else folder,
+        heading=name or folder,
         lead=_lead(report),
-        headline=headline(report),
+        headline=(facts := headline(report)),
+        columns=len(facts) if len(facts) <= _ROW else math.ceil(len(facts) / 2),
         about=Table("", [""], [(what, [text]) for what, text in report.about.items()]),
         summary=Table("", found.headings, *_measured_alone(found)),
         drawn=drawn(plot for plot in shown if not plot.detail),

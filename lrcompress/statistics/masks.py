@@ -32,21 +32,26 @@ def check_mask(mask: object) -> None:
         )
 
 
-def batch_mask(batch: Any, mask: MaskSource, owner: str) -> tuple[Tensor | None, str | None]:
+def batch_mask(
+    batch: Any, mask: MaskSource, owner: str, *, check_values: bool = True
+) -> tuple[Tensor | None, str | None]:
     """Return a batch's padding mask, or the reason why an expected one is missing.
 
     Args:
         batch: as the training step gets it.
         mask: its key, a dotted key for a mapping within, its index in a sequence, or a function
             of the batch. ``"~key"`` is a mask whose nonzeros mark padding, as in torch's
-            ``key_padding_mask``; ``"labels"`` are those of tokens, -100 where there is none.
+            ``key_padding_mask``, or as what is added to attention scores, 0 and very negative;
+            ``"labels"`` are those of tokens, -100 where there is none.
         owner: for the reason.
+        check_values: whether to check that the mask holds zeros and ones. An accelerator is waited
+            for then.
 
     Returns:
         The mask, nonzero where there is a token, and None; or None and the reason.
 
     Raises:
-        ObservationError: if what is found is no tensor.
+        ObservationError: if what is found is no tensor, or holds other values.
         SettingError: if ``mask`` is none of these.
 
     Example:
@@ -74,7 +79,37 @@ def batch_mask(batch: Any, mask: MaskSource, owner: str) -> tuple[Tensor | None,
         )
     if isinstance(key, str) and key.split(".")[-1] == LABELS:
         found = found != IGNORED
+    if check_values:
+        _check_values(found, mask, batch, owner)
     return (found == 0 if inverted else found), None
+
+
+def _check_values(found: Tensor, mask: MaskSource, batch: Any, owner: str) -> None:
+    """Check that what was found holds zeros and ones, and is no table of token ids.
+
+    Raises:
+        ObservationError: if it does not.
+    """
+    if found.dtype == torch.bool:
+        return
+    odd = found[(found != 0) & (found != 1)]
+    if not len(odd):
+        return
+    inverted = isinstance(mask, str) and mask.startswith(_INVERTED)
+    added = found.is_floating_point() and bool((found <= 0).all())
+    if inverted and added:
+        return
+    shown = ", ".join(f"{value:g}" for value in odd[:3].tolist())
+    one, zero = ("padding", "tokens") if inverted else ("tokens", "padding")
+    way_out = (
+        "it looks like what is added to scores, nonzero at padding: name it as mask='~key'"
+        if added
+        else "name another with mask=, or a function such as lambda batch: batch['ids'] != 0"
+    )
+    raise ObservationError(
+        f"{owner}: a padding mask is 1 at {one} and 0 at {zero}, and mask={mask!r} gives "
+        f"{_kind(found)} with {shown}; the batch has {_contents(batch)}; {way_out}"
+    )
 
 
 def _looked_up(batch: Any, key: str | int) -> Any:

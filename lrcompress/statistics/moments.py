@@ -23,7 +23,7 @@ from lrcompress.statistics.offload import Arrival, add_offloaded_gram_, settle_
 
 INPUT_KINDS = ("input_moment", "input_abs")
 OUTPUT_KINDS = ("output_moment", "weighted_moment", "input_fisher", "output_fisher")
-KINDS = INPUT_KINDS + OUTPUT_KINDS
+KINDS = INPUT_KINDS + OUTPUT_KINDS  #: of linear layers; :class:`Sums` has their formulas
 TABLE_KINDS = ("token_count", "token_fisher")  # of embeddings, the only ones they have
 # Outputs beyond which only the diagonal of their moment is kept: in full it would be over 1 GiB.
 LARGE = 16_384

@@ -12,7 +12,8 @@ import torch
 
 import lrcompress
 from lrcompress.callbacks import WholeCheckpointIO
-from lrcompress.cli import _Trainer, main
+from lrcompress.cli import main
+from lrcompress.cli.verbs import _Trainer
 from lrcompress.errors import CheckpointError
 
 pytestmark = [

@@ -1,5 +1,6 @@
 """What a fit will take is said before its first step, and refused where it is not there."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -47,10 +48,22 @@ def test_it_is_said_when_training_starts(
     callback = lrcompress.Factorize(keep=0.5, at=0.5, report_path=None)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         trainer(callback).fit(tagger(), loader(), loader())
-    (said,) = [r.getMessage() for r in caplog.records if "statistics will" in r.getMessage()]
-    assert "memory of a process, in GiB: weights 0.00, gradients 0.00, optimizer 0.00" in said
-    assert "checkpoint within the window" in said
-    assert "solving takes about 1 s" in said
+    (said,) = [r.getMessage() for r in caplog.records if "statistics" in r.getMessage()]
+    head, train, observe, compress = said.splitlines()
+    assert head == "lrcompress: memory of a process, about:"
+    assert re.fullmatch(r"  to train: [\d.]+ MiB weights, .* gradients, .* opt.*", train)
+    assert re.fullmatch(r"  to observe: .* statistics at most; checkpoints are .* then", observe)
+    assert compress.endswith(" on the host for results; takes 1 s")
+    assert all(len(line) <= 80 for line in said.splitlines())
+
+
+def test_of_a_table_the_statistics_alone_are_said(
+    tagger: Make, loader: Make, trainer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = lrcompress.FactorizeEmbedding(keep=0.5, at=0.5, report_path=None)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        trainer(callback).fit(tagger(), loader(), loader())
+    assert "lrcompress: statistics take at most 0 MiB of memory" in caplog.messages
 
 
 @pytest.mark.parametrize(

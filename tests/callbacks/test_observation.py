@@ -109,8 +109,9 @@ class Steps(L.Callback):
         (lambda batch: batch["attention_mask"][:, :3], r"and the padding mask is for \(8, 3\)"),
         ("~attention_mask", r"all gradients lie where the mask says .*mask='~key'"),
         (lambda batch: batch["attention_mask"].tolist(), r"expected a tensor as the padding mask"),
+        ("input_ids", r"mask='input_ids' gives int64 \(8, \d\) with \d"),
     ],
-    ids=["mistyped", "of another length", "inverted", "a list"],
+    ids=["mistyped", "of another length", "inverted", "a list", "token ids"],
 )
 @pytest.mark.parametrize("method", ["kfac", "drone"])
 def test_a_mask_that_cannot_be_used_is_said_at_the_first_batch(

@@ -50,7 +50,9 @@ def test_a_run_leaves_json_and_a_page_beside_its_logs_and_says_where(
     trainer(callback, logger=logger).fit(tagger(), loader(), loader())
     folder = tmp_path / "logs" / "version_0"
     assert Report.load(folder) == callback.report
-    assert "<h1>version_0</h1>" in (folder / "report.html").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<h1>Tagger</h1>" in page
+    assert "<title>Tagger · version_0</title>" in page
     assert capsys.readouterr().out.count("what was lost and gained") == 1
     steps = [step for step, _ in callback.report.history["val_loss"]]
     assert steps == [6, 12, 18]

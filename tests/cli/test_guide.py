@@ -1,5 +1,8 @@
 """``lrcompress guide``: pages and topics that there are not."""
 
+import subprocess
+import sys
+
 import pytest
 
 from lrcompress.cli import main
@@ -26,3 +29,14 @@ def test_an_unknown_topic_names_the_nearest(capsys: pytest.CaptureFixture[str]) 
     assert "no page 'factorise'; nearest: factorize" in capsys.readouterr().err
     assert main(["guide", "concepts", "resume"]) == 2
     assert "expected one topic or none, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["guide"], ["guide", "resume"], ["--help"], ["--version"]])
+def test_reading_waits_for_no_library(words: list[str]) -> None:
+    """Importing torch, Lightning and transformers takes seconds."""
+    ask = f"import sys; from lrcompress.cli import main; main({words}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    loaded = {*done.stdout.splitlines()[-1].split()}
+    assert "lrcompress.cli" in loaded
+    heavy = {"torch", "lightning", "transformers", "datasets", "jsonargparse", "matplotlib", "rich"}
+    assert not heavy & loaded

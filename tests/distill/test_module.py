@@ -26,6 +26,8 @@ from lrcompress.errors import (
     ShapeError,
 )
 
+from .conftest import Encoder
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
     pytest.mark.filterwarnings("ignore:Distilled never had a teacher"),
@@ -429,6 +431,7 @@ def test_a_name_of_no_submodule_is_an_error(argument: str, loader: Make, trainer
             "'other' was called no tim",
         ),
         ({"losses": [HiddenStates()], "mask": "maks"}, ObservationError, "leaves padding out by"),
+        ({"losses": [HiddenStates()], "mask": "input_ids"}, ObservationError, "'input_ids' gives"),
         ({"losses": [Relations(heads=3)]}, ShapeError, "8 features cannot be 3 heads"),
         ({"call": "modle"}, NoMatchError, "call='modle' names no submodule .*nearest: model"),
     ],
@@ -743,6 +746,34 @@ def test_a_batch_without_its_mask(reader: Make, trainer: Make, loader: Make) -> 
     module = Distilled(SelfCalling(), teacher=SelfCalling(), losses=losses)
     with pytest.raises(ObservationError, match=r"Distilled leaves padding out by .* mask=None"):
         trainer().fit(module, loader(pairs()))
+
+
+class TokenLoss(Encoder):
+    """Has labels of tokens, as a language model does."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> SimpleNamespace:
+        output = super().forward(input_ids, attention_mask)
+        return SimpleNamespace(loss=output.logits.square().mean(), logits=output.logits)
+
+
+def test_labels_of_a_call_are_a_mask_of_what_is_predicted(
+    reader: Make, batches: Make, loader: Make, trainer: Make
+) -> None:
+    (batch,) = batches(1)
+    batch["labels"] = torch.where(batch["input_ids"] < 10, -100, batch["input_ids"] - 10)
+    found = []
+    for mask in ("labels", lambda one: one["labels"] != -100):
+        made = reader(dropout=0.0), reader(1, dropout=0.0)
+        for seed, one in enumerate(made):
+            torch.manual_seed(seed)
+            one.model = TokenLoss(8, 2, 3, 20, 2, 0.0)
+        module = Distilled(made[0], teacher=made[1], losses=[HiddenStates()], mask=mask)
+        run = trainer(max_steps=1)
+        run.fit(module, loader([batch]))
+        found.append(float(run.callback_metrics["distill_hidden_states"]))
+    assert found[0] == found[1]
 
 
 def test_features_without_a_gradient(reader: Make, loader: Make, trainer: Make) -> None:

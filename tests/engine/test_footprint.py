@@ -118,8 +118,8 @@ def test_what_is_solved_elsewhere_is_said() -> None:
     )
     assert here.solve == there.solve
     assert (here.solved_on, there.solved_on) == ("", "cpu")
-    assert "solve 0.00 (on cpu)" in there.lines[0]
-    assert "solve 0.00, solutions" in here.lines[0]
+    assert "to compress: 0.1 MiB a layer on cpu, " in there.lines[-1]
+    assert "to compress: 0.1 MiB a layer, " in here.lines[-1]
 
 
 def test_the_time_of_a_solve_is_foretold() -> None:

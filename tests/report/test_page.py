@@ -133,6 +133,25 @@ def test_the_folder_is_made_and_names_the_page(whole: Report, tmp_path: Path, pa
     assert f"<title>{title}</title>" in (tmp_path / path).read_text(encoding="utf-8")
 
 
+def test_a_page_is_titled_by_the_model_and_the_data(whole: Report, tmp_path: Path) -> None:
+    whole.about = {"model": "Fine: BertModel, /models/bert/base", "data": "TextData: glue, sst2"}
+    page = written(whole, tmp_path / "run-7")
+    assert "<h1>bert/base on glue, sst2</h1>" in page
+    assert "<title>bert/base on glue, sst2 · run-7</title>" in page
+
+
+@pytest.mark.parametrize(("facts", "columns"), [(3, 3), (5, 5), (6, 3), (7, 4), (8, 4)])
+def test_cards_of_the_headline_stand_in_even_rows(
+    facts: int, columns: int, whole: Report, tmp_path: Path
+) -> None:
+    if facts == 3:
+        whole.seconds_per_step = {}
+    names = [f"metric{number}" for number in range(max(0, facts - 4))]
+    whole.points[0].metrics["before"] = whole.final = dict.fromkeys(names, 0.5)
+    assert len(headline(whole)) == facts
+    assert f'<ul class="headline" style="--columns: {columns}">' in written(whole, tmp_path)
+
+
 def test_products_say_how_large_their_factors_are(text: str, whole: Report, tmp_path: Path) -> None:
     assert "first factor of a Kronecker" not in text
     point = whole.points[0]

@@ -106,6 +106,43 @@ def test_a_mask_is_a_tensor() -> None:
         batch_mask({"real": [[1, 0]]}, "real", "Owner")
 
 
+IDS = torch.tensor([[7, 12, 1], [30, 1, 0]])
+REAL = torch.tensor([[1, 1, 1], [1, 1, 0]])
+
+
+def test_token_ids_are_no_mask_though_padding_is_0() -> None:
+    told = (
+        r"Owner: a padding mask is 1 at tokens and 0 at padding, and mask=0 gives int64 \(2, 3\) "
+        r"with 7, 12, 30; the batch has a tuple of mask=0: int64 \(2, 3\), mask=1: int64 \(2, 3\)"
+    )
+    with pytest.raises(ObservationError, match=told):
+        batch_mask((IDS, REAL), 0, "Owner")
+    with pytest.raises(ObservationError, match=r"is 1 at padding and 0 at tokens, and mask='~ids'"):
+        batch_mask({"ids": IDS}, "~ids", "Owner")
+    with pytest.raises(ObservationError, match=r"gives int64 \(2, 3\) with 7, 12, 30"):
+        batch_mask({"ids": IDS}, lambda batch: batch["ids"], "Owner")
+    with pytest.raises(ObservationError, match=r"gives float32 \(2, 3\) with 0\.5"):
+        batch_mask({"weights": REAL / 2}, "weights", "Owner")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16])
+def test_a_mask_of_zeros_and_ones_may_have_any_dtype(dtype: torch.dtype) -> None:
+    for mask in (REAL, torch.ones_like(REAL), torch.zeros_like(REAL)):
+        found, _ = batch_mask({"mask": mask.to(dtype)}, "mask", "Owner")
+        assert found is not None
+        assert torch.equal(found != 0, mask != 0)
+
+
+@pytest.mark.parametrize("least", [-torch.inf, -10_000.0, torch.finfo(torch.float32).min])
+def test_a_mask_that_is_added_to_scores_is_nonzero_at_padding(least: float) -> None:
+    batch = {"mask": torch.where(REAL == 1, 0.0, least)}
+    found, _ = batch_mask(batch, "~mask", "Owner")
+    assert found is not None
+    assert torch.equal(found, REAL == 1)
+    with pytest.raises(ObservationError, match=r"added to scores.*: name it as mask='~key'"):
+        batch_mask(batch, "mask", "Owner")
+
+
 @pytest.mark.parametrize("mask", [True, False, 1.5, ["attention_mask"], MASK])
 def test_a_mask_is_looked_up_by_a_key_an_index_or_a_function(mask: Any) -> None:
     for check in (check_mask, lambda x: batch_mask({}, x, "Owner")):
