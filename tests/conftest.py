@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests uses."""
 
 import functools
+import importlib.metadata
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import datasets
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +36,9 @@ WORDS = (
     *("film", "movie", "story", "plot", "music", "actor", "scene", "love", "fun", "life", "time"),
     *("good", "bad", "great", "awful", "fine", "dull", "funny", "sad", "warm", "cold", "avoid"),
 )
+
+# Each Trainer reads the metadata of all installed packages, which takes longer than a step.
+registry.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What compressing a model will take of one process: bytes, and time to solve."""
 
+import functools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -90,7 +91,7 @@ def footprint(
         sharded: whether each process holds a part of the parameters.
         of_all: bytes of all statistics, as a checkpoint has them; by default ``statistics``.
         solve_device: where layers are solved; by default where each lies.
-        rate: operations a second of the solve; by default measured, for some 10 ms.
+        rate: operations a second of the solve; by default measured, once a process, for some 10 ms.
     """
     parts = processes if sharded else 1
     weights = sum(p.nbytes for p in model.parameters()) // parts
@@ -152,8 +153,12 @@ def _state_bytes(optimizer: Optimizer) -> int:
     return int(share * sum(p.nbytes for p in params))
 
 
+@functools.cache
 def _rate(device: torch.device) -> float:
-    """Return operations a second of a float64 eigendecomposition, as ``solving_cost`` counts."""
+    """Return operations a second of a float64 eigendecomposition, as ``solving_cost`` counts.
+
+    Measured once in a process: it is as long as all else that is done before a short run.
+    """
     where = torch.device("cpu") if device.type in ("meta", "mps") else device
     layer = nn.Linear(_PROBE, _PROBE, device="meta")
     matrix = torch.eye(_PROBE, dtype=torch.float64, device=where)

@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from lrcompress.report.formatting import change, number, share
@@ -136,9 +138,10 @@ def drawn(figures: Iterable[Plot]) -> list[dict[str, object]]:
 def to_svg(figure: Figure, plot: Plot) -> str:
     """Return a figure as an ``<svg>`` element with the page's fonts and colours."""
     file = io.StringIO()
+    canvas: Any = FigureCanvasSVG(figure)
     without = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": plot.name}):
-        figure.savefig(file, format="svg", metadata=without)
+        canvas.print_svg(file, metadata=without)  # savefig would draw twice
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # of the same names in every figure

@@ -14,6 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import LayoutEngine
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
@@ -35,6 +36,8 @@ COLOURS = {
 }
 _SERIES = [colour for name, colour in COLOURS.items() if name.startswith("c")]
 _MARKERS = "os^DvPX*"
+_HEIGHT = 2.8  # of a figure without a legend, in inches
+_POINTS = 11
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -49,9 +52,9 @@ STYLE: dict[Any, Any] = {
     "ytick.color": COLOURS["ink"],
     "text.color": COLOURS["ink"],
     "text.parse_math": False,  # a name may hold a dollar sign
-    "font.size": 11,
+    "font.size": _POINTS,
     "legend.frameon": False,
-    "legend.fontsize": 11,
+    "legend.fontsize": _POINTS,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
 }
@@ -97,9 +100,27 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+class _Margins(LayoutEngine):
+    """Leaves the labels the room that their number of letters asks for.
+
+    Matplotlib's own layouts draw every text twice more, longer than the rest of a page takes.
+    """
+
+    _adjust_compatible = _colorbar_gridspec = True
+
+    def execute(self, fig: Figure) -> None:
+        (axes,) = fig.axes
+        letter, line = 0.68 * _POINTS, 1.3 * _POINTS
+        ticks = axes.yaxis.get_major_formatter().format_ticks(list(axes.get_yticks()))
+        left = 2 * line + letter * max(map(len, ticks), default=0)
+        below = 2.8 * line + 72 * (fig.get_figheight() - _HEIGHT)  # the rest is the legend's
+        width, height = 72 * fig.get_size_inches()
+        fig.subplots_adjust(left / width, below / height, 1 - line / width, 1 - line / height)
+
+
 def new_axes(x: str, y: str) -> tuple[Figure, Axes]:
     """Return a figure 5 inches wide with labelled axes."""
-    figure = Figure(figsize=(5.0, 3.0), layout="constrained")
+    figure = Figure(figsize=(5.0, _HEIGHT), layout=_Margins())
     axes = figure.add_subplot(xlabel=x, ylabel=y)
     return figure, axes
 
@@ -121,8 +142,8 @@ def name_series(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
         columns = 2 if max(map(len, names)) < 28 else 1
-        figure.set_figheight(2.8 + 0.22 * math.ceil(len(names) / columns))
-        figure.legend(handles, names, loc="outside lower center", ncols=columns)
+        figure.set_figheight(_HEIGHT + 0.22 * math.ceil(len(names) / columns))
+        figure.legend(handles, names, loc="lower center", ncols=columns, borderaxespad=0)
 
 
 def loss_curves_figure(found: Sequence[PredictedLoss]) -> Figure:

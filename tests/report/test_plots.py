@@ -136,3 +136,16 @@ def test_axes_keep_their_height_however_many_names_there_are() -> None:
         pixels(figure)
         heights.append(figure.axes[0].get_window_extent().height)
     assert heights[1] == pytest.approx(heights[0], rel=0.1)
+
+
+def test_labels_lie_within_the_figure_and_clear_of_the_legend(whole: Report) -> None:
+    whole.history["perplexity of the test"] = ((20, 6_400_000.0), (40, 0.001))
+    for plot in plots(whole):
+        pixels(plot.figure)  # lays it out
+        (axes,), legends = plot.figure.axes, plot.figure.legends
+        width, height = plot.figure.canvas.get_width_height()
+        box = axes.get_tightbbox()
+        assert box is not None
+        assert 0 <= box.x0 < box.x1 <= width, plot.name
+        assert sum(one.get_window_extent().y1 for one in legends) <= box.y0, plot.name
+        assert box.y1 <= height, plot.name
