@@ -19,6 +19,7 @@ from pathlib import Path
 
 import lightning as L
 import rich
+from rich.markup import escape
 
 import lrcompress
 from lrcompress.distill import Logits
@@ -37,6 +38,7 @@ asked = [{"role": "user", "content": question}]
 given = tokenizer.apply_chat_template(
     asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
+given = {key: given[key] for key in ("input_ids", "attention_mask")}
 found = model.generate(**given, max_new_tokens=int(tokens), do_sample=False)
 print(tokenizer.decode(found[0, given["input_ids"].shape[1]:], skip_special_tokens=True))
 """
@@ -102,12 +104,10 @@ def main() -> None:
     )
     trainer.fit(model, datamodule=data)
     lrcompress.export.save_remote_code(model.model, given.out, data.tokenizer)
-    rich.print(
-        f"{given.out} holds the model, its code and the report; an answer without this package:"
-    )
-    subprocess.run(
-        [given.python, "-c", ANSWER, str(given.out), given.ask, str(given.answer)], check=True
-    )
+    asked = [given.python, "-c", ANSWER, str(given.out), given.ask, str(given.answer)]
+    done = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True)
+    rich.print(f"{given.out} holds the model and its code. Without this package it answers:")
+    rich.print(escape(done.stdout))
 
 
 if __name__ == "__main__":

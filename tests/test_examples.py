@@ -8,7 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import lrcompress
 from lrcompress.structure.plan import Plan
@@ -68,6 +75,42 @@ def test_a_language_model_is_compressed_and_healed(
     assert min(dense, cut, healed) > 1
     assert "0.6 kept" in told or "0.60 kept" in told
     assert len(Plan.of(lrcompress.load_pretrained(tmp_path / "out"))) > 0
+
+
+CHATTY = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_chat_model_is_tuned_compressed_healed_and_answers_without_this_package(
+    tiny_bert: Path, run: Run, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.chat_template = CHATTY
+    tokenizer.save_pretrained(tmp_path / "llama")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    ends = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads, **ends)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    talk = [
+        {"role": "user", "content": "a film"},
+        {"role": "assistant", "content": "a very dull film, and a very good movie"},
+    ]
+    for part in ("train", "val"):
+        (tmp_path / f"{part}.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 32)
+    few = ["--steps", "4", "--batch", "4", "--length", "48", "--answer", "6", "--ask", "a film"]
+    told = run("chat.py", "llama", "--chats", "train.jsonl", *few, "--out", "out")
+    assert "what was lost and gained" in told
+    answer = told.partition("Without this package it answers:")[2].strip()
+    (point,) = json.loads((tmp_path / "out" / "report.json").read_text())["points"]
+    assert 0 < point["observed"]["tokens"] < 4 * 2 * 48 / 2, "the answers alone"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    given = tokenizer("user: a film\nassistant: ", return_tensors="pt", add_special_tokens=False)
+    found = model.generate(given["input_ids"], max_new_tokens=6, do_sample=False)
+    wanted = tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer.split() == wanted.split()
 
 
 def test_the_notebook_runs_from_first_to_last_cell(tiny_bert: Path, tmp_path: Path) -> None:
