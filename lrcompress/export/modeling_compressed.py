@@ -78,5 +78,6 @@ class CompressedModel(getattr(transformers, ARCHITECTURE)):  # type: ignore[misc
             old = self.get_submodule(name)
             new = LAYERS[layer["kind"]](layer["sizes"], bias=old.bias is not None)
             setattr(self.get_submodule(parent), last, new.to(dtype=old.weight.dtype))
-        known = self._keys_to_ignore_on_load_unexpected or ()  # type: ignore[has-type]
-        self._keys_to_ignore_on_load_unexpected = {*known, *ignored}
+        known: Any = self._keys_to_ignore_on_load_unexpected  # type: ignore[has-type]
+        kind = set if isinstance(known, set) else list  # which older versions add lists to
+        self._keys_to_ignore_on_load_unexpected = kind([*(known or ()), *ignored])

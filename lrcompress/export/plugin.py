@@ -206,8 +206,9 @@ def shape_(model: PreTrainedModel, plan: Plan) -> None:
     own.apply_(model)
     ignored = {f"{re.escape(name)}$" for name in marker_names(own)}
     ignored |= {f"^{re.escape(name)}$" for name in marker_names(plan)}
-    known = model._keys_to_ignore_on_load_unexpected or ()
-    model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
+    known = model._keys_to_ignore_on_load_unexpected
+    kind = set if isinstance(known, set) else list  # which older versions add lists to
+    model._keys_to_ignore_on_load_unexpected = kind([*(known or ()), *ignored])
 
 
 def align_(model: nn.Module) -> None:
