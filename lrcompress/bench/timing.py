@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.utils.benchmark import timer
 
 from lrcompress.errors import SettingError
 
@@ -18,7 +17,13 @@ def now() -> float:
     CPU time of one thread is the same on a busy machine as on an idle one. With several threads or
     an accelerator, which is waited for, it is wall-clock time.
     """
-    return time.process_time() if one_thread() else timer()
+    if one_thread():
+        return time.process_time()
+    # torch.utils.benchmark.timer is the same, and imports setuptools, which torch does not bring
+    # along before Python 3.12
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def one_thread() -> bool:
