@@ -94,16 +94,18 @@ def predicted(model: nn.Module, data: list[Batch]) -> Tensor:
     return torch.cat([model(**batch).logits.log_softmax(-1) for batch in data])
 
 
-def main() -> None:
-    """Print a line for every choice and keep."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options that say which encoder it is."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("task", choices=["sst2", "mrpc"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.3, 0.2, 0.1])
-    parser.add_argument("--method", default="kfac")
-    options = parser.parse_args()
+    return parser
+
+
+def prepared(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], Tensor, list[Batch]]:
+    """Return the encoder, the development set and its labels, and what is observed."""
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(TextClassification(ENCODER).model.name_or_path)
     tokenizer.backend_tokenizer.no_padding()
@@ -114,7 +116,16 @@ def main() -> None:
     labels = torch.cat([batch["labels"] for batch in held])
     train = rows(options.task, "train")
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))
-    seen = batches(tokenizer, [train[i] for i in chosen[:1024].tolist()], 32)
+    return model, held, labels, batches(tokenizer, [train[i] for i in chosen[:1024].tolist()], 32)
+
+
+def main() -> None:
+    """Print a line for every choice and keep."""
+    parser = options_of(__doc__)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.3, 0.2, 0.1])
+    parser.add_argument("--method", default="kfac")
+    options = parser.parse_args()
+    model, held, labels, seen = prepared(options)
     dense = predicted(model, held)
 
     def told(what: str, found: Tensor, more: str = "") -> None:

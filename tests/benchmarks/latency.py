@@ -8,7 +8,6 @@ training data, on one thread. It is then measured again in turns with the dense 
 no training afterwards.
 """
 
-import argparse
 import copy
 import tempfile
 import time
@@ -16,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from encoder import ENCODER, batches, loss_of, predicted, rows, tuned
+from encoder import loss_of, options_of, predicted, prepared
 from torch import nn
-from transformers import AutoTokenizer
 
 from lrcompress import compress
 from lrcompress.bench import OnnxModel, TorchModel, compare
 from lrcompress.export import export_onnx
-from lrcompress.tasks import TextClassification
 
 CHOICES: dict[str, dict[str, Any]] = {
     "balanced": {},
@@ -51,25 +48,11 @@ def ratios(model: nn.Module, dense: nn.Module, shape: tuple[int, int]) -> list[f
 
 def main() -> None:
     """Print a line for every choice."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=["sst2", "mrpc"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser = options_of(__doc__)
     parser.add_argument("--latency", type=float, default=0.5)
     parser.add_argument("--shape", type=int, nargs=2, default=[32, 128])
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(TextClassification(ENCODER).model.name_or_path)
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    place = options.folder / f"{options.task}-{options.seed}-{options.epochs}.pt"
-    dense = tuned(options.task, tokenizer, place, options.seed, options.epochs)
-    held = batches(tokenizer, rows(options.task, "dev"), 64)
-    labels = torch.cat([batch["labels"] for batch in held])
-    train = rows(options.task, "train")
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))
-    seen = batches(tokenizer, [train[i] for i in chosen[:1024].tolist()], 32)
+    dense, held, labels, seen = prepared(options)
 
     def accuracy(model: nn.Module) -> float:
         return (predicted(model, held).argmax(-1) == labels).float().mean().item()
