@@ -1,7 +1,7 @@
 """Run the tests with the oldest or the newest versions that pyproject.toml allows.
 
 ``python tests/versions.py oldest --python 3.11 tests/nn`` makes the environment
-``build/versions/oldest-3.11``, or brings the one that is there up to date, and runs pytest in it
+``.versions/oldest-3.11``, or brings the one that is there up to date, and runs pytest in it
 with what else is given. It needs ``uv`` (``pip install uv``), which finds or fetches that Python.
 """
 
@@ -19,7 +19,7 @@ RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
 
 def environment(which: str, python: str, extra: list[str]) -> Path:
     """Make the environment and return its folder."""
-    folder = ROOT / "build" / "versions" / f"{which}-{python}"
+    folder = ROOT / ".versions" / f"{which}-{Path(python).name}"
     uv("venv", "--quiet", "--allow-existing", "--python", python, str(folder))
     wanted = ["--editable", f"{ROOT}[test]", *extra]
     options = ["--resolution", RESOLUTIONS[which], "--upgrade", "--python", str(folder)]
