@@ -94,18 +94,18 @@ def time_of(model: nn.Module, dense: nn.Module) -> float:
 def test_the_model_takes_the_time_that_was_asked_for(settings: dict[str, Any]) -> None:
     dense = Network()
     model = copy.deepcopy(dense)
-    record = compress(model, batches(), loss, mask=None, latency=0.5, **settings)
+    record = compress(model, batches(), loss, mask=None, latency=0.6, **settings)
     found = record.latency
     assert found is not None
-    assert found.asked == 0.5
-    assert 0.35 < found.measured <= 0.5
+    assert found.asked == 0.6
+    assert 0.45 < found.measured <= 0.6
     assert found.shape == (16,)
     assert found.measured in [trial.measured for trial in found.trials]
     assert record.note.startswith(found.note)
     assert record.keep == pytest.approx(
         next(x.kept for x in found.trials if x.measured == found.measured), abs=0.02
     )
-    assert 0.35 < time_of(model, dense) < 0.6  # of a busy machine
+    assert 0.4 < time_of(model, dense) < 0.75  # of a busy machine
 
 
 def test_keep_and_latency_both_hold() -> None:
@@ -113,10 +113,10 @@ def test_keep_and_latency_both_hold() -> None:
     assert small.keep <= 0.1
     assert small.latency is not None
     assert len(small.latency.trials) == 1  # what keep gives is fast enough
-    fast = compress(Network(), batches(), loss, mask=None, keep=0.95, latency=0.4)
+    fast = compress(Network(), batches(), loss, mask=None, keep=0.95, latency=0.6)
     assert fast.latency is not None
-    assert fast.latency.measured <= 0.4 < fast.latency.trials[0].measured
-    assert fast.keep < 0.6
+    assert fast.latency.measured <= 0.6 < fast.latency.trials[0].measured
+    assert fast.keep < 0.8
 
 
 def test_a_budget_of_time_that_takes_too_many_parameters_is_cut() -> None:
