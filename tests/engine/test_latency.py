@@ -98,14 +98,14 @@ def test_the_model_takes_the_time_that_was_asked_for(settings: dict[str, Any]) -
     found = record.latency
     assert found is not None
     assert found.asked == 0.6
-    assert 0.45 < found.measured <= 0.6
+    assert 0.3 < found.measured <= 0.6
     assert found.shape == (16,)
     assert found.measured in [trial.measured for trial in found.trials]
     assert record.note.startswith(found.note)
     assert record.keep == pytest.approx(
         next(x.kept for x in found.trials if x.measured == found.measured), abs=0.02
     )
-    assert 0.4 < time_of(model, dense) < 0.75  # of a busy machine
+    assert 0.25 < time_of(model, dense) < 0.75  # of a busy machine
 
 
 def test_keep_and_latency_both_hold() -> None:
