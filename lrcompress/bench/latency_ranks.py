@@ -1,5 +1,6 @@
 """Rank allocation by measured latency: layers that factors do not make faster stay."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,9 @@ from lrcompress.statistics.views import view
 
 # Makes a context that a forward pass runs in, such as that of autocast.
 Context = Callable[[], AbstractContextManager[object]]
+Make = Callable[..., nn.Module]
 # Calls between two waits for an accelerator.
-CALLS = 20
+_CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -143,24 +145,56 @@ def relative_time(
     it and without. With ``pivoted``, the factors are pivoted rows.
     """
     old = view(layer)
-    weight = old.parameters[-1]
     out_features, in_features = old.shape
-    bias, kind = old.bias is not None, weight.device.type
+    sizes = in_features, out_features
+    kind = PivotedLinear if pivoted else LowRankLinear
+    made: dict[str, Make] = {"new": partial(kind, *sizes, rank), "now": partial(nn.Linear, *sizes)}
+    if isinstance(layer, LowRankLinear | PivotedLinear):
+        made["now"] = partial(type(layer), *sizes, layer.rank)
+    taken = seconds_of(made, layer, (tokens, in_features), context, rounds)
+    return ratio(taken["new"], taken["now"])
+
+
+@torch.no_grad()
+def seconds_of(
+    made: Mapping[str, Make],
+    like: nn.Module,
+    shape: tuple[int, int],
+    context: Context,
+    rounds: int,
+    turn: float = 0.0,
+) -> dict[str, list[float]]:
+    """Return the seconds of new layers in every round, in which all take turns.
+
+    They have the dtype, the device and a bias as a layer like ``like``, and are applied within
+    ``context``, without gradients. Random numbers that others draw are the same with it and
+    without.
+
+    Args:
+        made: makes each of them, given ``bias``.
+        like: a linear layer.
+        shape: of what they read: tokens and features.
+        context: that the model runs in, such as autocast.
+        rounds: in each of which all take a turn.
+        turn: seconds that a turn takes at least, on a CPU; 0 is one call.
+    """
+    old = view(like)
+    weight, bias = old.parameters[-1], old.bias is not None
+    kind = weight.device.type
     with torch.random.fork_rng([] if kind == "cpu" else [weight.device], device_type=kind):
-        x = torch.randn(tokens, in_features)
-        made = PivotedLinear if pivoted else LowRankLinear
-        new: nn.Module = made(in_features, out_features, rank, bias=bias)
-        now: nn.Module = nn.Linear(in_features, out_features, bias=bias)
-        if isinstance(layer, LowRankLinear | PivotedLinear):
-            now = type(layer)(in_features, out_features, layer.rank, bias=bias)
-        x = x.to(weight)
-        new, now = (one.to(weight.device, weight.dtype) for one in (new, now))
+        x = torch.randn(shape).to(weight)
+        layers = {
+            name: make(bias=bias).to(weight.device, weight.dtype) for name, make in made.items()
+        }
 
     def call(layer: nn.Module) -> None:
         torch.clear_autocast_cache()
         layer(x)
 
     with context():
-        work = {"now": partial(call, now), "new": partial(call, new)}
-        taken = interleaved(work, rounds, 1 if kind == "cpu" else CALLS)
-    return ratio(taken["new"], taken["now"])
+        work = {name: partial(call, layer) for name, layer in layers.items()}
+        calls = 1 if kind == "cpu" else _CALLS
+        if turn and kind == "cpu":
+            once = min(first for (first,) in interleaved(work, 1).values())
+            calls = math.ceil(turn / max(1e-6, once))
+        return interleaved(work, rounds, calls)

@@ -1,16 +1,13 @@
 """Measured time of layers as the price that a budget shares out, in place of parameters."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lrcompress.bench.latency_ranks import CALLS, Context
-from lrcompress.bench.timing import interleaved
+from lrcompress.bench.latency_ranks import Context, Make, seconds_of
 from lrcompress.budget import Candidate
 from lrcompress.nn import LowRankLinear, PivotedLinear
 from lrcompress.statistics.views import view
@@ -107,30 +104,12 @@ class LayerTimes:
         usual = sorted(self.rows.values())
         return self.rows.get(name) or (usual[len(usual) // 2] if usual else 1)
 
-    @torch.no_grad()
-    def _measure(
-        self, name: str, in_features: int, made: Mapping[int, Callable[..., nn.Module]]
-    ) -> dict[int, float]:
+    def _measure(self, name: str, in_features: int, made: Mapping[int, Make]) -> dict[int, float]:
         """Return the seconds of layers, by key; the median over rounds in which all take turns."""
-        found = view(self.model.get_submodule(name))
-        weight, bias = found.parameters[-1], found.bias is not None
-        kind = weight.device.type
-        with torch.random.fork_rng([] if kind == "cpu" else [weight.device], device_type=kind):
-            x = torch.randn(self._rows(name), in_features).to(weight)
-            layers = {
-                key: make(bias=bias).to(weight.device, weight.dtype) for key, make in made.items()
-            }
-
-        def call(layer: nn.Module, x: Tensor) -> None:
-            torch.clear_autocast_cache()
-            layer(x)
-
-        with self.context():
-            work = {str(key): partial(call, layer, x) for key, layer in layers.items()}
-            first = interleaved(work, 1)
-            calls = math.ceil(_TURN / max(1e-6, min(once for (once,) in first.values())))
-            taken = interleaved(work, _ROUNDS, calls if kind == "cpu" else CALLS)
-        return {key: median(taken[str(key)]) for key in layers}
+        layer, shape = self.model.get_submodule(name), (self._rows(name), in_features)
+        named = {str(key): make for key, make in made.items()}
+        taken = seconds_of(named, layer, shape, self.context, _ROUNDS, _TURN)
+        return {key: median(taken[str(key)]) for key in made}
 
 
 def _places(most: int, align: int) -> list[int]:

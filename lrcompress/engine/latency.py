@@ -311,8 +311,8 @@ def _priced(solved: SolvedModel, whole: _Whole, rows: Mapping[str, int]) -> _Bud
         names = narrowing.blocks[down].names
         shapes = {name: view(solved.model.get_submodule(name)).shape for name in names}
         sides = [(name, out if name == down else in_) for name, (out, in_) in shapes.items()]
-        now, _ = narrowing.features(down)
-        blocks[down] = times.priced_block(one, sides, now, align), parts
+        features, _ = narrowing.features(down)
+        blocks[down] = times.priced_block(one, sides, features, align), parts
     ranked = {
         down: [replace(x, layers=[times.priced(y, align) for y in x.layers]) for x in widths]
         for down, widths in narrowing.ranked_widths(settings.keep_range).items()
