@@ -282,7 +282,9 @@ class Observation:
             ObservationError: if its padding mask is no tensor.
         """
         self._trial = trial
-        mask, missing = batch_mask(batch, self.sampling.mask, self.sampling.owner)
+        first = trial or not self.statistics.steps  # later ones are not waited for
+        given = self.sampling.mask, self.sampling.owner
+        mask, missing = batch_mask(batch, *given, check_values=first)
         if self.kept.limit and not trial:
             self.kept.hold(batch, mask, self.statistics.steps)
         # now, for a training step may take its labels out of a batch
