@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lrcompress.distributed import Processes
-from lrcompress.engine.refit import Passes
+from lrcompress.engine.passes import Passes
 from lrcompress.errors import SettingError
 from lrcompress.statistics.masks import MaskSource, batch_decoder_mask, batch_mask
 

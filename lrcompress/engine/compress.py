@@ -17,7 +17,7 @@ from lrcompress.engine.factored_layers import keep_lower_ranks
 from lrcompress.engine.kronecker_shapes import KroneckerShapes, check_layers, term_parameters
 from lrcompress.engine.latency import choose_and_install_
 from lrcompress.engine.observation import Loss, observe_batches
-from lrcompress.engine.refit import Masks, Passes
+from lrcompress.engine.passes import Masks, Passes
 from lrcompress.engine.settings import Settings, check_device, check_present
 from lrcompress.engine.solved_model import solve_model
 from lrcompress.errors import PlatformError, SettingError, nearest

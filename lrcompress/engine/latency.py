@@ -23,7 +23,7 @@ from lrcompress.budget import Candidate, allocate, cost
 from lrcompress.distributed import Processes
 from lrcompress.engine.block_budget import RankedWidth, allocate_with_blocks
 from lrcompress.engine.block_runs import evaluating, standing_in
-from lrcompress.engine.refit import Passes, random_state_kept
+from lrcompress.engine.passes import Passes, random_state_kept
 from lrcompress.engine.solved_model import Sizes, SolvedModel
 from lrcompress.errors import ObservationError, SettingError
 from lrcompress.report.record import PointRecord

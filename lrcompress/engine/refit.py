@@ -9,7 +9,7 @@ narrowed feed-forward block, whose layers before it are taken as dense until the
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,51 +29,13 @@ from lrcompress.engine.block_runs import (
     standing_in,
 )
 from lrcompress.engine.distributed_solve import broadcast_layers_
+from lrcompress.engine.passes import Passes
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError
 from lrcompress.nn import LowRankLinear, NarrowLowRank, PivotedLinear, PrunedLinear
 from lrcompress.nn.replacement import plain_linear
 from lrcompress.solvers.left_factor import Normal
 from lrcompress.statistics.views import view
-
-# A batch's padding mask, that of a decoder's own input, and why there is none.
-Masks = tuple[Tensor | None, Tensor | None, str | None]
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Passes of a model over batches, as often as they are needed.
-
-    Attributes:
-        batches: that can be gone through several times, the same each time.
-        run: runs the model on a batch; it may be ended before it returns.
-        masks: padding masks of a batch.
-        context: that the model runs in, such as autocast.
-    """
-
-    batches: Iterable[Any]
-    run: Callable[[nn.Module, Any], object]
-    masks: Callable[[Any], Masks]
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def __post_init__(self) -> None:
-        if iter(self.batches) is self.batches:
-            raise SettingError(
-                "refit and latency make further passes over batches, which are an iterator and can "
-                "be gone through once; give a list or a data loader, or leave them out"
-            )
-
-    def run_alike(self, model: nn.Module, batch: Any) -> None:
-        """Run the model on a batch, with the same random numbers each time."""
-        with random_state_kept(model):
-            torch.manual_seed(0)
-            self.run(model, batch)
-
-
-def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
-    """Let random numbers go on after the block as if it had drawn none."""
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    return torch.random.fork_rng([*devices])
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from lrcompress.engine.factored_layers import (
 )
 from lrcompress.engine.kronecker_shapes import check_layers, solver_for
 from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
-from lrcompress.engine.refit import Passes, Refit
+from lrcompress.engine.passes import Passes
+from lrcompress.engine.refit import Refit
 from lrcompress.engine.settings import Settings
 from lrcompress.nn import LowRankLinear, PivotedLinear
 from lrcompress.objective import METHODS, few_tokens

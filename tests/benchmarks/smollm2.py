@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrcompress import observe
 from lrcompress.engine.compress import factor_
-from lrcompress.engine.refit import Before, Passes, Refit
+from lrcompress.engine.passes import Passes
+from lrcompress.engine.refit import Before, Refit
 from lrcompress.engine.settings import Settings
 from lrcompress.nn import PrunedLinear
 from lrcompress.statistics.moments import Statistics

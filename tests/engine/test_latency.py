@@ -12,7 +12,7 @@ from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.compress import compress
 from lrcompress.engine.latency import check_unsharded, choose_by_latency
 from lrcompress.engine.observation import observe_batches
-from lrcompress.engine.refit import Passes
+from lrcompress.engine.passes import Passes
 from lrcompress.engine.settings import Settings
 from lrcompress.engine.solved_model import SolvedModel, solve_model
 from lrcompress.errors import ObservationError, SettingError
