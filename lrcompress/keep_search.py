@@ -201,6 +201,7 @@ def smallest_within(
     possible: Callable[[int], bool],
     within: Callable[[int], bool],
     more: Callable[[], bool],
+    guess: int | None = None,
 ) -> int:
     """Return the least number that is possible and within, by bisection.
 
@@ -212,9 +213,12 @@ def smallest_within(
         possible: costs little.
         within: tries a number.
         more: whether another may be tried; if not, the least so far is returned.
+        guess: is tried first, then numbers 1, 3, 7, … away from it on the side where the least
+            lies, until it lies between two of them.
 
     Cost:
-        ``log₂(size)`` trials at most, rounded up.
+        ``log₂(size)`` trials at most, rounded up; from a guess that is ``d`` off,
+        ``2 + 2 log₂(d + 1)``.
 
     Example:
         >>> tried = []
@@ -224,13 +228,14 @@ def smallest_within(
         [51, 27, 39, 33, 36, 37]
     """
     low = bisect_left(range(size), True, key=possible) - 1
-    high = size
+    high, far, side = size, 1, 0
     while high - low > 1 and more():
-        middle = (low + high) // 2
-        if within(middle):
-            high = middle
-        else:
-            low = middle
+        near = (low + high) // 2 if guess is None else min(max(guess, low + 1), high - 1)
+        found = within(near)
+        low, high = (low, near) if found else (near, high)
+        beyond = side in (0, -1 if found else 1)  # the least lies further that way
+        side = -1 if found else 1
+        guess, far = (near + side * far, 2 * far) if guess is not None and beyond else (None, far)
     return high
 
 

@@ -40,6 +40,23 @@ def test_bisection_finds_the_least_as_brute_force_does(size: int) -> None:
             assert all(number >= impossible for number in tried)
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 99])
+def test_from_a_guess_the_same_is_found_sooner_the_nearer_it_is(size: int) -> None:
+    for first in range(size + 1):
+        for guess in range(size + 1):
+            tried: list[int] = []
+
+            def within(number: int, first: int = first, tried: list[int] = tried) -> bool:
+                tried.append(number)
+                return number >= first
+
+            found = smallest_within(size, lambda i: i >= size // 3, within, always, guess)
+            assert found == max(first, size // 3)
+            assert len(tried) == len(set(tried))
+            off = abs(guess - found)
+            assert len(tried) <= 2 + 2 * math.log2(off + 1)
+
+
 def test_what_is_found_was_within_even_where_losses_do_not_fall() -> None:
     rng = random.Random(0)
     for _ in range(200):

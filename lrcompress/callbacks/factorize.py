@@ -143,6 +143,7 @@ class Factorize(AutoKeepCallback):
         monitor: With ``keep: auto``, the metric, as validation logs it.
         monitor_mode: ``max`` or ``min``: which values are better; by default as its name says.
         max_trials: Validations a point at most; 7 find any hundredth of ``keep``.
+        trial_share: Of the validation data, for the first trials; the last ones are on all of it.
 
     Raises:
         SettingError: If an argument is not what it may be. In ``fit``: if a point is in the past,
@@ -219,6 +220,7 @@ class Factorize(AutoKeepCallback):
         monitor: str | None = None,
         monitor_mode: Literal["max", "min"] | None = None,
         max_trials: int = 7,
+        trial_share: float = 1.0,
     ) -> None:
         self.keep, self.at, self.method, self.window = keep, at, method, window
         self.restart_steps, self.restart_scale = restart_steps, restart_scale
@@ -254,9 +256,8 @@ class Factorize(AutoKeepCallback):
             )
             for share in keeps_at
         ]
-        self._search = search_of(
-            keep, self.settings[0], drop, monitor, monitor_mode, max_trials, verbose=verbose
-        )
+        asked = drop, monitor, monitor_mode, max_trials, trial_share
+        self._search = search_of(keep, self.settings[0], *asked, verbose=verbose)
         if measure_layers:
             check_measurable(searched=self._search is not None, narrow_blocks=bool(narrow_blocks))
         if len(points) > 1 and METHODS[method].form != "low_rank":

@@ -9,6 +9,7 @@ disk: where what followed is judged too bold, at the next point or at the end, t
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.compiled import keep_compiled
+from lrcompress.callbacks.keep_trials import KeepTrials, finite
 from lrcompress.callbacks.kept_state import KeptState, keep_state, read_state, restore_state_
 from lrcompress.callbacks.observation import Observation
 from lrcompress.distributed import Processes
@@ -26,7 +28,6 @@ from lrcompress.errors import (
     NoMatchError,
     NotFiniteError,
     ObservationError,
-    SettingError,
     nearest,
 )
 from lrcompress.keep_search import (
@@ -34,8 +35,6 @@ from lrcompress.keep_search import (
     Recovery,
     Target,
     allowed_loss,
-    grid_below,
-    smallest_within,
 )
 from lrcompress.report.record import PointRecord
 from lrcompress.report.trials import SearchRecord, TrialRecord
@@ -59,6 +58,7 @@ class KeepSearch:
         monitor: name of the metric, as validation logs it.
         mode: ``"max"`` where higher values are better, ``"min"`` where lower ones are.
         max_trials: validations a point at most.
+        trial_share: of the validation data, for the first trials of a point.
         verbose: say what every trial gave.
         target: what a model may lose, known from the first point on.
         recoveries: what training has brought back so far, point by point.
@@ -73,6 +73,7 @@ class KeepSearch:
     monitor: str
     mode: str
     max_trials: int
+    trial_share: float = 1.0
     verbose: bool = True
     target: Target | None = None
     recoveries: list[Recovery] = field(default_factory=list)
@@ -235,9 +236,10 @@ class KeepSearch:
             )
         self.target = Target.of(self.monitor, self.mode, value, self.drop)
 
-    def _validated(self, run: "Run") -> Figures:
+    def _validated(self, run: "Run", share: float = 1.0) -> Figures:
         """Return the figures of a validation, of the metric the mean over all processes."""
-        figures = trainer_state.run_validation(run.trainer)
+        batches = trainer_state.validation_batches(run.trainer, share)
+        figures = trainer_state.run_validation(run.trainer, batches)
         self._check_logged(figures)
         every = run.processes.all_gather(figures[self.monitor])
         if any(x != every[0] and not (math.isnan(x) and math.isnan(every[0])) for x in every):
@@ -306,49 +308,30 @@ class KeepSearch:
     ) -> tuple[Sizes | None, Figures, SearchRecord]:
         """Return the sizes that were found, None for those that stand, and their figures."""
         assert self.target is not None
-        target, standing = self.target, solved.standing.key
-        grid = grid_below(solved.kept(solved.standing))
-        known: dict[object, Figures] = {standing: figures}
-        asked: dict[object, float] = {}
-        trials: list[TrialRecord] = []
-
-        def possible(number: int) -> bool:
-            try:
-                solved.choose(grid[number])
-            except SettingError:  # less than layers take at least
-                return False
-            return True
-
-        def within(number: int) -> bool:
-            sizes = solved.choose(grid[number])
-            if sizes.key not in known:
-                asked[sizes.key] = keep = grid[number]
-                if keep not in tried:
-                    tried[keep] = self._figures(run, solved, sizes)
-                known[sizes.key] = tried[keep]
-                value = known[sizes.key][self.monitor]
-                trials.append(_trial(grid[number], solved.kept(sizes), value, target, allowed))
-                self._tell_trial(trials[-1], allowed)
-            return target.is_within(target.lost(known[sizes.key][self.monitor]), allowed)
-
-        size = 0 if stuck else len(grid)
-        found = smallest_within(size, possible, within, lambda: len(trials) < self.max_trials)
-        chosen = solved.choose(grid[found]) if found < size else None
-        if chosen is not None and chosen.key == standing:
-            chosen = None
-        keep = None if chosen is None else asked[chosen.key]
-        before = _finite(figures[self.monitor])
-        record = SearchRecord(
-            *(self.monitor, self.mode, target.reference, target.drop),
-            *(allowed, before, keep, tuple(trials)),
+        trials = KeepTrials(
+            *(solved, self.target, allowed, self.monitor, figures),
+            *(partial(self._measured, run, solved), tried, self.max_trials),
+            partial(self._tell_trial, allowed=allowed),
         )
-        return chosen, known[standing if chosen is None else chosen.key], record
+        keep = None if stuck else trials.search(self.trial_share)
+        record = SearchRecord(
+            *(self.monitor, self.mode, self.target.reference, self.target.drop),
+            *(allowed, finite(figures[self.monitor]), keep, tuple(trials.trials)),
+        )
+        if keep is None:
+            return None, figures, record
+        return solved.choose(keep), tried[keep], record
 
-    def _figures(self, run: "Run", solved: SolvedModel, sizes: Sizes) -> Figures:
+    def _measured(
+        self, run: "Run", solved: SolvedModel, sizes: Sizes | None, share: float
+    ) -> Figures:
+        """Return the figures of sizes, None for those that stand, on a share of the data."""
+        if sizes is None:
+            return self._validated(run, share)
         try:
             with solved.on_trial(sizes):
                 keep_compiled(run.module)
-                return self._validated(run)
+                return self._validated(run, share)
         finally:
             keep_compiled(run.module)
 
@@ -370,10 +353,11 @@ class KeepSearch:
         done.note = "; ".join(filter(None, (*notes, done.note, said)))
         return done
 
-    def _tell_trial(self, trial: TrialRecord, allowed: float) -> None:
+    def _tell_trial(self, trial: TrialRecord, *, allowed: float) -> None:
         if self.verbose:
+            on = "" if trial.share == 1 else f" on {trial.share:g} of the validation data"
             rank_zero_info(
-                f"lrcompress: keep={trial.keep:g}: {self.monitor} {_number(trial.value)}, "
+                f"lrcompress: keep={trial.keep:g}: {self.monitor} {_number(trial.value)}{on}, "
                 f"{_number(trial.lost)} lost of {allowed:.6g} allowed: "
                 + ("within" if trial.within else "too much")
             )
@@ -421,11 +405,6 @@ class Run:
 BETTER = {"max": "higher", "min": "lower"}
 
 
-def _trial(keep: float, kept: float, value: float, target: Target, allowed: float) -> TrialRecord:
-    lost = target.lost(value)
-    return TrialRecord(keep, kept, _finite(value), _finite(lost), target.is_within(lost, allowed))
-
-
 def _best(record: SearchRecord) -> str:
     """Return in words the trial that lost least."""
     known = [x for x in record.trials if x.lost is not None]
@@ -436,10 +415,6 @@ def _best(record: SearchRecord) -> str:
         f"the best of {len(record.trials)} tried, keep={best.keep:g}, loses {_number(best.lost)} "
         f"of {record.monitor}, and {record.allowed:.6g} is allowed"
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _number(value: float | None) -> str:

@@ -24,6 +24,7 @@ def search_of(
     monitor: str | None,
     monitor_mode: str | None,
     max_trials: int,
+    trial_share: float,
     *,
     verbose: bool,
 ) -> KeepSearch | None:
@@ -51,12 +52,18 @@ def search_of(
         )
     if not isinstance(max_trials, int) or isinstance(max_trials, bool) or max_trials < 1:
         raise SettingError(f"max_trials must be a whole number from 1, got {max_trials!r}")
+    if isinstance(trial_share, bool) or not 0 < trial_share <= 1:
+        raise SettingError(
+            "trial_share is the share of the validation data for the first trials, above 0 and up "
+            f"to 1, got {trial_share!r}"
+        )
     _check_settings(settings)
     search = KeepSearch(
         Drop.parse(drop),
         monitor,
         check_monitor(monitor, monitor_mode),
         max_trials,
+        trial_share,
         verbose,
     )
     guess = better_direction(monitor)

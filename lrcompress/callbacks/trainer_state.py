@@ -136,6 +136,15 @@ def run_validation(trainer: pl.Trainer, batches: float | None = None) -> dict[st
     return {name: float(value) for figures in logged for name, value in figures.items()}
 
 
+def validation_batches(trainer: pl.Trainer, share: float) -> int | None:
+    """Return how many batches of each loader are a share of the longest, from 1; None for all.
+
+    The trainer has validated before. All it is too where loaders have no length.
+    """
+    most = max(trainer.validate_loop.max_batches, default=math.inf)
+    return None if share >= 1 or math.isinf(most) else max(1, math.ceil(share * most))
+
+
 def validation_figures(trainer: pl.Trainer) -> dict[str, float]:
     """Return the metrics of the fit's validation that has just ended, of all its loaders.
 

@@ -170,7 +170,8 @@ def trials(point: PointRecord) -> Summary | None:
                 "not finite" if trial.value is None else number(trial.value),
                 "" if trial.lost is None else change(trial.lost),
                 ("within" if trial.within else "too much")
-                + (", taken" if trial.keep == found.chosen else ""),
+                + (", taken" if (trial.keep, trial.share) == (found.chosen, 1) else "")
+                + ("" if trial.share == 1 else f", on {trial.share:g} of the data"),
             ],
         )
         for trial in found.trials

@@ -15,6 +15,9 @@ class TrialRecord:
         value: of the metric; None where it was not finite.
         lost: by how much it is worse than the dense model's; below 0 where it is better.
         within: whether no more is lost than the point allows.
+        share: of the validation data that it was validated on. Where it is less than 1, what is
+            lost is what the model just before the point has lost on all of it, and what is lost
+            beside that model on the share.
     """
 
     keep: float
@@ -22,6 +25,7 @@ class TrialRecord:
     value: float | None
     lost: float | None
     within: bool
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -313,6 +313,34 @@ def test_trials_end_at_max_trials_with_the_least_so_far(loader: Make, trainer: M
     assert point.keep == point.search.trials[0].kept
 
 
+def test_first_trials_on_a_share_of_the_data_find_the_same(loader: Make, trainer: Make) -> None:
+    """The share is of batches, of which the limit of the fit leaves 5 of 6."""
+    batches: list[int] = []
+
+    class Counted(L.Callback):
+        def on_validation_epoch_start(self, *_: Any) -> None:
+            batches.append(0)
+
+        def on_validation_batch_end(self, *_: Any) -> None:
+            batches[-1] += 1
+
+    found = {}
+    for share in (1.0, 0.25):
+        model = steered(lambda share, _: 0.0 if share > 0.4 else 0.5)
+        given = {"drop": 0.1, "monitor": "quality", "monitor_mode": "max", "trial_share": share}
+        callback = searching(**given)
+        batches.clear()
+        trainer(Counted(), callback, limit_val_batches=5).fit(model, loader(), loader())
+        (point,) = callback.report.points
+        assert point.search is not None
+        found[share] = point.keep, len([x for x in point.search.trials if x.share == 1])
+        parts = [x.share for x in point.search.trials]
+        assert set(parts) <= {1.0, share}
+    assert set(batches) == {1, 2, 5}  # the check before training; a share; all
+    assert found[0.25][0] == found[1.0][0]
+    assert found[0.25][1] <= 2 < found[1.0][1]
+
+
 def test_training_that_ends_early_is_judged_too(loader: Make, trainer: Make) -> None:
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -443,6 +471,8 @@ def test_a_second_fit_goes_on_with_what_the_first_has_found(loader: Make, traine
         ({"monitor": "val_x"}, r"monitor_mode is missing: 'val_x' does not say"),
         ({"monitor_mode": "up"}, r"monitor_mode must be 'max'.*got 'up'"),
         ({"max_trials": 0}, r"max_trials must be a whole number from 1, got 0"),
+        ({"trial_share": 0}, r"first trials, above 0 and up to 1, got 0"),
+        ({"trial_share": True}, r"first trials, above 0 and up to 1, got True"),
         ({"keep": 0.5}, r"drop= is what keep='auto' is chosen by, got keep=0.5"),
         ({"keep": [0.5, 0.3], "at": [0.2, 0.4], "drop": None}, r"monitor= is what keep='auto'"),
         ({"keep": "car"}, r"keep is a share such as 0.3, a list of them, or 'auto'; got 'car'"),

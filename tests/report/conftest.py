@@ -27,6 +27,7 @@ def factorized(**others: Any) -> PointRecord:
 
 def searched() -> PointRecord:
     trials = (
+        TrialRecord(0.3, 0.297, 0.9, 0.0099, within=True, share=0.25),
         TrialRecord(0.5, 0.496, 0.915, -0.0051, within=True),
         TrialRecord(0.25, 0.248, None, None, within=False),
         TrialRecord(0.37, 0.361, 0.8931, 0.0168, within=True),

@@ -186,6 +186,7 @@ def test_layers_are_named_without_what_all_names_begin_with(whole: Report, tmp_p
 def test_every_trial_stands_in_the_page(tmp_path: Path) -> None:
     words = " ".join(Page(written(Report([searched()]), tmp_path)).words)
     assert "keep 0.5 0.496 0.9150 -0.0051 within" in words
+    assert "keep 0.3 0.297 0.9000 0.0099 within on 0.25 of the data" in words
     assert "keep 0.25 0.248 not finite too much" in words
     assert "keep 0.37 0.361 0.8931 0.0168 within taken" in words
     for said in ("higher values are better", "0.9099", "0.0201", "no test of the result"):

@@ -16,7 +16,10 @@ MET = LatencyRecord(0.5, 0.49, (4, 128), 0.2, (LatencyTrial(0.5, 0.6), LatencyTr
 
 
 def test_records_come_back_from_json() -> None:
-    trials = (TrialRecord(0.5, 0.49, 0.8, 0.1, True), TrialRecord(0.4, 0.4, None, None, False))
+    trials = (
+        TrialRecord(0.5, 0.49, 0.8, 0.1, True),
+        TrialRecord(0.4, 0.4, None, None, False, 0.25),
+    )
     search = SearchRecord("val_accuracy", "max", 0.9, 0.1, 0.2, 0.9, 0.5, trials)
     assert search_from(json.loads(json.dumps(asdict(search)))) == search
     assert latency_from(json.loads(json.dumps(asdict(MET)))) == MET

@@ -1,0 +1,112 @@
+"""Shares of parameters that a search tries at a point, and what validation says of them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lrcompress.engine.solved_model import Sizes, SolvedModel
+from lrcompress.errors import SettingError
+from lrcompress.keep_search import Target, grid_below, smallest_within
+from lrcompress.report.trials import TrialRecord
+
+Figures = dict[str, float]
+# Figures of sizes, None for those that stand, on a share of the validation data.
+Measure = Callable[[Sizes | None, float], Figures]
+
+
+@dataclass
+class KeepTrials:
+    """The trials of one point.
+
+    Attributes:
+        solved: the model as it is.
+        target: what may be lost in the end.
+        allowed: what may be lost here.
+        monitor: name of the metric.
+        standing: figures of the model as it is, on all validation data.
+        measure: what sizes give.
+        tried: ``keep`` to figures on all data; those of before, if the model was the same, and
+            of these trials.
+        most: passes over the validation data at most.
+        tell: is told of each trial.
+        trials: in their order.
+    """
+
+    solved: SolvedModel
+    target: Target
+    allowed: float
+    monitor: str
+    standing: Figures
+    measure: Measure
+    tried: dict[float, Figures]
+    most: int
+    tell: Callable[[TrialRecord], object] = str
+    trials: list[TrialRecord] = field(default_factory=list)
+    _lost: dict[tuple[object, float], float] = field(default_factory=dict, init=False)
+    _asked: dict[object, float] = field(default_factory=dict, init=False)
+    _worse: float = field(default=0.0, init=False)  # the present model, on a share of the data
+
+    def search(self, share: float = 1.0) -> float | None:
+        """Return the least keep that is within, of hundredths below the present one.
+
+        Args:
+            share: of the validation data, on which bisection begins where it is less than 1. From
+                what that finds it goes on with all data, so the result was within on all.
+
+        Returns:
+            None where none was within, or what was is the model as it is.
+        """
+        grid = grid_below(self.solved.kept(self.solved.standing))
+        now, guess = self.solved.standing.key, None
+        lost = self.target.lost(self.standing[self.monitor])
+        self._lost = {(now, 1.0): lost, (now, share): lost}
+        if share < 1 and grid:
+            part = self.measure(None, share)[self.monitor]
+            self._worse = self.target.lost(part) - lost
+            guess = self._least(grid, share)
+        found = self._least(grid, 1.0, guess)
+        key = self.solved.choose(grid[found]).key if found < len(grid) else now
+        return None if key == now else self._asked[key]
+
+    def _least(self, grid: Sequence[float], share: float, guess: int | None = None) -> int:
+        def possible(number: int) -> bool:
+            try:
+                self.solved.choose(grid[number])
+            except SettingError:  # less than layers take at least
+                return False
+            return True
+
+        def may_try() -> bool:
+            return sum(trial.share for trial in self.trials) < self.most
+
+        def within(number: int) -> bool:
+            return self._is_within(grid[number], share)
+
+        return smallest_within(len(grid), possible, within, may_try, guess)
+
+    def _is_within(self, keep: float, share: float) -> bool:
+        """Return whether a keep is within; sizes are tried once, whatever keeps amount to them."""
+        sizes = self.solved.choose(keep)
+        known = (sizes.key, share)
+        if known not in self._lost:
+            value = self._figures(keep, sizes, share)[self.monitor]
+            lost = self.target.lost(value) - (0.0 if share == 1 else self._worse)
+            self._lost[known] = lost
+            within = self.target.is_within(lost, self.allowed)
+            kept = self.solved.kept(sizes)
+            self.trials.append(TrialRecord(keep, kept, finite(value), finite(lost), within, share))
+            self.tell(self.trials[-1])
+        return self.target.is_within(self._lost[known], self.allowed)
+
+    def _figures(self, keep: float, sizes: Sizes, share: float) -> Figures:
+        if share < 1:
+            return self.measure(sizes, share)
+        self._asked[sizes.key] = keep
+        if keep not in self.tried:
+            self.tried[keep] = self.measure(sizes, 1.0)
+        return self.tried[keep]
+
+
+def finite(value: float) -> float | None:
+    """Return the value, or None where it is not finite."""
+    return value if math.isfinite(value) else None
