@@ -422,7 +422,8 @@ class Factorize(AutoKeepCallback):
             super()._validate_after(trainer, record)
         dense, self._dense = self._dense, None
         if dense is not None:
-            lost = dense.loss_increases(trainer, trainer.lightning_module, record.layers)
+            module, track = trainer.lightning_module, self._track(trainer)
+            lost = dense.loss_increases(trainer, module, record.layers, track)
             record.layers = [replace(x, measured_loss=lost.get(x.name)) for x in record.layers]
 
     @override

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console, RenderableType
 from torch import nn
 from tqdm import tqdm
 
 from lrcompress.callbacks import trainer_state
+from lrcompress.engine.progress import Track
 from lrcompress.errors import SettingError
 from lrcompress.report import PointRecord, Report
 from lrcompress.report.formatting import printable
@@ -183,6 +185,25 @@ def _log_image(logger: Any, plot: Plot, step: int) -> None:
         logger.experiment.add_image(name, image, step, dataformats="HWC")
 
 
-def solving_bar(names: Sequence[str]) -> Iterator[str]:
-    """Yield layers with a progress bar, where there is a terminal to show it."""
-    yield from tqdm(names, desc="lrcompress: solving", unit="layer", leave=False, disable=None)
+def progress_bar(trainer: pl.Trainer) -> Track:
+    """Return what shows how far a point is, among the trainer's own progress bars.
+
+    It shows nothing where the trainer shows none, and without a terminal.
+    """
+    bar = trainer.progress_bar_callback
+
+    def shown(names: Sequence[str], what: str) -> Iterator[str]:
+        said = f"lrcompress: {what}"
+        rich = getattr(bar, "progress", None) if isinstance(bar, RichProgressBar) else None
+        if bar is None or getattr(bar, "is_disabled", False):
+            yield from names
+        elif rich is None:
+            yield from tqdm(names, desc=said, unit="layer", leave=False, disable=None)
+        else:  # two kinds of bars would write over each other
+            task = rich.add_task(said, total=len(names))
+            for name in names:
+                yield name
+                rich.update(task, advance=1, refresh=True)
+            rich.remove_task(task)
+
+    return shown

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.callbacks import trainer_state
+from lrcompress.engine.progress import Track, untracked
 from lrcompress.errors import SettingError
 from lrcompress.report.record import LayerRecord
 from lrcompress.report.summary import loss_name
@@ -31,7 +32,11 @@ class DenseLayers:
 
     @torch.no_grad()
     def loss_increases(
-        self, trainer: pl.Trainer, module: pl.LightningModule, records: Sequence[LayerRecord]
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        records: Sequence[LayerRecord],
+        track: Track = untracked,
     ) -> dict[str, float]:
         """Return by how much the validation loss rises with each layer alone replaced.
 
@@ -39,6 +44,7 @@ class DenseLayers:
             trainer: which validates once, and once more for each layer.
             module: in which all of them are replaced, before and after the call.
             records: of the layers; those left dense lose nothing and are not measured.
+            track: yields layers while they are measured.
 
         Returns:
             Layer name to change; empty where validation has no loss.
@@ -54,13 +60,12 @@ class DenseLayers:
                 _swap_(module, name, self.layers[name], self.biases[name])
             start = trainer_state.run_validation(trainer)
             loss = loss_name(start)
-            for record in records if loss is not None else ():
+            changed = [x.name for x in records if new[x.name] is not self.layers[x.name]]
+            for name in track(changed, "measuring") if loss is not None else ():
                 assert loss is not None
-                name = record.name
-                if new[name] is not self.layers[name]:
-                    _swap_(module, name, new[name], biases[name])
-                    found[name] = trainer_state.run_validation(trainer)[loss] - start[loss]
-                    _swap_(module, name, self.layers[name], self.biases[name])
+                _swap_(module, name, new[name], biases[name])
+                found[name] = trainer_state.run_validation(trainer)[loss] - start[loss]
+                _swap_(module, name, self.layers[name], self.biases[name])
         finally:
             for name, layer in new.items():
                 _swap_(module, name, layer, biases[name])

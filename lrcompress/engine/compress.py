@@ -1,6 +1,6 @@
 """Compression of a bare ``nn.Module``: observe, allocate ranks, solve, replace layers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
@@ -18,6 +18,7 @@ from lrcompress.engine.kronecker_shapes import KroneckerShapes, check_layers, te
 from lrcompress.engine.latency import choose_and_install_
 from lrcompress.engine.observation import Loss, observe_batches
 from lrcompress.engine.passes import Masks, Passes
+from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.settings import Settings, check_device, check_present
 from lrcompress.engine.solved_model import solve_model
 from lrcompress.errors import PlatformError, SettingError, nearest
@@ -77,7 +78,7 @@ def factor_(
     step: int | None = None,
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
-    track: Callable[[Sequence[str]], Iterable[str]] = iter,
+    track: Track = untracked,
     forward_context: Context = nullcontext,
     blocks: Blocks | None = None,
     train_balanced: bool = False,
@@ -97,7 +98,7 @@ def factor_(
         processes: those that do the same with the same model, statistics and settings. Each solves
             some layers; all end with the same values, bit for bit. Sharded ones are unsharded then.
         owner: the process of each layer, where only that one has observed it.
-        track: yields layers while they are solved, as a progress bar does.
+        track: yields layers while they are solved, timed and refitted, as a progress bar does.
         forward_context: that the model runs in, such as autocast; layers are timed in it.
         blocks: the feed-forward blocks of the model, where they may be narrowed.
         train_balanced: put balanced factors in place even where pivoted rows are to be stored:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.progress import Track, untracked
 from lrcompress.nn import LowRankLinear, PivotedLinear
 from lrcompress.objective import Metric, metric_of
 from lrcompress.report.record import LayerRecord
@@ -160,7 +161,7 @@ def solve_layers(
     device: str | None = None,
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
-    track: Callable[[Sequence[str]], Iterable[str]] = iter,
+    track: Track = untracked,
 ) -> Solutions:
     """Solve layers in the metric of a method, for all ranks at once, each in one process.
 
@@ -212,7 +213,7 @@ def solve_layers(
 
     def work(weights: dict[str, Callable[[], Tensor]]) -> dict[str, LayerSummary]:
         solved: dict[str, LayerSummary] = {}
-        for name in track(list(weights)):
+        for name in track(list(weights), "solving"):
             weight = weights.pop(name)()
             one = of_layer(name, weight)
             solved[name] = _summary(one, weight.numel())

@@ -305,7 +305,9 @@ def _priced(solved: SolvedModel, whole: _Whole, rows: Mapping[str, int]) -> _Bud
     """Measure the layers and blocks at all their sizes."""
     settings, narrowing = solved.settings, solved.narrowing
     times, align = LayerTimes(solved.model, rows, whole.passes.context), settings.align
-    layers = [_with_own_rank(one, times, align) for one in solved.asked]
+    asked = {one.name: one for one in solved.asked}
+    timed = solved.track([*asked], "timing")
+    layers = [_with_own_rank(asked[name], times, align) for name in timed]
     blocks = {}
     for down, (one, parts) in narrowing.candidates(settings.keep_range).items():
         names = narrowing.blocks[down].names

@@ -1,7 +1,7 @@
 """Narrow feed-forward blocks: solve, and replace their layers by narrower ones."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.block_budget import RankedWidth
 from lrcompress.engine.distributed_solve import broadcast_layers_
 from lrcompress.engine.narrow_low_rank import NarrowedRanks, Problems, solve_ranks
+from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.settings import LOW_RANK, Settings
 from lrcompress.errors import SettingError
 from lrcompress.linalg import double
@@ -323,7 +324,7 @@ def solve_blocks(
     *,
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
-    track: Callable[[Sequence[str]], Iterable[str]] = iter,
+    track: Track = untracked,
 ) -> SolvedBlocks:
     """Solve the blocks for all widths at once, each in one process.
 
@@ -368,7 +369,7 @@ def solve_blocks(
 
     def work() -> dict[str, BlockSummary]:
         told = {}
-        for down in track([x for x in chosen if whose[x] == processes.index]):
+        for down in track([x for x in chosen if whose[x] == processes.index], "solving"):
             weight, one = problems.of(down)
             own[down] = narrowings(weight, one.output, one.input)
             scale = 1.0 if one.loss_scale is None else one.loss_scale

@@ -30,6 +30,7 @@ from lrcompress.engine.block_runs import (
 )
 from lrcompress.engine.distributed_solve import broadcast_layers_
 from lrcompress.engine.passes import Passes
+from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import ObservationError, SettingError
 from lrcompress.nn import LowRankLinear, NarrowLowRank, PivotedLinear, PrunedLinear
@@ -97,6 +98,7 @@ class Refit:
             rest comes from its own. 0 follows its own alone, 1 over-fits few tokens.
         refit_bias: whether biases are refitted too, where there are any.
         processes: those that do the same, on batches of their own.
+        track: yields blocks while they are refitted.
 
     Attributes:
         left_alone: layers that were not refitted, with the reasons.
@@ -109,6 +111,7 @@ class Refit:
     anchor: float
     refit_bias: bool = True
     processes: Processes = ONE_PROCESS
+    track: Track = untracked
     left_alone: dict[str, str] = field(init=False, default_factory=dict)
     tokens: int = field(init=False, default=0)
 
@@ -125,6 +128,7 @@ class Refit:
         settings: Settings,
         passes: Passes | None,
         processes: Processes = ONE_PROCESS,
+        track: Track = untracked,
     ) -> "Refit | None":
         """Return what will refit layers that are not yet compressed; None if it is not asked for.
 
@@ -137,7 +141,8 @@ class Refit:
         if passes is None:
             raise SettingError("refit solves layers for what batches give, and there are none")
         layers = Before.of(model, names)
-        return cls(model, layers, passes, settings.refit, settings.refit_bias, processes)
+        asked = settings.refit, settings.refit_bias
+        return cls(model, layers, passes, *asked, processes, track)
 
     def run_(self, together: Mapping[str, Sequence[str]]) -> None:
         """Refit all layers that can be followed; an error leaves some of them refitted.
@@ -170,7 +175,7 @@ class Refit:
             for number, chain in enumerate(order.chains):
                 follows = number > 0 or bool(order.left_alone)
                 streams = self._everywhere(partial(self._streams, chain, follows))
-                for block in chain:
+                for block in self.track(chain, "refitting"):
                     gave = self._refit_block_(block, order.stages[block], streams)
                     if block != chain[-1]:
                         self._go_on_(block, streams, gave)

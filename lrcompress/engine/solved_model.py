@@ -32,6 +32,7 @@ from lrcompress.engine.factored_layers import (
 from lrcompress.engine.kronecker_shapes import check_layers, solver_for
 from lrcompress.engine.narrow_blocks import SolvedBlocks, solve_blocks
 from lrcompress.engine.passes import Passes
+from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.refit import Refit
 from lrcompress.engine.settings import Settings
 from lrcompress.nn import LowRankLinear, PivotedLinear
@@ -93,6 +94,7 @@ class SolvedModel:
         context: that the model runs in.
         seconds: that solving took.
         unseen: layers that stay as they are, for nothing called them in the observed steps.
+        track: yields layers while they are timed and refitted.
     """
 
     model: nn.Module
@@ -109,6 +111,7 @@ class SolvedModel:
     context: Context
     seconds: float
     unseen: tuple[str, ...] = ()
+    track: Track = untracked
 
     def choose(self, keep: float | None = None) -> Sizes:
         """Return the ranks and widths for a share of the parameters; nothing is changed.
@@ -210,7 +213,7 @@ class SolvedModel:
         stood = replaced_sizes(model, self.names)
         stood |= {name: stood[name] - fewer for name, (fewer, _) in saved.items()}
         held = tuple(optimizers)
-        refit = Refit.before(model, self.names, self.settings, passes, self.processes)
+        refit = Refit.before(model, self.names, self.settings, passes, self.processes, self.track)
         with (
             all_or_nothing(model, self.names, held) if refit else nullcontext(),
             self._narrowed_(sizes, held) as records,
@@ -303,7 +306,7 @@ def solve_model(
     *,
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
-    track: Callable[[Sequence[str]], Iterable[str]] = iter,
+    track: Track = untracked,
     forward_context: Context = nullcontext,
     blocks: Blocks | None = None,
     train_balanced: bool = False,
@@ -353,6 +356,7 @@ def solve_model(
         forward_context,
         time.perf_counter() - started,
         unseen,
+        track,
     )
 
 

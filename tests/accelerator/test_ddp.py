@@ -110,7 +110,7 @@ model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.device("vgpu", 
 before = copy.deepcopy(model.state_dict())
 
 
-def dies(names):
+def dies(names, what):
     for name in names:
         if number == 1 and {when!r} == "solving":
             os._exit(7)
