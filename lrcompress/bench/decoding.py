@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,13 +117,9 @@ class GeneratingModel(TorchModel):
                 "does not"
             )
         self.tokens = tokens
-        self.settings = copy.deepcopy(model.generation_config)
-        given = {"do_sample": False, "num_beams": 1, "use_cache": True, "pad_token_id": 0}
-        given |= {"max_new_tokens": tokens + 1, "min_new_tokens": tokens + 1}
-        unset = ["eos_token_id", "forced_eos_token_id", "max_length", "min_length"]
-        unset += ["temperature", "top_p", "top_k", "no_repeat_ngram_size"]
-        for key, value in (dict.fromkeys(unset) | given).items():
-            setattr(self.settings, key, value)
+        unset = dict.fromkeys(("eos_token_id", "forced_eos_token_id", "no_repeat_ngram_size"))
+        count = {"max_new_tokens": tokens + 1, "min_new_tokens": tokens + 1}
+        self.settings = _likeliest(model.generation_config, unset | count)
 
     def call(self, batch: Batch) -> tuple[float, float]:
         """Return the seconds until the first token, and those of each one after it."""
@@ -138,6 +135,32 @@ class GeneratingModel(TorchModel):
             model.generate(**prompt, generation_config=self.settings, stopping_criteria=[stamp])
         start, first, *_ = stamps
         return first - start, (stamps[-1] - first) / self.tokens
+
+    @torch.no_grad()
+    def answer(self, prompt: Batch) -> Tensor:
+        """Return the likeliest tokens after one prompt, as many as are timed or up to an end.
+
+        Args:
+            prompt: keyword to tensor, ``(1, length)``, on the model's device.
+
+        Returns:
+            Their ids, ``(tokens,)`` or fewer.
+        """
+        model: Any = self.model
+        settings = _likeliest(model.generation_config, {"max_new_tokens": self.tokens})
+        (found,) = model.generate(**prompt, generation_config=settings)
+        length = 1 if model.config.is_encoder_decoder else next(iter(prompt.values())).shape[1]
+        return torch.as_tensor(found[length:])
+
+
+def _likeliest(settings: Any, given: Mapping[str, object]) -> Any:
+    """Return settings of ``generate`` that take the likeliest tokens, and ``given`` ones."""
+    found = copy.deepcopy(settings)
+    greedy = {"do_sample": False, "num_beams": 1, "use_cache": True, "pad_token_id": 0}
+    unset = ("max_length", "min_length", "temperature", "top_p", "top_k")
+    for key, value in (dict.fromkeys(unset) | greedy | {**given}).items():
+        setattr(found, key, value)
+    return found
 
 
 def compare_decoding(

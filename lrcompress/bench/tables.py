@@ -1,7 +1,7 @@
 """Terminal tables of a benchmark."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -27,6 +27,22 @@ def bench_table(
     layers = [_layers(calls)] if any(run.layers for run in calls) else []
     warnings = [Text(line, style="yellow") for run in calls for line in _slower(run)]
     return Group(*head, _runs(calls), *layers, *warnings)
+
+
+def text_table(texts: Mapping[str, Mapping[str, str]]) -> RenderableType:
+    """Return what each model makes of each prompt, side by side.
+
+    Args:
+        texts: prompt to the name of a model to its text.
+    """
+    table = plain_table("the likeliest text after each prompt")
+    names = dict.fromkeys(name for one in texts.values() for name in one)
+    for heading in ("prompt", *names):
+        table.add_column(Text(heading), overflow="fold")
+    for prompt, found in texts.items():
+        table.add_row(Text(prompt), *(Text(found[name]) for name in names))
+        table.add_section()
+    return table
 
 
 def _sizes(subjects: Sequence[BenchModel]) -> Table:

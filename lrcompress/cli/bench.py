@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,11 +14,11 @@ import torch
 import transformers
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 from lrcompress.bench import BenchModel, OnnxModel, Run, TorchModel, compare
 from lrcompress.bench.decoding import Decoding, GeneratingModel, compare_decoding
-from lrcompress.bench.tables import bench_table
+from lrcompress.bench.tables import bench_table, text_table
 from lrcompress.bench.timing import one_thread
 from lrcompress.errors import (
     NoMatchError,
@@ -33,6 +34,7 @@ from lrcompress.tasks.locations import model_folder, named_source
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "compiled")
 ONNX = "model.onnx"
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model")  # files of one
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_whole,
         metavar="TOKENS",
         help="generate so many after prompts of --shapes, with a cache: tokens a second",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="with --decode: show what each model makes of it; may be given several times",
     )
     parser.add_argument("--json", type=Path, help="file to write every figure to")
     return parser
@@ -111,19 +120,30 @@ def _measure(given: argparse.Namespace) -> None:
     onnx = first.onnx is not None
     if given.decode is not None and (onnx or given.modes != ["eager"]):
         raise RecipeError("--decode generates with eager models of torch, got ONNX or --modes")
+    if given.prompt and given.decode is None:
+        raise RecipeError("--prompt is answered in so many tokens: give --decode TOKENS with it")
+    prompts = [first.prompt(text, given.decode) for text in given.prompt]
     subjects: Sequence[BenchModel]
     runs: list[Run] | list[Decoding]
     subjects, runs = _calls(models, given) if given.decode is None else _decodings(models, given)
+    texts = {
+        text: {one.name: first.text(one.answer(ids.to(given.devices[-1]))) for one in subjects}  # type: ignore[attr-defined]
+        for text, ids in zip(given.prompt, prompts, strict=True)
+    }
     machine = _machine(given.devices)
     title = f"lrcompress bench: {machine}, {given.dtype}, {given.rounds} rounds"
     # figures that are cut say nothing: a line that is too long for the terminal wraps
-    Console(width=max(WIDTH, Console().width)).print(bench_table(subjects, runs, title))
+    console = Console(width=max(WIDTH, Console().width))
+    console.print(bench_table(subjects, runs, title))
+    if texts:
+        console.print(text_table(texts))
     if given.json is not None:
         sizes = {
             one.name: {"parameters": one.parameters, "stored_bytes": one.stored_bytes}
             for one in subjects
         }
         found = {"machine": machine, "dtype": given.dtype, "models": sizes}
+        found |= {"texts": texts} if texts else {}
         text = json.dumps(found | {"runs": [run.to_dict() for run in runs]}, indent=1)
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(text + "\n", encoding="utf-8")
@@ -178,7 +198,7 @@ class _Model:
         self.model: nn.Module | None = None
         self.stored_bytes: int | None = None
         path = Path(place)
-        path = path if path.suffix == ".onnx" else Path(model_folder(place))
+        self.path = path = path if path.suffix == ".onnx" else Path(model_folder(place))
         if path.is_dir() and (path / ONNX).is_file():
             path = path / ONNX
         if path.suffix == ".onnx":
@@ -220,20 +240,50 @@ class _Model:
             SettingError: if the model reads no tokens, or not so many.
         """
         words = getattr(self.config, "vocab_size", None)
-        most = getattr(self.config, "max_position_embeddings", None)
         if words is None:
             kind = self.config.model_type
             raise SettingError(f"bench makes up token ids, which a {kind} model does not read")
-        if most is not None and length + more > most:
-            then = f" and {more} more" if more else ""
-            raise SettingError(
-                f"{self.name} reads at most {most} tokens, got length {length}{then}"
-            )
+        self._check_length(length, more)
         ids = torch.randint(words, (batch, length), generator=torch.Generator().manual_seed(0))
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.config.is_encoder_decoder:
             found["decoder_input_ids"] = ids
         return {name: x.to(device) for name, x in found.items()}
+
+    def _check_length(self, length: int, more: int) -> None:
+        most = getattr(self.config, "max_position_embeddings", None)
+        if most is not None and length + more > most:
+            then = f" and {more} more" if more else ""
+            raise SettingError(
+                f"{self.name} reads at most {most} tokens, got length {length}{then}"
+            )
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        files = [x for kind in TOKENIZERS for x in self.path.glob(kind)]
+        if self.path.is_dir() and not files:  # transformers would make up an empty one
+            raise SettingError(f"--prompt: {self.name} has no tokenizer to read it with")
+        return AutoTokenizer.from_pretrained(self.path)
+
+    def prompt(self, text: str, tokens: int) -> BatchEncoding:
+        """Return a prompt as tokens; with a chat template, as what a user says.
+
+        Raises:
+            SettingError: if there is no tokenizer, or the model reads no so many tokens.
+        """
+        kinds = {"return_tensors": "pt", "return_dict": True}
+        if self._tokenizer.chat_template:
+            said = [{"role": "user", "content": text}]
+            found = self._tokenizer.apply_chat_template(said, add_generation_prompt=True, **kinds)
+        else:
+            found = self._tokenizer(text, return_tensors="pt")
+        kept = {name: found[name] for name in ("input_ids", "attention_mask")}
+        self._check_length(kept["input_ids"].shape[1], tokens)
+        return BatchEncoding(kept)
+
+    def text(self, ids: Tensor) -> str:
+        """Return what tokens say."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def _loaded(path: Path, config: Any, dtype: torch.dtype, like: _Model | None) -> PreTrainedModel:

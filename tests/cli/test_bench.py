@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 
 from lrcompress.cli import main
-from lrcompress.export import save_pretrained
+from lrcompress.export import load_pretrained, save_pretrained
 from lrcompress.structure.plan import LayerPlan, Plan
 
 
@@ -109,7 +109,7 @@ def test_a_graph_is_not_compared_with_a_module(
 @pytest.fixture
 def writer(tiny_bert: Path, tmp_path: Path) -> Path:
     """A compressed language model of 64 positions."""
-    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100}
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 200}
     ends = {"bos_token_id": 2, "eos_token_id": 3}
     model = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, **ends))
     name = "transformer.h.0.mlp.c_fc"
@@ -137,6 +137,55 @@ def test_a_language_model_generates_beside_its_dense_form(
     assert "its dense form" in said
 
 
+CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}a film"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_both_models_answer_prompts_side_by_side(
+    chat: bool,
+    writer: Path,
+    tiny_bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.chat_template = CHAT if chat else None
+    tokenizer.save_pretrained(writer)
+    prompts, record = ["a very good", "dull [/b]"], tmp_path / "bench.json"
+    asked = [f"--prompt={text}" for text in prompts]
+    assert bench(writer, "--decode=6", "--shapes=1x8", f"--json={record}", *asked) == 0
+    texts = json.loads(record.read_text())["texts"]
+    model = load_pretrained(writer).eval()
+    for prompt in prompts:
+        wanted = []
+        read = f"user: {prompt} a film" if chat else prompt
+        ids = tokenizer(read, add_special_tokens=not chat, return_tensors="pt")["input_ids"]
+        for _ in range(6):  # without a cache, by hand
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+            wanted.append(int(ids[0, -1]))
+            if wanted[-1] == 3:  # the end of the text
+                break
+        small, dense = texts[prompt].values()
+        assert small == dense == tokenizer.decode(wanted, skip_special_tokens=True).strip()
+    told = capsys.readouterr().out
+    assert "the likeliest text after each prompt" in told
+    assert "dull [/b]" in told
+
+
+def test_a_translator_answers_with_what_its_decoder_says(tiny_bart: Path, tmp_path: Path) -> None:
+    record = tmp_path / "bench.json"
+    place = f"--json={record}"
+    assert bench(tiny_bart, "--decode=4", "--shapes=1x8", place, "--prompt=a good film") == 0
+    tokenizer = tf.AutoTokenizer.from_pretrained(tiny_bart)
+    model = tf.AutoModelForSeq2SeqLM.from_pretrained(tiny_bart)
+    given = tokenizer("a good film", return_tensors="pt")
+    given = {name: given[name] for name in ("input_ids", "attention_mask")}
+    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": 4}
+    (found,) = model.generate(**given, **settings)
+    ((said,),) = (x.values() for x in json.loads(record.read_text())["texts"].values())
+    assert said == tokenizer.decode(found, skip_special_tokens=True).strip()
+
+
 def test_what_cannot_be_decoded_is_told(
     folder: Path, writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +198,12 @@ def test_what_cannot_be_decoded_is_told(
         ([tmp_path / "graph", "--decode=6"], 2, "--decode generates with eager models"),
         ([writer, "--decode=6", "--shapes=1x58"], 1, "at most 64 tokens, got length 58 and 7 more"),
         ([folder, "--decode=6", "--shapes=1x8"], 1, "BertForSequenceClassification does not"),
+        ([writer, "--prompt=a"], 2, "--prompt is answered in so many tokens: give --decode TOKENS"),
+        (
+            [writer, "--decode=6", "--shapes=1x8", "--prompt=a"],
+            1,
+            "has no tokenizer to read it with",
+        ),
     ]:
         assert bench(*options) == code, options
         assert message in capsys.readouterr().err, options
