@@ -133,6 +133,12 @@ class KeepSearch:
                 "self.log, and leave limit_val_batches=0 and barebones out"
             )
         self._check_logged(figures)
+        value = abs(figures[self.monitor])
+        if self.target is None and self.mode == "max" and self.drop.amount(value) >= value > 0:
+            rank_zero_warn(
+                f"drop={self.drop.amount(value):g} allows all of {self.monitor} to be lost, which "
+                f"is {value:.4g} before training; give drop='1%' for a hundredth of it"
+            )
         if self.verbose and self.target is None:
             rank_zero_info(
                 f"lrcompress: keep='auto' looks for the smallest model within the drop of "
@@ -174,6 +180,7 @@ class KeepSearch:
             found = Recovery.measured(self.changed[0], lost, run.step - self.changed[1])
             self.recoveries += [] if found is None else [found]
         allowed = allowed_loss(self.target.drop, self.recoveries, steps, last=last)
+        self._tell_allowed(run, allowed)
         watched, stuck, tried = run.observation, False, self.tried
         seen: Seen = watched.statistics, watched.owner, watched.blocks
         if self.target.is_within(lost):
@@ -352,6 +359,17 @@ class KeepSearch:
             rank_zero_info(f"lrcompress, step {run.step}: {said}")
         done.note = "; ".join(filter(None, (*notes, done.note, said)))
         return done
+
+    def _tell_allowed(self, run: "Run", allowed: float) -> None:
+        assert self.target is not None
+        if self.verbose:
+            back = 1 - self.target.drop / allowed if allowed else 0.0
+            why = "as at points before" if self.recoveries else "as is assumed until the next point"
+            told = f": training brings back {back:.0%} of it, {why}" if back > 0 else ""
+            rank_zero_info(
+                f"lrcompress, step {run.step}: {allowed:.6g} of {self.monitor} may be lost here, "
+                f"{self.target.drop:.6g} in the end{told}"
+            )
 
     def _tell_trial(self, trial: TrialRecord, *, allowed: float) -> None:
         if self.verbose:

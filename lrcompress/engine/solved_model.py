@@ -204,6 +204,7 @@ class SolvedModel:
             SettingError: if there are no passes to refit on.
         """
         started, model = time.perf_counter(), self.model
+        alone = self.settings.select(model).note
         chosen = {} if sizes is None else self._factored(sizes)
         sizes = sizes or self.standing
         ranks = self._ranks(sizes)
@@ -241,7 +242,7 @@ class SolvedModel:
         pivoted = PIVOTED if any(self.pivoted.values()) else ""
         narrow = self.narrowing.note(sizes.widths, sizes.choice.ranks)
         unseen = NOT_SEEN.format(self.statistics.steps, ", ".join(self.unseen))
-        notes = [sizes.choice.missed, narrow, pivoted, unseen if self.unseen else ""]
+        notes = [sizes.choice.missed, narrow, pivoted, unseen if self.unseen else "", alone]
         notes += [TRAINED.format(f"{now[0] - after:,}")] if saved else []
         notes += [refit.note] if refit else []
         inputs = max((c.in_features for c in self.asked), default=0)

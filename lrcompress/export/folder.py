@@ -182,7 +182,10 @@ def _check_record(path: Path, plan: Plan) -> None:
     record = read_json(path / RECORD)
     check_version(record.get("version"), str(path / RECORD))
     if check_read(record.get("plan"), str(path / RECORD)) != plan:
-        raise CheckpointError(f"{path / RECORD} and {path / CONFIG} hold different plans")
+        raise CheckpointError(
+            f"{path / RECORD} and {path / CONFIG} hold different plans: "
+            f"one was edited. If {CONFIG} is right, delete {RECORD}"
+        )
     noted = record.get("sha256")
     if not isinstance(noted, dict) or CONFIG not in noted:
         raise CheckpointError(f"{path / RECORD}: expected sha256 of the files, got {noted!r}")

@@ -103,7 +103,8 @@ def checked_model(model: nn.Module) -> PreTrainedModel:
             f"give its {inner[0]!r}"
             if inner
             else "keep its state_dict beside Plan.of(model).to_dict(), and give a new model its "
-            "structure with Plan.apply_ or restore_structure before load_state_dict"
+            "structure with Plan.apply_ or restore_structure before load_state_dict; for ONNX call "
+            "torch.onnx.export, to which low-rank factors are linear layers"
         )
         raise SettingError(f"expected a transformers model, got a {type(model).__name__}; {way}")
     other = getattr(model, "hf_quantizer", None)

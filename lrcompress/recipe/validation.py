@@ -31,6 +31,7 @@ from lrcompress.recipe.messages import (
 )
 from lrcompress.recipe.sources import (
     CLASS_KEYS,
+    COMMAND_LINE,
     INHERITED,
     NOWHERE,
     STRING,
@@ -117,7 +118,9 @@ def _check_keys(
             yield error_line(key, here, f"unknown key{near}")
     for name in sorted(required - entries_of(node).keys()):
         if (here := below(where, name)) not in LINKED:
-            yield error_line(node, here, "required, found nothing")
+            typed = not where and node.start_mark.name == COMMAND_LINE
+            way = "; give a recipe with --config FILE" if typed else ""
+            yield error_line(node, here, f"required, found nothing{way}")
 
 
 def _further_in(node: MappingNode, name: str) -> Iterator[str]:

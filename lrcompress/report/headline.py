@@ -66,7 +66,7 @@ def headline(report: Report) -> list[Fact]:
     both = [name for name in end if name in before]
     for name in both[:_SHOWN]:
         pair = number(before[name]), number(end[name])
-        facts.append(Fact("{} → {}".format(*pair), name, f"before the first point, {when}"))
+        facts.append(Fact("{} → {}".format(*pair), name, f"before, after less training → {when}"))
     return facts
 
 

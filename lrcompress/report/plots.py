@@ -281,8 +281,8 @@ def _history(report: Report) -> Iterator[Plot]:
         if dense is not None:
             axes.axhline(dense, color=COLOURS["ink"], linewidth=1, linestyle=":")
         caption = (
-            "Dashed: points, at which the line goes from just before to just after, without any "
-            "retraining. Dotted: just before the first point."
+            "Dashed line: layers were replaced at this step, and the curve jumps to what the model "
+            "gave right after it. Dotted line: the model just before the first replacement."
         )
         yield Plot(f"history{number}", f"{name} over training", caption, figure)
 

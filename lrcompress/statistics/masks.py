@@ -104,12 +104,17 @@ def _check_values(found: Tensor, mask: MaskSource, batch: Any, owner: str) -> No
     way_out = (
         "it looks like what is added to scores, nonzero at padding: name it as mask='~key'"
         if added
-        else "name another with mask=, or a function such as lambda batch: batch['ids'] != 0"
+        else f"name another with mask=, or a function such as lambda batch: {_example(batch)} != 0"
     )
     raise ObservationError(
         f"{owner}: a padding mask is 1 at {one} and 0 at {zero}, and mask={mask!r} gives "
         f"{_kind(found)} with {shown}; the batch has {_contents(batch)}; {way_out}"
     )
+
+
+def _example(batch: Any) -> str:
+    """Return in code how token ids may be taken from a batch of this kind."""
+    return "batch['input_ids']" if isinstance(batch, Mapping) else "batch[0]"
 
 
 def _looked_up(batch: Any, key: str | int) -> Any:

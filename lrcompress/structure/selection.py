@@ -24,6 +24,26 @@ class Selection:
     names: tuple[str, ...]
     left_alone: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def note(self) -> str:
+        """Which layers stay and why, each reason once; or "".
+
+        Example:
+            >>> reasons = {"0.a": "it is tied", "1.a": "it is tied", "2.a": "it is tied"}
+            >>> Selection((), reasons).note
+            '3 layers stay as they are, 0.a, 1.a, …: it is tied'
+        """
+        named: dict[str, list[str]] = {}
+        for name, reason in self.left_alone.items():
+            named.setdefault(reason, []).append(name)
+        told = []
+        for reason, names in named.items():
+            many = (
+                f"{len(names)} layers stay as they are" if names[1:] else "1 layer stays as it is"
+            )
+            told.append(f"{many}, {', '.join(names[:2])}{', …' * (len(names) > 2)}: {reason}")
+        return "; ".join(told)
+
 
 def select(
     model: nn.Module,

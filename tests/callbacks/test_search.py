@@ -553,6 +553,34 @@ def test_it_is_not_for_between_two_fits() -> None:
         searching().between_fits(1, 4)
 
 
+def test_a_drop_of_the_whole_figure_is_said_before_training(loader: Make, trainer: Make) -> None:
+    model = steered(lambda share, trained: 0.0)
+    callback = searching(drop=2, monitor="quality", monitor_mode="max")
+    told = "drop=2 allows all of quality to be lost, which is 1 before training"
+    with pytest.warns(UserWarning, match=told), pytest.raises(SettingError, match="for the dense"):
+        trainer(callback).fit(model, loader(), loader())
+    assert model.global_step == 0 or callback.report.points == []
+
+
+def test_it_is_said_why_more_may_be_lost_at_a_point_than_in_the_end(
+    loader: Make, trainer: Make, caplog: Any
+) -> None:
+    model = steered(lambda share, trained: (0.16 if not trained else 0.04) * (share < 1))
+    callback = searching(
+        drop=0.1, at=[0.3, 0.6], monitor="quality", monitor_mode="max", verbose=True
+    )
+    with caplog.at_level("INFO"):
+        trainer(callback).fit(model, loader(), loader())
+    assert (
+        "0.2 of quality may be lost here, 0.1 in the end: training brings back 50% of it, as is "
+        "assumed until the next point" in caplog.text
+    )
+    assert (
+        "0.4 of quality may be lost here, 0.1 in the end: training brings back 75% of it, as at "
+        "points before" in caplog.text
+    )
+
+
 def test_trial_runs_keep_nothing_and_every_trial_is_logged(
     tagger: Make, loader: Make, trainer: Make, tmp_path: Path, caplog: Any, capsys: Any
 ) -> None:
@@ -564,6 +592,7 @@ def test_trial_runs_keep_nothing_and_every_trial_is_logged(
     for trial in point.search.trials:
         assert f"keep={trial.keep:g}: val_loss " in caplog.text
     assert "of which lower values are better" in caplog.text
+    assert ": 0.5 of val_loss may be lost here, 0.5 in the end\n" in caplog.text
     shown = capsys.readouterr().out
     assert f"{len(point.search.trials)} trials to find keep" in shown
     assert "no test of the result" in shown

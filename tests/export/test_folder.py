@@ -178,7 +178,7 @@ def test_sizes_that_the_weights_cannot_be_about_are_refused(
     ("changes", "message"),
     [
         ({"version": 2}, r"lrcompress\.json is of version 2, this lrcompress reads 1; update it"),
-        ({"plan": Plan().to_dict()}, "hold different plans"),
+        ({"plan": Plan().to_dict()}, "hold different plans: one was edited. If config.json"),
         ({"plan": 3}, "expected a plan, got int"),
         ({"sha256": None}, "expected sha256 of the files, got None"),
         ({"sha256": {"config.json": "0"}}, r"config\.json is not as it was exported"),

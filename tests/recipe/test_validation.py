@@ -214,6 +214,12 @@ def test_no_model_is_a_fault(faults: Any) -> None:
     assert faults(["seed_everything: 1"]) == ["r.yaml:1: model: required, found nothing"]
 
 
+def test_without_a_recipe_it_is_said_how_one_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 2
+    told = "command line: model: required, found nothing; give a recipe with --config FILE"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

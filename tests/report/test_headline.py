@@ -26,7 +26,7 @@ def test_ratios_are_those_of_the_record(whole: Report) -> None:
     assert found["a training step"].figure == "1.50 × faster"
     assert found["val_loss"].figure == "0.5000 → 0.4500"
     assert found["acc"].figure == "0.9000 → 0.8800"
-    assert found["acc"].detail == "before the first point, at the end"
+    assert found["acc"].detail == "before, after less training → at the end"
 
 
 def test_what_got_slower_or_was_not_measured_says_so() -> None:
@@ -42,7 +42,7 @@ def test_what_got_slower_or_was_not_measured_says_so() -> None:
 def test_figures_that_are_not_of_the_end_say_when(step: int) -> None:
     report = Report([factorized()], {}, {}, {"acc": ((20, 0.85), (step, 0.88))})
     assert final_figures(report)[0] == f"at {step}"
-    assert facts(report)["acc"].detail == f"before the first point, at {step}"
+    assert facts(report)["acc"].detail == f"before, after less training → at {step}"
 
 
 def test_a_second_fit_counts_from_what_stood_there() -> None:

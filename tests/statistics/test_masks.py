@@ -113,11 +113,14 @@ REAL = torch.tensor([[1, 1, 1], [1, 1, 0]])
 def test_token_ids_are_no_mask_though_padding_is_0() -> None:
     told = (
         r"Owner: a padding mask is 1 at tokens and 0 at padding, and mask=0 gives int64 \(2, 3\) "
-        r"with 7, 12, 30; the batch has a tuple of mask=0: int64 \(2, 3\), mask=1: int64 \(2, 3\)"
+        r"with 7, 12, 30; the batch has a tuple of mask=0: int64 \(2, 3\), mask=1: int64 \(2, 3\); "
+        r"name another with mask=, or a function such as lambda batch: batch\[0\] != 0"
     )
     with pytest.raises(ObservationError, match=told):
         batch_mask((IDS, REAL), 0, "Owner")
-    with pytest.raises(ObservationError, match=r"is 1 at padding and 0 at tokens, and mask='~ids'"):
+    with pytest.raises(
+        ObservationError, match=r"is 1 at padding and 0 at .*='~ids'.*\['input_ids'\] "
+    ):
         batch_mask({"ids": IDS}, "~ids", "Owner")
     with pytest.raises(ObservationError, match=r"gives int64 \(2, 3\) with 7, 12, 30"):
         batch_mask({"ids": IDS}, lambda batch: batch["ids"], "Owner")
