@@ -20,7 +20,8 @@ the command line too, and what comes later wins. `lrcompress VERB --help` lists 
 
   lrcompress fit --config recipe.yaml
   lrcompress fit --config recipe.yaml --model.path bert-base-uncased --trainer.max_epochs 1
-Faults of the recipe end with exit code 2, other errors with 1; LRCOMPRESS_DEBUG=1 shows where.
+Faults that show in the recipe itself end with exit code 2, later errors with 1. LRCOMPRESS_DEBUG=1
+shows where.
 """
 
 import io

@@ -238,12 +238,14 @@ def table(cells: Mapping[tuple[str, str], tuple[str, str]]) -> str:
     notes: dict[str, list[str]] = {}
     for architecture in MODELS:
         row = [cells[architecture, method] for method in METHODS]
-        lines.append(f"| {architecture} | {' | '.join(way for way, _ in row)} |")
+        left = stays(architecture)
+        name = f"{architecture}, in part" if left else architecture
+        lines.append(f"| {name} | {' | '.join(way for way, _ in row)} |")
         refused = [(why, m) for (_, why), m in zip(row, METHODS, strict=True) if why]
         for reason, method in refused[:1]:
             notes.setdefault(reason, []).append(f"{architecture} (`{method}`)")
-        for reason, name in stays(architecture).items():
-            notes.setdefault(reason, []).append(name)
+        for reason, layers in left.items():
+            notes.setdefault(reason, []).append(layers)
     told = [f"* {', '.join(names)}: {why}." for why, names in notes.items()]
     return "\n".join([*lines, "", *told])
 
