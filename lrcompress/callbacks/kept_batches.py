@@ -123,7 +123,7 @@ def training_passes(
 
     def masks(batch: Any) -> tuple[Tensor | None, Tensor | None, str | None]:
         found, missing = batch_mask(batch, mask, "refit")
-        decoder = None if mask is None else batch_decoder_mask(batch)
+        decoder = None if mask is None else batch_decoder_mask(batch, "refit")
         return found, decoder, missing
 
     return Passes(kept.batches, run, masks, trainer.precision_plugin.forward_context)

@@ -279,7 +279,7 @@ class Observation:
 
         Raises:
             ShapeError: if its padding mask is not ``(examples, length)``, nor has choices.
-            ObservationError: if its padding mask is no tensor.
+            ObservationError: if its padding mask is no tensor, or not of zeros and ones.
         """
         self._trial = trial
         first = trial or not self.statistics.steps  # later ones are not waited for
@@ -289,7 +289,9 @@ class Observation:
             self.kept.hold(batch, mask, self.statistics.steps)
         # now, for a training step may take its labels out of a batch
         self._terms, self._labelled = batch_terms(batch), labelled_terms(batch) is not None
-        decoder = None if self.sampling.mask is None else batch_decoder_mask(batch)
+        decoder = None
+        if self.sampling.mask is not None:
+            decoder = batch_decoder_mask(batch, self.sampling.owner, check_values=first)
         tapped = self._tap is not None and not trial  # gradients of another loss are asked for
         watching = self._watching.step(
             mask, decoder_mask=decoder, missing=missing, trial=trial, keep_outputs=tapped

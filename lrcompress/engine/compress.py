@@ -256,4 +256,4 @@ def _check_not_wrapped(model: nn.Module) -> None:
 
 def _masks(batch: Any, mask: MaskSource) -> Masks:
     found, missing = batch_mask(batch, mask, "compress")
-    return found, None if mask is None else batch_decoder_mask(batch), missing
+    return found, None if mask is None else batch_decoder_mask(batch, "compress"), missing

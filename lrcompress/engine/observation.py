@@ -132,7 +132,7 @@ def _observe_batch(
     trace: BlockTrace | None,
 ) -> Blocks | None:
     found, missing = batch_mask(batch, mask, "compress")
-    decoder = None if mask is None else batch_decoder_mask(batch)
+    decoder = None if mask is None else batch_decoder_mask(batch, "compress")
     blocks = None
     with recorder.step(found, decoder_mask=decoder, missing=missing, keep_outputs=True):
         listening = fisher[0].listening() if fisher else nullcontext()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lrcompress.errors import ObservationError, SettingError, ShapeError
 
 MASK = "attention_mask"
+DECODER_MASK = "decoder_attention_mask"
 LABELS = "labels"
 IGNORED = -100  # the label of what is not predicted
 # A key (also of a mapping within: "text.attention_mask"), an index, or a function of the batch.
@@ -84,7 +85,9 @@ def batch_mask(
     return (found == 0 if inverted else found), None
 
 
-def _check_values(found: Tensor, mask: MaskSource, batch: Any, owner: str) -> None:
+def _check_values(
+    found: Tensor, mask: MaskSource, batch: Any, owner: str, way_out: str | None = None
+) -> None:
     """Check that what was found holds zeros and ones, and is no table of token ids.
 
     Raises:
@@ -101,7 +104,7 @@ def _check_values(found: Tensor, mask: MaskSource, batch: Any, owner: str) -> No
         return
     shown = ", ".join(f"{value:g}" for value in odd[:3].tolist())
     one, zero = ("padding", "tokens") if inverted else ("tokens", "padding")
-    way_out = (
+    way_out = way_out or (
         "it looks like what is added to scores, nonzero at padding: name it as mask='~key'"
         if added
         else f"name another with mask=, or a function such as lambda batch: {_example(batch)} != 0"
@@ -146,20 +149,26 @@ def _kind(entry: Any) -> str:
     return type(entry).__name__
 
 
-def batch_decoder_mask(batch: Any) -> Tensor | None:
+def batch_decoder_mask(batch: Any, owner: str, *, check_values: bool = True) -> Tensor | None:
     """Return the padding mask of a decoder's own input, or None if the batch has none.
 
     That is its ``decoder_attention_mask``, or where its ``labels`` are not -100: a decoder reads
-    at each position the label of the one before.
+    at each position the label of the one before. ``owner`` and ``check_values`` are as for
+    :func:`batch_mask`.
+
+    Raises:
+        ObservationError: if the mask holds other values than zeros and ones.
 
     Example:
-        >>> batch_decoder_mask({"labels": torch.tensor([[7, 8], [9, -100]])}).tolist()
+        >>> batch_decoder_mask({"labels": torch.tensor([[7, 8], [9, -100]])}, "observe").tolist()
         [[True, True], [True, False]]
     """
     if not isinstance(batch, Mapping):
         return None
-    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    mask, labels = batch.get(DECODER_MASK), batch.get("labels")
     if isinstance(mask, Tensor):
+        if check_values:
+            _check_values(mask, DECODER_MASK, batch, owner, "a decoder's mask goes by this name")
         return mask
     return labels != IGNORED if isinstance(labels, Tensor) and labels.ndim == 2 else None
 

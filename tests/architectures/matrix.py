@@ -130,7 +130,7 @@ def _observe(model: nn.Module, shared: bool = False, mask: str | None = "given")
     recorder = Recorder(model, select(model, shared=shared).names, kinds, shared=shared)
     padding = None if mask is None else batch.get("attention_mask")
     missing = None if mask is None or padding is not None else "there is no attention_mask"
-    with recorder.step(padding, decoder_mask=batch_decoder_mask(batch), missing=missing):
+    with recorder.step(padding, decoder_mask=batch_decoder_mask(batch, "test"), missing=missing):
         loss = model(**batch).loss
         recorder.commit(len(batch["labels"]))
         loss.backward()

@@ -258,7 +258,7 @@ def test_what_a_decoder_reads_loses_its_own_padding_and_that_of_its_encoder(writ
 
     def watch(recorder: Recorder, rows: slice, read: int, wrote: int) -> None:
         source, goal = mask[rows, :read], labels[rows, :wrote]
-        decoder_mask = batch_decoder_mask({"labels": goal})
+        decoder_mask = batch_decoder_mask({"labels": goal}, "test")
         with recorder.step(source, decoder_mask=decoder_mask):
             output = model(input_ids=ids[rows, :read], attention_mask=source, labels=goal)
             loss = F.cross_entropy(output.logits.mT, goal, reduction="sum") / len(goal)

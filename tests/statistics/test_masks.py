@@ -60,13 +60,24 @@ def test_a_missing_mask_says_what_there_is_and_how_to_go_on(batch: Any, has: str
 
 def test_what_a_decoder_reads_is_told_by_its_mask_or_its_labels() -> None:
     labels, mask = torch.tensor([[3, -100], [4, 5]]), torch.tensor([[1, 1], [1, 0]])
-    found = batch_decoder_mask({"labels": labels, "decoder_attention_mask": mask})
+    found = batch_decoder_mask({"labels": labels, "decoder_attention_mask": mask}, "Owner")
     assert found is mask
-    by_labels = batch_decoder_mask(BatchEncoding({"labels": labels}))
+    by_labels = batch_decoder_mask(BatchEncoding({"labels": labels}), "Owner")
     assert by_labels is not None
     assert by_labels.tolist() == [[True, False], [True, True]]
     for batch in ({"labels": torch.zeros(4)}, {"labels": ["a"]}, {"x": FOUR}, FOUR):
-        assert batch_decoder_mask(batch) is None
+        assert batch_decoder_mask(batch, "Owner") is None
+
+
+def test_a_decoders_mask_of_other_values_is_refused_where_values_are_checked() -> None:
+    batch = {"labels": torch.tensor([[3, 4]]), "decoder_attention_mask": torch.tensor([[1, 2]])}
+    told = (
+        r"Owner: a padding mask is 1 at tokens and 0 at padding, and mask='decoder_attention_mask' "
+        r"gives int64 \(1, 2\) with 2; .* a decoder's mask goes by this name"
+    )
+    with pytest.raises(ObservationError, match=told):
+        batch_decoder_mask(batch, "Owner")
+    assert batch_decoder_mask(batch, "Owner", check_values=False) is not None
 
 
 @pytest.mark.parametrize(
