@@ -43,7 +43,7 @@ WORDS = (
 # The same few examples in every run, and nothing kept beside the tests
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 hypothesis.settings.register_profile(
-    "same", derandomize=True, deadline=None, max_examples=25, database=None
+    "same", derandomize=True, deadline=None, max_examples=20, database=None
 )
 hypothesis.settings.load_profile("same")
 

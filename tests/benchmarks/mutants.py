@@ -70,7 +70,7 @@ def main(module: str, *more: str) -> None:
     found = {name: status_by_exit_code[code] for name, code in results.items()}
     for name, status in found.items():
         if status not in ("killed", "timeout"):
-            print(f"\n{status}: {get_diff_for_mutant(name, path=module)}")
+            print(f"\n{status}: {name}\n{get_diff_for_mutant(name, path=module)}")
     print(module, dict(Counter(found.values())))
 
 

@@ -395,7 +395,7 @@ def fitting_plans(draw: st.DrawFn) -> Plan:
     return Plan(tuple(layers))
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(fitting_plans(), fitting_plans())
 def test_any_plan_is_applied_over_any_other_and_found_in_a_state_or_changes_nothing(
     before: Plan, plan: Plan
