@@ -221,8 +221,8 @@ def test_a_method_that_cannot_compare_layers_stays_so_without_inputs(g: Tensor) 
 
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:
     every = ", ".join(METHODS)
-    with pytest.raises(SettingError, match=f"one of {every}; got 'kfca', nearest: kfac$"):
-        method_named("kfca")
+    with pytest.raises(SettingError, match=f"one of {every}; got 'kfac2', nearest: kfac$"):
+        method_named("kfac2")  # near to weighted_kfac as well
 
 
 @each_method

@@ -349,5 +349,6 @@ def test_steps_are_squeezed_by_the_least_that_keeps_their_order(
     assert moved[0] >= first
     assert all(b - a >= gap for (a, b), gap in zip(itertools.pairwise(moved), gaps, strict=True))
     assert squeeze(moved, gaps, total, first) == moved
+    assert first or squeeze(steps, gaps, total) == moved, "from the first step on by default"
     if first + sum(gaps) < total:
         assert moved[-1] < total
