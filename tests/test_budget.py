@@ -146,6 +146,37 @@ def test_uniform_leaves_no_layer_a_rank_short_of_its_share(seed: int) -> None:
         assert cost(c, rank) > 0.4 * c.dense - c.unit
 
 
+def even_share(layers: list[Candidate], budget: float) -> float:
+    """The share of all that, cut to each layer's bounds, takes up the budget: by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        each = [min(max(share * c.dense, cost(c, c.least)), cost(c, c.top)) for c in layers]
+        low, high = (share, high) if sum(each) <= budget else (low, share)
+    return low
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.6, 0.8])
+def test_uniform_gives_each_layer_the_even_share_as_far_as_its_bounds_allow(
+    seed: int, keep: float
+) -> None:
+    chance = random.Random(seed)
+    layers = []
+    for i in range(chance.randint(2, 7)):
+        out, in_ = chance.randint(20, 90), chance.randint(20, 90)
+        least, most = sorted(chance.choices([0.02, 0.1, 0.3, 0.5, 0.7, 1.0], k=2))
+        lowest, highest = match_bounds((least, most), out, in_)
+        layers.append(Candidate(f"{i}", out, in_, lowest=lowest, highest=highest))
+    budget = keep * sum(c.dense for c in layers)
+    if sum(cost(c, c.least) for c in layers) > budget:
+        return
+    share = even_share(layers, budget)
+    for c, rank in zip(layers, allocate(layers, keep, "uniform").values(), strict=True):
+        fair = min(max(share * c.dense, cost(c, c.least)), cost(c, c.top))
+        assert cost(c, rank) > fair - c.unit
+
+
 def test_uniform_lets_layers_at_a_bound_pay_first() -> None:
     # 2 × 1000 cannot go below rank 1, half of itself; 100 × 100 may have 15 at most
     layers = [
@@ -406,7 +437,8 @@ def test_a_share_above_zero_and_up_to_one_is_taken(keep: float) -> None:
     [
         (0, "got 0$"),
         (-0.1, "got -0.1$"),
-        (1.5, "got 1.5"),
+        (1.5, "got 1.5$"),
+        (2, r"got 2; did you mean 0.02\?"),
         (math.nan, "got nan$"),
         (math.inf, "got inf$"),
         (True, "got True$"),
@@ -415,6 +447,7 @@ def test_a_share_above_zero_and_up_to_one_is_taken(keep: float) -> None:
         (None, "got None$"),
         (30, r"got 30; did you mean 0.3\?"),
         (100, r"got 100; did you mean 1\?"),
+        (101, "got 101$"),
         (300, "got 300$"),
     ],
 )
@@ -531,6 +564,12 @@ def test_budgets_that_float32_cannot_tell_apart_are_met_to_the_parameter(alike: 
         assert {n: kept.tolist() for n, kept in found.items()} == taken(
             scores, prices, whole + more
         )
+
+
+def test_what_is_kept_is_told_by_truth_values_also_where_it_is_nothing() -> None:
+    for budget in (0, 3, 99):
+        found = kept_units({"a": torch.ones(2), "b": torch.zeros(1)}, {"a": 3, "b": 3}, budget)
+        assert {kept.dtype for kept in found.values()} == {torch.bool}
 
 
 def test_layers_without_units_are_no_obstacle() -> None:
