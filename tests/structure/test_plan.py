@@ -303,6 +303,21 @@ def test_a_checkpoint_of_another_width_is_refused() -> None:
     assert Plan.of(model) == Plan()
 
 
+@pytest.mark.parametrize(
+    ("stored", "shape"), [(torch.zeros(6, 2, 1), r"\(6, 2, 1\)"), ([1.0], r"\(\)")]
+)
+def test_factors_that_are_not_of_their_form_are_refused(stored: Any, shape: str) -> None:
+    state = factored().state_dict() | {"0.left.weight": stored}
+    told = rf"^0\.left\.weight must be a tensor with 2 axes, got shape {shape}$"
+    with pytest.raises(CheckpointError, match=told):
+        restore_structure(dense(), state)
+
+
+def test_a_checkpoint_whose_state_is_no_mapping_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"^state_dict must be a mapping, got list$"):
+        restore_structure(dense(), {"state_dict": []})
+
+
 class Runs:
     """Runs code when it is unpickled."""
 
@@ -337,10 +352,11 @@ def test_a_gpt2_whose_attention_is_square_comes_back_untransposed() -> None:
 def test_a_distributed_checkpoint_says_its_structure_beside_its_shards(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no distributed checkpoint: it has no meta\.pt"):
         restore_structure(dense(), tmp_path)
-    torch.save({"callbacks": {"EarlyStopping{}": {"wait_count": 3}}}, tmp_path / "meta.pt")
     model = dense()
-    with pytest.raises(CheckpointError, match=r"holds no plan, .*dcp_to_torch"):
-        restore_structure(model, tmp_path)
+    for held in ({}, {"callbacks": {"Other{}": [1]}}, {"callbacks": {"Other{}": {"plan": 3}}}):
+        torch.save(held, tmp_path / "meta.pt")
+        with pytest.raises(CheckpointError, match=r"holds no plan, .*dcp_to_torch"):
+            restore_structure(model, tmp_path)
     assert len(Plan.of(model)) == 0
     state = {"param_names": [], "plan": PLAN.to_dict()}
     torch.save({"callbacks": {"Factorize{}": state}}, tmp_path / "meta.pt")
