@@ -41,7 +41,7 @@ def better_direction(name: str) -> str | None:
         >>> [better_direction(x) for x in ("val_loss", "val/Accuracy", "error_rate", "val_x")]
         ['min', 'max', 'min', None]
     """
-    words = re.findall(r"[a-z]+[0-9]?", name.partition("/dataloader_idx_")[0].lower())
+    words = re.findall(r"[a-z]+[0-9]?", name.lower())
     known = [x for x in words if x in _LOWER + _HIGHER] or [x for x in words if x == "score"]
     return None if not known else "min" if known[-1] in _LOWER else "max"
 

@@ -218,7 +218,7 @@ def _usable(metric: Metric, shrink: tuple[float, float]) -> Metric:
     sides, notes = [], []
     for side, share in ((metric.input, shrink[0]), (metric.output, shrink[1])):
         trace = None if side is None else (side if side.ndim == 1 else side.diagonal()).sum()
-        if side is None or trace is None or trace > 0:
+        if trace is None or trace > 0:
             sides.append(shrunk(side, share) if side is not None and share else side)
         else:
             sides.append(None)

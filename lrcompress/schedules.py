@@ -55,7 +55,8 @@ class Point:
         return cls.parse(fraction)
 
     def __str__(self) -> str:
-        return f"{self.value:g}" if self.unit == "fraction" else f"{self.unit}:{self.value:g}"
+        number = repr(self.value).removesuffix(".0")
+        return number if self.unit == "fraction" else f"{self.unit}:{number}"
 
     def step(self, total_steps: float, steps_per_epoch: StepsPerEpoch) -> int:
         """Return how many optimizer steps come before this moment.
@@ -127,11 +128,9 @@ def squeeze(steps: Sequence[int], gaps: Sequence[int], total: int, first: int = 
         >>> squeeze([500, 900], [1], total=4), squeeze([500, 900], [1], total=1)
         ([2, 3], [0, 1])
     """
-    needed = first + sum(gaps)
-    latest = total if needed >= total else total - 1
     moved = list(steps)
     for i in reversed(range(len(moved))):
-        moved[i] = min(moved[i], latest - sum(gaps[i:]))
+        moved[i] = min(moved[i], total - 1 - sum(gaps[i:]))
     for i in range(len(moved)):
         moved[i] = max(moved[i], moved[i - 1] + gaps[i - 1] if i else first)
     return moved
@@ -182,7 +181,8 @@ class Piecewise:
             return self.constant > 0
         placed = [point.place(total_steps, steps_per_epoch) for point, _, _ in self.points]
         last = max(placed) if math.isinf(total_steps) else int(total_steps) - 1
-        turns = {0, last, *(min(max(at + by, 0), last) for at in placed for by in (-1, 0))}
+        # between points a line is 0 throughout if it is just before the later one
+        turns = {last, *(min(max(place - 1, 0), last) for place in placed)}
         return any(self.at(step, total_steps, steps_per_epoch) > 0 for step in turns)
 
     @property

@@ -8,14 +8,17 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import hypothesis
 import lightning as L
 import pytest
 import torch
+from hypothesis.configuration import set_hypothesis_home_dir
 from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -36,6 +39,13 @@ WORDS = (
     *("film", "movie", "story", "plot", "music", "actor", "scene", "love", "fun", "life", "time"),
     *("good", "bad", "great", "awful", "fine", "dull", "funny", "sad", "warm", "cold", "avoid"),
 )
+
+# The same few examples in every run, and nothing kept beside the tests
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
+hypothesis.settings.register_profile(
+    "same", derandomize=True, deadline=None, max_examples=20, database=None
+)
+hypothesis.settings.load_profile("same")
 
 # Each Trainer reads the metadata of all installed packages, which takes longer than a step.
 registry.entry_points = functools.cache(importlib.metadata.entry_points)

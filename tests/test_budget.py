@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lrcompress.budget import (
@@ -142,6 +144,37 @@ def test_uniform_leaves_no_layer_a_rank_short_of_its_share(seed: int) -> None:
         rank = ranks[c.name]
         assert rank is not None
         assert cost(c, rank) > 0.4 * c.dense - c.unit
+
+
+def even_share(layers: list[Candidate], budget: float) -> float:
+    """The share of all that, cut to each layer's bounds, takes up the budget: by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        each = [min(max(share * c.dense, cost(c, c.least)), cost(c, c.top)) for c in layers]
+        low, high = (share, high) if sum(each) <= budget else (low, share)
+    return low
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.6, 0.8])
+def test_uniform_gives_each_layer_the_even_share_as_far_as_its_bounds_allow(
+    seed: int, keep: float
+) -> None:
+    chance = random.Random(seed)
+    layers = []
+    for i in range(chance.randint(2, 7)):
+        out, in_ = chance.randint(20, 90), chance.randint(20, 90)
+        least, most = sorted(chance.choices([0.02, 0.1, 0.3, 0.5, 0.7, 1.0], k=2))
+        lowest, highest = match_bounds((least, most), out, in_)
+        layers.append(Candidate(f"{i}", out, in_, lowest=lowest, highest=highest))
+    budget = keep * sum(c.dense for c in layers)
+    if sum(cost(c, c.least) for c in layers) > budget:
+        return
+    share = even_share(layers, budget)
+    for c, rank in zip(layers, allocate(layers, keep, "uniform").values(), strict=True):
+        fair = min(max(share * c.dense, cost(c, c.least)), cost(c, c.top))
+        assert cost(c, rank) > fair - c.unit
 
 
 def test_uniform_lets_layers_at_a_bound_pay_first() -> None:
@@ -404,7 +437,8 @@ def test_a_share_above_zero_and_up_to_one_is_taken(keep: float) -> None:
     [
         (0, "got 0$"),
         (-0.1, "got -0.1$"),
-        (1.5, "got 1.5"),
+        (1.5, "got 1.5$"),
+        (2, r"got 2; did you mean 0.02\?"),
         (math.nan, "got nan$"),
         (math.inf, "got inf$"),
         (True, "got True$"),
@@ -413,6 +447,7 @@ def test_a_share_above_zero_and_up_to_one_is_taken(keep: float) -> None:
         (None, "got None$"),
         (30, r"got 30; did you mean 0.3\?"),
         (100, r"got 100; did you mean 1\?"),
+        (101, "got 101$"),
         (300, "got 300$"),
     ],
 )
@@ -531,6 +566,12 @@ def test_budgets_that_float32_cannot_tell_apart_are_met_to_the_parameter(alike: 
         )
 
 
+def test_what_is_kept_is_told_by_truth_values_also_where_it_is_nothing() -> None:
+    for budget in (0, 3, 99):
+        found = kept_units({"a": torch.ones(2), "b": torch.zeros(1)}, {"a": 3, "b": 3}, budget)
+        assert {kept.dtype for kept in found.values()} == {torch.bool}
+
+
 def test_layers_without_units_are_no_obstacle() -> None:
     nothing = {"a": torch.zeros(0)}
     assert kept_units(nothing, {"a": 3}, 5)["a"].tolist() == []
@@ -552,3 +593,115 @@ def test_prices_take_the_place_of_parameters(allocation: str) -> None:
     assert priced[0].before == priced[0].dense == 48_000
     half = replace(priced[0], whole=96_000)
     assert kept_share([half], {"a": None}) == 0.5
+
+
+# Properties
+
+SMALL = st.integers(1, 12)
+SHARES = st.floats(0.01, 1)
+RANGES = st.sampled_from([(0.0, 1.0), (0.0, 0.5), (0.3, 0.6), (0.2, 1.0)])
+
+
+@st.composite
+def some_layers(draw: st.DrawFn, own: bool = True) -> list[Candidate]:
+    """Layers of any sizes and spectra, bounded, some with a rank or a keep of their own."""
+    layers = []
+    torch.manual_seed(draw(st.integers(0, 99)))
+    for i in range(draw(st.integers(1, 4))):
+        out, in_ = draw(SMALL), draw(SMALL)
+        costs = pivoted_costs(out, in_) if draw(st.booleans()) else ()
+        lowest, highest = match_bounds(draw(RANGES), out, in_, costs=costs)
+        c = layer(f"{i}", out, in_, lowest=lowest, highest=highest)
+        kind = draw(st.sampled_from(["free", "rank", "keep"])) if own else "free"
+        more = {"rank": draw(st.integers(1, c.most))} if kind == "rank" else {}
+        layers.append(
+            replace(c, costs=costs, keep=draw(SHARES) if kind == "keep" else None, **more)
+        )
+    return layers
+
+
+def allocated(
+    layers: list[Candidate], keep: float, allocation: str, align: int = 1
+) -> dict[str, int | None]:
+    try:
+        return allocate(layers, keep, allocation, align)
+    except SettingError as error:
+        assume("the least keep is" not in str(error))
+        raise
+
+
+@each_allocation
+@given(some_layers(), SHARES, st.integers(1, 8))
+def test_no_allocation_is_above_its_budget_or_out_of_bounds(
+    allocation: str, layers: list[Candidate], keep: float, align: int
+) -> None:
+    ranks = allocated(layers, keep, allocation, align)
+    assert list(ranks) == [c.name for c in layers]
+    free = [c for c in layers if c.rank is None and c.keep is None]
+    assert not free or spent(layers, ranks) <= keep * sum(c.dense for c in layers) + 1e-6
+    for c in free:
+        rank = ranks[c.name]
+        top = c.useful + 1 if rank is None else rank
+        assert c.least <= top <= (c.useful + 1 if c.highest is None else max(c.highest, c.least))
+        assert cost(c, rank) < c.dense or rank is None
+
+
+@given(some_layers(own=False), SHARES)
+def test_a_keep_is_refused_only_where_every_allocation_is_above_it(
+    layers: list[Candidate], keep: float
+) -> None:
+    least = sum(min(cost(c, c.least), c.dense) for c in layers)
+    possible = least <= keep * sum(c.dense for c in layers) + 1e-6
+    for allocation in ALLOCATIONS:
+        if possible:
+            allocate(layers, keep, allocation)
+        else:
+            with pytest.raises(SettingError, match="the least keep is"):
+                allocate(layers, keep, allocation)
+
+
+@given(some_layers(own=False), SHARES)
+def test_a_single_layer_gets_the_greatest_rank_that_fits(
+    layers: list[Candidate], keep: float
+) -> None:
+    c = layers[0]
+    fits = [cost(c, v[c.name]) for v in vectors([c])]
+    for allocation in ALLOCATIONS:
+        rank = allocated([c], keep, allocation)[c.name]
+        assert cost(c, rank) == max(price for price in fits if price <= keep * c.dense + 1e-6)
+
+
+@given(some_layers(own=False), SHARES)
+def test_more_budget_loses_no_more_but_for_what_a_rank_is_worth(
+    layers: list[Candidate], keep: float
+) -> None:
+    layers = [replace(c, costs=(), highest=99) for c in layers]
+    slack = max(c.unit for c in layers) / sum(c.dense for c in layers)
+    less, more = (allocated(layers, min(1, k), "global") for k in (keep, keep + slack))
+    assert lost(layers, more) <= lost(layers, less) + 1e-9
+
+
+@given(some_layers(own=False), SHARES, st.permutations(range(4)))
+def test_the_order_of_layers_changes_nothing_but_between_equals(
+    layers: list[Candidate], keep: float, order: list[int]
+) -> None:
+    assume(len({(c.out_features, c.in_features) for c in layers}) == len(layers))
+    turned = [layers[i] for i in order if i < len(layers)]
+    for allocation in ALLOCATIONS:
+        assert allocated(layers, keep, allocation) == allocated(turned, keep, allocation)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=3),
+    st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    st.floats(0, 99),
+    st.floats(0, 99),
+)
+def test_units_are_the_best_that_fit_and_a_greater_budget_keeps_them_all(
+    scores: list[list[int]], each: list[int], one: float, other: float
+) -> None:
+    units = {f"{i}": torch.tensor(x, dtype=torch.float32) for i, x in enumerate(scores)}
+    prices = {f"{i}": price for i, price in enumerate(each)}
+    less, more = (kept_units(units, prices, budget) for budget in sorted((one, other)))
+    assert {n: kept.tolist() for n, kept in less.items()} == taken(units, prices, min(one, other))
+    assert all((kept <= more[name]).all() for name, kept in less.items())

@@ -270,3 +270,60 @@ def test_a_step_that_overflows_somewhere_is_left_out_for_the_whole_layer(overflo
             score[2] = torch.inf  # the row with the largest gradients
         found.add({"layer": score, "other": torch.ones(1)})
     torch.testing.assert_close(found.scores()["layer"], expected.scores()["layer"])
+
+
+def test_a_step_without_scores_counts_as_a_step() -> None:
+    importance = Importance(0.0, 1.0, 2)
+    importance.add({})
+    assert importance.steps == 1
+    importance.add({"a": torch.full((2,), 4.0)})
+    assert importance.scores()["a"].tolist() == [2.0, 2.0]
+
+
+def test_large_scores_that_are_finite_are_not_left_out() -> None:
+    importance = Importance(0.0, 1.0, 1)
+    largest = torch.finfo(torch.float32).max
+    importance.add({"a": torch.full((3,), largest)})
+    assert importance.scores()["a"].tolist() == [largest] * 3
+
+
+def after_an_overflow() -> Importance:
+    """In a window of three, after one finite step and one that overflowed."""
+    importance = Importance(0.0, 1.0, 3)
+    importance.add({"a": torch.full((2,), 4.0)})
+    importance.add({"a": torch.tensor([math.inf, 1.0])})
+    return importance
+
+
+def test_a_step_that_was_left_out_stays_so_when_resumed() -> None:
+    importance = Importance(0.0, 1.0, 3)
+    importance.load_state_dict(after_an_overflow().state_dict(), "cpu")
+    importance.add({"a": torch.full((2,), 8.0)})
+    assert importance.scores()["a"].tolist() == [6.0, 6.0]
+
+
+def test_a_state_that_does_not_say_what_was_left_out_left_out_nothing() -> None:
+    importance, state = Importance(0.0, 1.0, 3), after_an_overflow().state_dict()
+    del state["skipped"]  # as earlier versions wrote it
+    importance.load_state_dict(state, "cpu")
+    importance.add({"a": torch.full((2,), 8.0)})
+    assert importance.scores()["a"].tolist() == [4.0, 4.0]
+
+
+def test_a_state_is_loaded_on_the_device_that_is_named() -> None:
+    source = Importance(0.5, 0.5, 2)
+    for _ in range(3):
+        source.add({"a": torch.ones(2)})
+    state = source.state_dict()
+    for given in (state, {key: value for key, value in state.items() if key != "skipped"}):
+        importance = Importance(0.5, 0.5, 2)
+        importance.load_state_dict(given, "meta")
+        held = importance.state_dict()
+        tensors = [t for part in held.values() if isinstance(part, dict) for t in part.values()]
+        assert [t.device.type for t in tensors] == ["meta"] * 4
+
+
+def test_without_uncertainty_none_is_kept() -> None:
+    importance = Importance(0.5, 1.0, 1)
+    importance.add({"a": torch.ones(2)})
+    assert importance.state_dict()["spread"] == {}

@@ -150,6 +150,7 @@ def test_what_is_lost_counts_up_in_both_directions() -> None:
     assert lower.is_within(lower.lost(2.3), allowed=0.3)
     assert not lower.is_within(lower.lost(math.nan))
     assert not lower.is_within(lower.lost(math.inf))
+    assert Target("max", 0.0, 0.0).is_within(0.0), "nothing lost of nothing"
 
 
 def test_recovery_is_a_share_that_shorter_training_has_less_of() -> None:
@@ -160,6 +161,8 @@ def test_recovery_is_a_share_that_shorter_training_has_less_of() -> None:
     assert worse == Recovery(0.0, 10)
     better = Recovery.measured(0.1, -0.5, 10)  # than the dense model: not relied on in full
     assert better == Recovery(0.75, 10)
+    assert Recovery.measured(0.04, 0.03, 10) == Recovery(0.25, 10)
+    assert Recovery(0.75, 1).over(0.5) == Recovery(0.75, 0).over(0.5) == 0.5
     half = Recovery(0.5, 40)
     assert [half.over(steps) for steps in (0, 40, 400, math.inf)] == [0.0, 0.5, 0.5, 0.5]
     assert 1 - half.over(20) == pytest.approx(math.sqrt(0.5))

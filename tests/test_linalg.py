@@ -16,14 +16,17 @@ from lrcompress import linalg
 from lrcompress.linalg import (
     add_gram_,
     balanced,
+    finite_or_zero,
     for_gram,
     full_precision,
     least_squares,
     packed,
     packed_shape,
+    per_example_squares,
     root,
     shrunk,
     symmetric,
+    whitening,
 )
 from lrcompress.nn.kronecker import carry_kronecker
 from lrcompress.solvers.kronecker import kronecker_sums, nearest_shape
@@ -320,6 +323,87 @@ def test_root_with_a_floor_can_be_inverted(least: float) -> None:
     torch.testing.assert_close(r @ r.mT, raised, rtol=0, atol=1e-9)
     gram = r.mT @ r
     assert triangular or gram.allclose(gram.diagonal().diag(), atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [3, 50], ids=["singular", "definite"])
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_root_with_a_floor_does_not_depend_on_units(tokens: int, scale: float) -> None:
+    x = torch.randn(tokens, 6, dtype=torch.float64)
+    plain, scaled = (root(c * (x.mT @ x), floor=1e-4) for c in (1.0, scale))
+    assert plain[1] == scaled[1] == (tokens == 50)
+    torch.testing.assert_close(scaled[0] @ scaled[0].mT / scale, plain[0] @ plain[0].mT)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 50], ids=["rank one", "singular", "definite"])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_whitening_applies_a_root_of_the_metric_and_its_inverse(
+    tokens: int, scale: float, diagonal: bool
+) -> None:
+    x, floor = torch.randn(tokens, 5, dtype=torch.float64) * scale**0.5, 1e-6
+    moment = x.mT @ x
+    metric = moment.diagonal() * (torch.arange(5) > 0) if diagonal else moment
+    energies, basis = torch.linalg.eigh(metric.diag() if diagonal else metric)
+    raised = basis @ energies.clamp(min=floor * float(energies[-1])).diag() @ basis.mT
+    there, back = whitening(metric, floor)
+    columns = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(back(there(columns)), columns)
+    p = there(torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(p.mT @ p / scale, raised / scale)
+
+
+def test_whitening_by_the_identity_changes_nothing() -> None:
+    there, back = whitening(None, 1e-6)
+    x = torch.randn(4, 2)
+    assert there(x) is x
+    assert back(x) is x
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 9, 8), (3, 7, 4, 3), (1, 1, 1, 1), (2, 12, 4, 6)])
+def test_squares_are_those_of_each_examples_gradient(sizes: tuple[int, int, int, int]) -> None:
+    examples, length, fan_in, fan_out = sizes
+    x, g = torch.randn(examples, length, fan_in), torch.randn(examples, length, fan_out)
+    expected = sum((g[b].mT @ x[b]).square().sum(0) for b in range(examples))
+    torch.testing.assert_close(per_example_squares(x, g), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_not_finite_becomes_zero_as_a_whole(dtype: torch.dtype) -> None:
+    large = torch.full((2, 9), 6e4, dtype=dtype)  # in half precision their sum is infinite
+    finite, found = finite_or_zero(large)
+    assert finite
+    assert found is large, "no copy"
+    for odd in (torch.nan, torch.inf, -torch.inf):
+        large[1, 3] = odd
+        finite, found = finite_or_zero(large)
+        assert not finite
+        assert found.equal(torch.zeros_like(large))
+
+
+def test_a_scale_counts_twice_in_a_gram_matrix() -> None:
+    x = torch.randn(7, 5)
+    sums = torch.zeros(packed_shape(5))
+    assert sums.shape == (1, packed_shape(5)[1])
+    add_gram_(sums, x, 3.0)
+    torch.testing.assert_close(symmetric(sums), 9 * x.mT @ x)
+    assert symmetric(sums, torch.float64).dtype == torch.float64
+
+
+def test_a_pseudo_inverse_that_a_device_gives_up_on_is_had_from_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, calls = torch.linalg.pinv, []
+
+    def gives_up(matrix: Tensor) -> Tensor:
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return plain(matrix)  # type: ignore[no-any-return]
+
+    a, b = torch.randn(3, 5), torch.randn(3, 2)
+    monkeypatch.setattr(torch.linalg, "pinv", gives_up)
+    torch.testing.assert_close(least_squares(a, b), plain(a) @ b)
+    assert len(calls) == 2
 
 
 def test_root_of_a_matrix_that_rounding_made_indefinite_is_finite() -> None:

@@ -1,11 +1,13 @@
 """Every method's metric against its definition, from statistics of made-up tokens."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, ObservationError, SettingError
-from lrcompress.objective import METHODS, Metric, method_named, metric_of
+from lrcompress.objective import FEW, METHODS, Metric, few_tokens, method_named, metric_of
 from lrcompress.statistics.moments import INPUT_KINDS, OUTPUT_KINDS, Statistics, Sums, shapes
 
 IN, OUT, EXAMPLES, LENGTH = 5, 4, 6, 3
@@ -202,9 +204,11 @@ def test_a_side_that_is_all_zero_is_the_identity_says_so_and_predicts_nothing(
     assert f"the {side} metric was all zero: identity" in metric.note
 
 
-def test_an_input_that_never_changes_costs_the_bias_nothing() -> None:
+@pytest.mark.parametrize("features", [1, IN])
+def test_an_input_that_never_changes_costs_the_bias_nothing(features: int) -> None:
     for _ in range(8):  # float32 sums leave a little above or below nothing
-        held = statistics(torch.randn(IN).expand(400, 2, IN), torch.randn(400, 2, OUT))
+        same = torch.randn(features).expand(400, 2, features)
+        held = statistics(same, torch.randn(400, 2, OUT))
         metric = metric_of("kfac", held, "layer", refit_bias=True)
         assert metric.input is None
         assert metric.loss_scale == 0
@@ -217,5 +221,49 @@ def test_a_method_that_cannot_compare_layers_stays_so_without_inputs(g: Tensor) 
 
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:
     every = ", ".join(METHODS)
-    with pytest.raises(SettingError, match=f"one of {every}; got 'kfca', nearest: kfac"):
-        method_named("kfca")
+    with pytest.raises(SettingError, match=f"one of {every}; got 'kfac2', nearest: kfac$"):
+        method_named("kfac2")  # near to weighted_kfac as well
+
+
+@each_method
+def test_units_of_inputs_and_gradients_are_units_of_the_metric(
+    method: str, x: Tensor, g: Tensor
+) -> None:
+    plain = metric_of(method, statistics(x, g), "layer", refit_bias=True)
+    for of_x, of_g in ((1e-3, 1e3), (1e3, 1e-3)):
+        scaled = metric_of(method, statistics(of_x * x, of_g * g), "layer", refit_bias=True)
+        assert scaled.note == plain.note == ""
+        for one, other in ((plain.input, scaled.input), (plain.output, scaled.output)):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                torch.testing.assert_close(other / other.norm(), one / one.norm(), **NEAR)
+
+
+def test_features_that_sum_to_nothing_are_a_metric_all_the_same() -> None:
+    """As those of a LayerNorm: no entry of the sum of all of them is left, but the trace is."""
+    x = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]])
+    metric = metric_of("drone", statistics(x, torch.ones(1, 2, OUT)), "layer", refit_bias=False)
+    torch.testing.assert_close(metric.input, torch.tensor([[2.5, -2.5], [-2.5, 2.5]]).double())
+    assert metric.note == ""
+
+
+def test_a_single_token_is_counted_once() -> None:
+    x, g = torch.randn(1, 1, IN), torch.randn(1, 1, OUT)
+    metric = metric_of("kfac", statistics(x, g), "layer", refit_bias=False)
+    torch.testing.assert_close(metric.input, torch.outer(x[0, 0], x[0, 0]).double(), **NEAR)
+    torch.testing.assert_close(metric.output, torch.outer(g[0, 0], g[0, 0]).double(), **NEAR)
+
+
+def test_a_side_that_a_method_does_not_look_at_is_not_shrunk(x: Tensor, g: Tensor) -> None:
+    metric = metric_of("drone", statistics(x, g), "layer", refit_bias=False, shrink=(0.5, 0.5))
+    assert metric.output is None
+    assert metric.input is not None
+
+
+def test_few_tokens_are_told_by_the_methods_whose_metric_is_full() -> None:
+    for method, chosen in METHODS.items():
+        full = chosen.input in ("input_moment", "weighted_moment")
+        assert bool(few_tokens(method, FEW * 100 - 1, 100)) == full
+        assert few_tokens(method, FEW * 100, 100) == ""
+    told = r"^1,023 tokens .* up to 256 inputs, which is too few: .*; observe 2,048 or more$"
+    assert re.match(told, few_tokens("kfac", 1023, 256))

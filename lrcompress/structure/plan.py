@@ -8,7 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompress.errors import CheckpointError, LayerError, NoMatchError, ShapeError, nearest
-from lrcompress.nn import KINDS, FactoredEmbedding, LowRankEmbedding, LowRankLinear, Replacement
+from lrcompress.nn import (
+    KINDS,
+    FactoredEmbedding,
+    LowRankEmbedding,
+    LowRankLinear,
+    NarrowLowRank,
+    PrunedLinear,
+    Replacement,
+)
 from lrcompress.statistics.views import is_embedding, is_linear, view
 from lrcompress.structure.checkpoint import consolidate_command, read_checkpoint
 from lrcompress.structure.surgery import replace_
@@ -154,19 +162,35 @@ class Plan:
             raise CheckpointError(
                 f"expected a plan of version {VERSION}, got version {data.get('version')!r}"
             )
-        try:
-            layers = tuple(
-                LayerPlan(
-                    str(layer["name"]),
-                    str(layer["kind"]),
-                    {str(key): int(value) for key, value in layer["sizes"].items()},
-                    str(layer.get("tied", "")),
-                )
-                for layer in data["layers"]  # type: ignore[attr-defined]
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"this is no plan: {error!r}") from error
+        listed = data.get("layers")
+        if not isinstance(listed, list | tuple):
+            raise CheckpointError(f"this is no plan: expected a list of layers, got {listed!r}")
+        layers = tuple(_read_layer(entry, i) for i, entry in enumerate(listed))
+        names = [layer.name for layer in layers]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise CheckpointError(f"this is no plan: it names layer {twice!r} more than once")
         return cls(layers)
+
+
+def _read_layer(entry: object, place: int) -> LayerPlan:
+    """Return the layer that an entry of a plan describes.
+
+    Raises:
+        CheckpointError: if it describes none.
+    """
+    found = entry if isinstance(entry, Mapping) else {}
+    name, kind, sizes, tied = (found.get(key) for key in ("name", "kind", "sizes", "tied"))
+    whole = isinstance(sizes, Mapping) and all(
+        isinstance(size, str) and type(number) is int for size, number in sizes.items()
+    )
+    if not (whole and all(isinstance(text, str) for text in (name, kind, tied or ""))):
+        raise CheckpointError(
+            f"this is no plan: expected name, kind and sizes of layer {place}, such as "
+            f"{{'name': 'a.b', 'kind': 'low_rank', 'sizes': {{'in': 8, 'out': 6, 'rank': 2}}}}, "
+            f"got {entry!r}"
+        )
+    return LayerPlan(name, kind, dict(sizes), tied or "")  # type: ignore[arg-type]
 
 
 def _layer_plan(name: str, module: nn.Module) -> LayerPlan:
@@ -270,6 +294,8 @@ def _built(layer: LayerPlan, old: nn.Module, sides: Mapping[str, int]) -> nn.Mod
                 f"layer {layer.name!r} of sizes {dict(sides)} cannot have {size} "
                 f"{layer.sizes.get(size)}; from {least} to {most} it could"
             )
+    if isinstance(old, PrunedLinear | NarrowLowRank):  # other kinds would become as narrow
+        old = old.to_dense()
     return kind.in_place_of(old, **{size: layer.sizes[size] for size in limits})
 
 

@@ -11,6 +11,8 @@ import lightning as L
 import pytest
 import torch
 import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import lrcompress
@@ -312,3 +314,39 @@ def test_the_public_names_are_these_functions() -> None:
     assert lrcompress.save_pretrained is save_pretrained
     assert lrcompress.load_pretrained is load_pretrained
     assert lrcompress.merge_dense is merge_dense
+
+
+@st.composite
+def bert_plans(draw: st.DrawFn) -> Plan:
+    """Any layers of a tiny BERT, of any sizes."""
+    layers, block = [], "bert.encoder.layer.0"
+    for name, out, in_ in (
+        (f"{block}.attention.self.query", 16, 16),
+        (f"{block}.intermediate.dense", 24, 16),
+        (f"{block}.output.dense", 16, 24),
+    ):
+        kind = draw(st.sampled_from(["dense", "low_rank", "pivoted", "low_rank_sparse"]))
+        sizes = {"in": in_, "out": out, "rank": draw(st.integers(1, 16))}
+        if kind == "low_rank_sparse":
+            sizes["rows"] = draw(st.integers(0, out))
+        if kind != "dense":
+            layers.append(LayerPlan(name, kind, sizes))
+    return Plan(tuple(layers))
+
+
+@settings(max_examples=5)
+@given(plan=bert_plans())
+def test_a_folder_of_any_plan_is_written_again_as_it_was(
+    plan: Plan, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    one, other = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("other")
+    model = plan.apply_(ARCHITECTURES["bert"]())
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    save_pretrained(model, one)
+    again = load_pretrained(one)
+    assert Plan.of(again) == plan
+    save_pretrained(again, other)
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in other.iterdir())
+    for path in one.iterdir():
+        assert path.read_bytes() == (other / path.name).read_bytes(), path.name

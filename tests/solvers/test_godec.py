@@ -81,7 +81,7 @@ def test_a_seed_gives_the_same_support_and_leaves_random_numbers_alone() -> None
 
 
 def test_a_weight_of_zeros_has_no_error() -> None:
-    assert godec(torch.zeros(4, 4), 2, 2).errors[-1] == 0
+    assert godec(torch.zeros(4, 4), 2, 2).errors == (0.0, 0.0), "and is done at once"
 
 
 def test_says_what_does_not_fit() -> None:
@@ -93,3 +93,13 @@ def test_says_what_does_not_fit() -> None:
         godec(torch.zeros(2, 3), 1, -1)
     with pytest.raises(NotFiniteError, match=r"weight holds 1 non-finite of 6 values"):
         godec(torch.tensor([[1.0, 2.0, float("nan")], [0.0, 0.0, 0.0]]), 1, 1)
+
+
+def test_sweeps_end_where_they_are_told_to_and_as_documented_by_default() -> None:
+    torch.manual_seed(4)
+    weight = torch.randn(12, 10)
+    assert [len(godec(weight, 2, 9, tolerance=0, most_sweeps=n).errors) for n in (1, 3)] == [1, 3]
+    documented = godec(weight, 2, 9, seed=0, tolerance=1e-4, most_sweeps=100)
+    assert godec(weight, 2, 9).errors == documented.errors
+    assert len(documented.errors) > 2
+    assert len(godec(weight, 2, 9, tolerance=-1.0).errors) == 100, "whatever is gained"

@@ -184,3 +184,13 @@ def test_the_ridge_is_the_one_that_is_best_on_the_other_half(
     torch.testing.assert_close(found, wanted[0])
     if bias:
         torch.testing.assert_close(moved, wanted[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_a_single_token_the_bias_takes_up_what_is_left(dtype: torch.dtype) -> None:
+    weight, left, right, x, own = a_case(1, dtype)
+    bias = torch.randn(OUT, dtype=dtype)
+    found, shifted = equations(weight, right, x, own, 1.0).solve(left, bias)
+    assert shifted is not None
+    assert found.dtype == shifted.dtype == dtype
+    torch.testing.assert_close(found @ right @ own[0] + shifted, weight @ x[0] + bias)

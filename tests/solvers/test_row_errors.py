@@ -129,3 +129,16 @@ def test_a_weight_of_low_precision_is_measured_in_float64() -> None:
     truncation = truncate(w.double(), None, c)
     exact = row_energies(w.double(), None, c, truncation, 3)
     torch.testing.assert_close(row_energies(w, None, c, truncation, 3), exact)
+
+
+@each_shape
+@pytest.mark.parametrize("kind", ["diagonal", "full"])
+def test_metrics_of_float32_are_taken_as_they_are(shape: tuple[int, int], kind: str) -> None:
+    w, g, c = randn(*shape), metric(kind, shape[0]), metric(kind, shape[1])
+    assert g is not None
+    assert c is not None
+    truncation, plain = truncate(w, g, c), truncate(w.float(), g.float(), c.float())
+    found = row_energies(w.float(), g.float(), c.float(), plain, 3)
+    assert found.dtype == torch.float64
+    expected = row_energies(w, g, c, truncation, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.solvers.truncation import Factors, truncate
+from lrcompress.solvers.truncation import Factors, rank_energies, truncate
 
 KINDS = ["none", "diagonal", "full"]
 SHAPES = [(5, 9), (9, 5), (6, 6)]
@@ -387,3 +387,63 @@ def test_what_does_not_fit_together_is_named(
 ) -> None:
     with pytest.raises(ShapeError, match=message):
         truncate(*(None if shape is None else torch.ones(shape) for shape in shapes))  # type: ignore[arg-type]
+
+
+@each_shape
+@pytest.mark.parametrize(("most", "held"), [(None, 5), (3, 3), (1, 1), (0, 1), (99, 5)])
+@pytest.mark.parametrize("seen", [2, 5], ids=["singular", "regular"])
+def test_as_many_ranks_are_held_as_were_asked_for(
+    shape: tuple[int, int], most: int | None, held: int, seen: int
+) -> None:
+    w = randn(*shape)
+    moment = metric("full", shape[1])
+    assert moment is not None
+    if seen == 2:
+        x = randn(2, shape[1])
+        moment = x.mT @ x
+    held += shape == (6, 6) and held == 5
+    some, every = truncate(w, None, moment, most=most), truncate(w, None, moment)
+    assert (some.left.shape[1], some.right.shape[0]) == (held, held)
+    torch.testing.assert_close(some.energies, every.energies)
+    for rank in range(1, held + 1):
+        torch.testing.assert_close(product(some.factors(rank)), product(every.factors(rank)))
+        torch.testing.assert_close(some.basis(rank), every.left[:, :rank])
+    with pytest.raises(SettingError, match=f"rank must be from 1 to {held} "):
+        some.factors(held + 1)
+
+
+@each_shape
+@each_output
+@each_input
+def test_what_is_lost_is_the_objective(shape: tuple[int, int], output: str, input_: str) -> None:
+    w, g, c = randn(*shape), metric(output, shape[0]), metric(input_, shape[1])
+    factors = truncate(w, g, c).factors(2)
+    assert factors.lost == pytest.approx(objective(w - factors.product(), g, c))
+    assert factors.product().equal(factors.left @ factors.right)
+    assert [x.shape for x in factors.values] == [(2, shape[1]), (shape[0], 2)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "held"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_what_is_held_is_of_float32_at_least_and_the_basis_of_float64(
+    dtype: torch.dtype, held: torch.dtype
+) -> None:
+    found = truncate(torch.randn(4, 6).to(dtype))
+    assert (found.left.dtype, found.right.dtype) == (held, held)
+    assert found.basis(2).dtype == found.factors(2).product().dtype == torch.float64
+
+
+@each_shape
+@each_input
+def test_the_curve_alone_is_that_of_the_truncation(shape: tuple[int, int], input_: str) -> None:
+    w, c = randn(*shape) / 10, metric(input_, shape[1])
+    found = rank_energies(w, c)
+    torch.testing.assert_close(found, truncate(w, None, c).energies)
+    low = randn(shape[0], 1) @ randn(1, shape[1])
+    assert (rank_energies(low, c) >= 0).all()

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BatchEncoding, BertConfig, BertForMultipleChoice
 
@@ -19,6 +21,7 @@ from lrcompress.statistics.masks import (
     check_mask,
     sequence_first,
 )
+from lrcompress.statistics.moments import KINDS, Statistics
 
 FOUR = torch.zeros(4, 7)
 
@@ -420,3 +423,57 @@ def test_labels_are_a_mask_of_what_is_predicted() -> None:
     _, missing = batch_mask({"input_ids": batch["labels"]}, "labels", "observe")
     assert missing is not None
     assert "leaves padding out by the batch's 'labels'" in missing
+
+
+# Properties
+
+
+def seen_in(model: nn.Module, batches: list[tuple[Tensor, Tensor | None]]) -> Statistics:
+    """Of all batches; an example's loss depends on its tokens only, each by itself."""
+    with observe(model, kinds=KINDS, targets=["*"]) as recorder:
+        for x, mask in batches:
+            with recorder.step(mask):
+                out = model(x)
+                recorder.commit(len(x), terms=len(x))
+                real = torch.ones(x.shape[:2]) if mask is None else mask
+                loss = out.square().sum(-1).where(real != 0, 0.0).sum() / len(x)
+                loss.backward()
+    return recorder.statistics
+
+
+@given(st.data(), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 3))
+def test_padding_and_the_order_of_examples_change_no_statistic(
+    data: st.DataObject, lengths: list[int], more: int
+) -> None:
+    torch.manual_seed(sum(lengths) + more)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    examples = [torch.randn(length, 3) for length in lengths]
+    order = data.draw(st.permutations(range(len(lengths))))
+    longest = max(lengths) + more
+    before = [data.draw(st.integers(0, longest - len(examples[i]))) for i in order]
+    x, mask = torch.randn(len(lengths), longest, 3), torch.zeros(len(lengths), longest)
+    for row, (i, start) in enumerate(zip(order, before, strict=True)):
+        x[row, start : start + lengths[i]] = examples[i]
+        mask[row, start : start + lengths[i]] = 1
+    alone = seen_in(model, [(example[None], None) for example in examples])
+    together = seen_in(model, [(x, mask)])
+    assert together.tokens == alone.tokens == sum(lengths)
+    for name in ("0", "2"):
+        one, other = (found.of(name, KINDS) for found in (alone, together))
+        assert (one.tokens, one.examples) == (other.tokens, other.examples)
+        for kind in KINDS:
+            torch.testing.assert_close(other.moment(kind), one.moment(kind), rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_the_tokens_of_any_mask_are_those_it_marks_in_every_layout(rows: list[list[bool]]) -> None:
+    grid = torch.tensor(rows)
+    x = numbered(*grid.shape)
+    real = set(x[grid][:, 0].tolist())
+    mask = Mask(grid)
+    for layout in (x, x.flatten(0, 1), x[:, None].expand(-1, 3, -1, -1)):
+        assert kept(layout, mask.fit(layout)) == real
+    turned = x.transpose(0, 1)
+    assert kept(turned, mask.fit(turned, sequence_first=True)) == real
+    found = mask.fit(x).by_example(x)
+    assert torch.equal(found, torch.where(grid[..., None], x, 0))

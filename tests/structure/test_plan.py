@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from lrcompress.errors import CheckpointError, LayerError, NoMatchError, ShapeError
-from lrcompress.nn import LowRankLinear, LowRankSparseLinear
+from lrcompress.errors import (
+    CheckpointError,
+    LayerError,
+    LRCompressError,
+    NoMatchError,
+    ShapeError,
+)
+from lrcompress.nn import KINDS, LowRankLinear, LowRankSparseLinear
 from lrcompress.structure.plan import LayerPlan, Plan, restore_structure
 
 PLAN = Plan(
@@ -96,6 +104,16 @@ def test_applying_a_plan_again_leaves_every_layer_as_it_is() -> None:
     layers = list(model.modules())
     PLAN.apply_(model)
     assert list(model.modules()) == layers
+
+
+def test_a_plan_of_low_rank_makes_a_narrow_layer_whole_again() -> None:
+    sides = {"in": 8, "out": 6}
+    low_rank = LayerPlan("0", "low_rank", sides | {"rank": 2})
+    for kind, own in (("narrow", {}), ("narrow_low_rank", {"rank": 1})):
+        narrow = LayerPlan("0", kind, sides | {"rows": 3, "columns": 5} | own)
+        model = Plan((low_rank,)).apply_(Plan((narrow,)).apply_(dense()))
+        assert Plan.of(model).layers == (low_rank,)
+        assert structure(model)["0.left.weight"] == (6, 2)
 
 
 def test_a_plan_changes_the_rank_of_factors() -> None:
@@ -185,22 +203,32 @@ def test_a_plan_that_is_wrong_anywhere_changes_nothing(
     assert same(model, before)
 
 
+ENTRY = {"name": "a", "kind": "low_rank", "sizes": {"in": 8, "out": 6, "rank": 2}}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ({}, "expected a plan of version 1, got version None"),
         ({"version": 2, "layers": []}, "expected a plan of version 1, got version 2"),
-        ({"version": 1}, "this is no plan: KeyError"),
-        ({"version": 1, "layers": [{"name": "a"}]}, "this is no plan: KeyError"),
-        ({"version": 1, "layers": [3]}, "this is no plan: TypeError"),
-        ({"version": 1, "layers": None}, "this is no plan: TypeError"),
+        ({"version": 1}, "this is no plan: expected a list of layers, got None"),
+        ({"version": 1, "layers": {}}, "this is no plan: expected a list of layers, got {}"),
         (
-            {"version": 1, "layers": [{"name": "a", "kind": "low_rank", "sizes": [1]}]},
-            "this is no plan: AttributeError",
+            {"version": 1, "layers": [ENTRY, ENTRY]},
+            "this is no plan: it names layer 'a' more than once",
         ),
-        (
-            {"version": 1, "layers": [{"name": "a", "kind": "low_rank", "sizes": {"in": "x"}}]},
-            "this is no plan: ValueError",
+        *(
+            ({"version": 1, "layers": [ENTRY, wrong]}, "name, kind and sizes of layer 1, such as ")
+            for wrong in (
+                3,
+                {"name": "a"},
+                ENTRY | {"sizes": [1]},
+                ENTRY | {"sizes": {"in": "x"}},
+                ENTRY | {"sizes": {"in": 2.5}},
+                ENTRY | {"sizes": {"in": True}},
+                ENTRY | {"name": None},
+                ENTRY | {"tied": 3},
+            )
         ),
     ],
 )
@@ -275,6 +303,21 @@ def test_a_checkpoint_of_another_width_is_refused() -> None:
     assert Plan.of(model) == Plan()
 
 
+@pytest.mark.parametrize(
+    ("stored", "shape"), [(torch.zeros(6, 2, 1), r"\(6, 2, 1\)"), ([1.0], r"\(\)")]
+)
+def test_factors_that_are_not_of_their_form_are_refused(stored: Any, shape: str) -> None:
+    state = factored().state_dict() | {"0.left.weight": stored}
+    told = rf"^0\.left\.weight must be a tensor with 2 axes, got shape {shape}$"
+    with pytest.raises(CheckpointError, match=told):
+        restore_structure(dense(), state)
+
+
+def test_a_checkpoint_whose_state_is_no_mapping_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"^state_dict must be a mapping, got list$"):
+        restore_structure(dense(), {"state_dict": []})
+
+
 class Runs:
     """Runs code when it is unpickled."""
 
@@ -309,11 +352,81 @@ def test_a_gpt2_whose_attention_is_square_comes_back_untransposed() -> None:
 def test_a_distributed_checkpoint_says_its_structure_beside_its_shards(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no distributed checkpoint: it has no meta\.pt"):
         restore_structure(dense(), tmp_path)
-    torch.save({"callbacks": {"EarlyStopping{}": {"wait_count": 3}}}, tmp_path / "meta.pt")
     model = dense()
-    with pytest.raises(CheckpointError, match=r"holds no plan, .*dcp_to_torch"):
-        restore_structure(model, tmp_path)
+    for held in ({}, {"callbacks": {"Other{}": [1]}}, {"callbacks": {"Other{}": {"plan": 3}}}):
+        torch.save(held, tmp_path / "meta.pt")
+        with pytest.raises(CheckpointError, match=r"holds no plan, .*dcp_to_torch"):
+            restore_structure(model, tmp_path)
     assert len(Plan.of(model)) == 0
     state = {"param_names": [], "plan": PLAN.to_dict()}
     torch.save({"callbacks": {"Factorize{}": state}}, tmp_path / "meta.pt")
     assert Plan.of(restore_structure(model, str(tmp_path))) == PLAN
+
+
+# Properties
+
+NAMES = st.text(max_size=4)
+SIZES = st.dictionaries(NAMES, st.integers(0, 10**12), max_size=3)
+LAYERS = st.builds(LayerPlan, NAMES, NAMES, SIZES, NAMES)
+PLANS = st.builds(Plan, st.lists(LAYERS, unique_by=lambda x: x.name, max_size=4).map(tuple))
+WRONG = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.floats(),
+    st.lists(st.text()),
+    st.dictionaries(st.text(), st.none()),
+)
+
+
+@given(PLANS)
+def test_any_plan_that_was_written_is_read_back(plan: Plan) -> None:
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@given(PLANS, LAYERS, WRONG, st.data())
+def test_a_plan_that_was_damaged_is_refused(
+    plan: Plan, layer: LayerPlan, wrong: object, data: st.DataObject
+) -> None:
+    written = json.loads(json.dumps(Plan((*plan.layers, layer)).to_dict()))
+    entry = written["layers"][-1]
+    inside = entry["sizes"] if data.draw(st.booleans()) and entry["sizes"] else entry
+    key = data.draw(st.sampled_from([key for key in inside if key != "tied"]))
+    if inside is entry and data.draw(st.booleans()):
+        del inside[key]
+    else:
+        inside[key] = wrong
+    with pytest.raises(CheckpointError, match=rf"this is no plan: .* layer {len(plan)}"):
+        Plan.from_dict(written)
+
+
+@st.composite
+def fitting_plans(draw: st.DrawFn) -> Plan:
+    """Layers of :func:`dense`, of any kind that a linear layer can become, sizes within limits."""
+    layers = []
+    for name, sides in (("0", {"in": 8, "out": 6}), ("2.inner", {"in": 6, "out": 6})):
+        kind = draw(st.sampled_from([x for x in KINDS.values() if x.can_replace(nn.Linear(1, 1))]))
+        limits = kind.size_limits(sides)
+        own = {size: draw(st.integers(*ends)) for size, ends in limits.items()}
+        layers.append(LayerPlan(name, kind.kind, sides | own))
+    return Plan(tuple(layers))
+
+
+@settings(max_examples=10)
+@given(fitting_plans(), fitting_plans())
+def test_any_plan_is_applied_over_any_other_and_found_in_a_state_or_changes_nothing(
+    before: Plan, plan: Plan
+) -> None:
+    model = dense()
+    for wanted in (before, plan):
+        have, layers = Plan.of(model), list(model.modules())
+        try:
+            wanted.apply_(model)
+        except LRCompressError:
+            assert Plan.of(model) == have
+            assert list(model.modules()) == layers
+        else:
+            assert Plan.of(model) == wanted
+            assert Plan.matching(dense(), model.state_dict()) == wanted
+            assert Plan.matching(model, dense().state_dict()).apply_(model) is model
+            assert structure(model) == structure(dense())
+            wanted.apply_(model)
