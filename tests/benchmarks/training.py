@@ -18,7 +18,7 @@ import yaml
 
 from lrcompress.cli import main
 
-EPOCHS = 5
+EPOCHS, PRECISION = 5, "32-true"  # bf16 takes minutes a step where a CPU lacks it
 DATA: dict[str, dict[str, Any]] = {
     "sst2": {"header": False, "text": [1], "label": 0},
     "mrpc": {"text": ["#1 String", "#2 String"], "label": "Quality"},
@@ -28,6 +28,8 @@ LOGITS = {"class_path": "lrcompress.distill.Logits", "init_args": {"weight": 0.5
 MOSTLY = {"class_path": "lrcompress.distill.Logits", "init_args": {"weight": 0.9}}
 HIDDEN = {"class_path": "lrcompress.distill.HiddenStates", "init_args": {"weight": 1.0}}
 LR = {"DSEE": 5e-4}  # of updates alone, as LoRA takes it
+NARROWED = {"fisher": "model", "narrow_blocks": True, "storage": "pivoted"}
+AUTO = {"keep": "auto", "drop": 0.01, "monitor": "val_accuracy"}
 PAPER_SHARE = {0.1: 0.5, 0.2: 0.25}  # low rank .05 of the dense parameters, as the authors
 
 Options = dict[str, Any]
@@ -91,6 +93,8 @@ def contestants(keep: float) -> dict[str, tuple[str | None, Options, list[Option
             [LOGITS, HIDDEN],
         ),
         "factorize, mostly distilled": ("Factorize", factorize, [MOSTLY, HIDDEN]),
+        "narrowed, distilled": ("Factorize", factorize | NARROWED, [LOGITS, HIDDEN]),
+        "auto, distilled": ("Factorize", factorize | NARROWED | AUTO, [LOGITS, HIDDEN]),
         "lora": ("DSEE", {"keep": 1.0, "entries": 0}, []),
         "dsee": ("DSEE", {"keep": keep}, []),
         "dsee, heads": ("DSEE", {"keep": keep, "structure": "heads"}, []),
@@ -118,7 +122,7 @@ def recipe(task: str, seed: int, folder: Path, name: str, keep: float) -> Option
             narrow = {"class_path": "lrcompress.FactorizeEmbedding", "init_args": embedding | extra}
             callbacks.append(narrow)
             options = {key: value for key, value in options.items() if key != "embedding"}
-        if "at" in options:
+        if "at" in options and "narrow_blocks" not in options:
             extra |= {"also_observe": KINDS}
         callbacks.append({"class_path": f"lrcompress.{callback}", "init_args": options | extra})
     model: Options = {
@@ -141,7 +145,7 @@ def recipe(task: str, seed: int, folder: Path, name: str, keep: float) -> Option
         "seed_everything": seed,
         "trainer": {
             "accelerator": "cpu",
-            "precision": "bf16-mixed",
+            "precision": PRECISION,
             "max_epochs": EPOCHS,
             "enable_progress_bar": False,
             "enable_model_summary": False,
@@ -181,7 +185,12 @@ def run(task: str, keep: float, seed: int, name: str) -> None:
             file.unlink()
 
 
-FIRST = {"Factorize": "factorize", "LoSparse": "losparse, split later, kfac", None: "factorize"}
+# Of each kind of statistics the one whose checkpoint of the dense epochs others go on from
+FIRST = {
+    "narrowed": "narrowed, distilled",
+    "Factorize": "factorize",
+    "LoSparse": "losparse, split later, kfac",
+}
 
 
 def dense_phase(task: str, seed: int, keep: float, name: str) -> Path | None:
@@ -189,8 +198,9 @@ def dense_phase(task: str, seed: int, keep: float, name: str) -> Path | None:
     callback, options, _ = contestants(keep)[name]
     if callback and (options.get("at") != "epoch:2" or "embedding" in options):
         return None  # tokens are counted in the second epoch
-    for other in (0.1, 0.2):
-        file = place(task, other, seed, FIRST[callback]) / "epoch=1.ckpt"
+    kind = callback if callback and "narrow_blocks" not in options else "narrowed"
+    for other in (0.05, 0.1, 0.2):
+        file = place(task, other, seed, FIRST[kind]) / "epoch=1.ckpt"
         if file.exists():
             return file
     return None
