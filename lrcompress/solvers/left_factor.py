@@ -87,7 +87,8 @@ class Normal:
         ``left'``: the solution is the same for every output metric ``PᵀP`` of full rank. ``λ`` is
         that of :data:`RIDGES` by which what is solved on one half of the batches loses least on
         the other; the last leaves all as it is. Where one half is empty it is zero. Directions of
-        ``z`` that no token has stay as they are in ``left``, and what would not be better than
+        ``z`` that no token has stay as they are in ``left``, beside a bias also a ``z_j`` that
+        never changes, and what would not be better than
         ``left`` is not taken.
 
         Args:
@@ -124,8 +125,12 @@ class Normal:
         return found, (double(bias).to(whole) + shift).to(bias)
 
     @property
+    def _eps(self) -> float:
+        return torch.finfo(self.gram.dtype).eps
+
+    @property
     def _rounding(self) -> float:
-        return _ROUNDINGS * torch.finfo(self.gram.dtype).eps
+        return _ROUNDINGS * self._eps
 
     def _residual(
         self, part: slice, whole: Tensor, before: Tensor, bias: Tensor | None
@@ -133,7 +138,11 @@ class Normal:
         """Return ``Σ z zᵀ`` of some halves, and ``Σ (weight t − left z) zᵀ``."""
         gram, cross, read, wanted, count = (double(x[part]).sum(0) for x in self.sums)
         if bias is not None:
+            raw = gram.diagonal()
             gram = gram - torch.outer(read, read) / count.clamp(min=1)
+            # of what never changes the variance is the rounding of sums, which grows with them
+            changes = gram.diagonal() > (self._rounding + count / 8 * self._eps) * raw
+            gram = gram * changes * changes[:, None]
             cross = cross - torch.outer(wanted, read) / count.clamp(min=1)
         return gram, whole @ cross - before @ gram
 

@@ -97,6 +97,27 @@ def test_what_no_token_has_stays_as_it_is() -> None:
     torch.testing.assert_close(step[:, 0], step[:, 1])
 
 
+@pytest.mark.parametrize("tokens", [400, 40_000])
+def test_beside_a_bias_what_never_changes_stays_as_it_is(tokens: int) -> None:
+    """Its variance is nothing but the rounding of float32 sums, which grows with the tokens."""
+    weight, left, _, x, own = a_case(tokens, torch.float32)
+    chosen = torch.tensor([1, 4, 6])
+    x, own, left = x + 3, own + 3, weight[:, chosen].clone()
+    own[:, [1, 6]] = torch.tensor([1.7, -0.3])  # the compressed model gives always the same
+    bias = torch.randn(OUT)
+    found = Normal(weight, chosen, 0.5)
+    for number, (part, own_part) in enumerate(zip(x.split(100), own.split(100), strict=True)):
+        found.add_(part, own_part, number)
+    again, shifted = found.solve(left, bias)
+    assert shifted is not None
+    assert torch.equal(again[:, [0, 2]], left[:, [0, 2]])
+    target = (0.5 * x + 0.5 * own) @ weight.mT + bias
+    ones = torch.ones(tokens, 1)
+    wanted = torch.linalg.lstsq(torch.cat([own[:, 4:5], ones], 1).double(), target.double())
+    if tokens > 400:  # where halves agree, the ridge is small
+        torch.testing.assert_close(again[:, 1].double(), wanted.solution[0], rtol=0.05, atol=0.02)
+
+
 def test_nothing_read_changes_nothing() -> None:
     weight, left, right, _, _ = a_case()
     bias = torch.ones(OUT, dtype=torch.float64)
