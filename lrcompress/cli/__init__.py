@@ -20,8 +20,7 @@ the command line too, and what comes later wins. `lrcompress VERB --help` lists 
 
   lrcompress fit --config recipe.yaml
   lrcompress fit --config recipe.yaml --model.path bert-base-uncased --trainer.max_epochs 1
-Faults that show in the recipe itself end with exit code 2, later errors with 1. LRCOMPRESS_DEBUG=1
-shows where.
+Faults in the recipe itself end with exit code 2, later ones with 1; LRCOMPRESS_DEBUG=1 shows where.
 """
 
 import io
