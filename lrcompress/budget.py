@@ -116,13 +116,25 @@ def check_keep(keep: float, name: str = "keep") -> float:
     if not isinstance(keep, int | float) or isinstance(keep, bool) or not 0 < keep <= 1:
         raise SettingError(
             f"{name} must be above 0 and at most 1 (parameters that remain / parameters before), "
-            f"got {keep!r}" + (f"; did you mean {keep / 100:g}?" if _percent(keep) else "")
+            f"got {keep!r}{share_hint(keep)}"
         )
     return float(keep)
 
 
-def _percent(keep: object) -> bool:
-    return isinstance(keep, int | float) and 2 <= keep <= 100
+def share_hint(given: object) -> str:
+    """Return, for a message, the share that was meant by a percentage; "" where none was.
+
+    Example:
+        >>> share_hint(30), share_hint("30 %"), share_hint(-1)
+        ('; did you mean 0.3?', '; did you mean 0.3?', '')
+    """
+    text = str(given).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        return ""
+    meant = 2 <= number <= 100 or (text.endswith("%") and 0 < number <= 100)
+    return f"; did you mean {number / 100:g}?" if meant else ""
 
 
 def cost(candidate: Candidate, rank: int | None) -> int:

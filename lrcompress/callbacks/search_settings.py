@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lrcompress.budget import allocate
+from lrcompress.budget import allocate, share_hint
 from lrcompress.callbacks.search import BETTER, KeepSearch
 from lrcompress.distributed import Processes
 from lrcompress.engine.candidates import candidates
@@ -114,7 +114,10 @@ def points_and_keeps(
     if keep == AUTO:
         return parse_points(at, [None for _ in at] if isinstance(at, list) else None)
     if isinstance(keep, str):
-        raise SettingError(f"keep is a share such as 0.3, a list of them, or 'auto'; got {keep!r}")
+        raise SettingError(
+            "keep is a share such as 0.3, a list of them, or 'auto'; got "
+            f"{keep!r}{share_hint(keep)}"
+        )
     return parse_points(at, keep)  # type: ignore[arg-type]
 
 
