@@ -23,8 +23,7 @@ from rich.markup import escape
 
 import lrcompress
 from lrcompress.distill import Logits
-from lrcompress.tasks import LanguageData, LanguageModelling
-from lrcompress.tasks.docstring_source import docstring_splits
+from lrcompress.tasks import LanguageData, LanguageModelling, docstring_splits
 
 LIBRARIES = ("numpy", "sympy", "torch")
 ANSWER = """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrcompress
-from lrcompress.tasks.docstring_source import docstring_splits
+from lrcompress.tasks import docstring_splits
 
 
 def blocks(tokenizer: object, text: str, length: int, count: int) -> Tensor:

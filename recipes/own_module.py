@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lrcompress
-from lrcompress.tasks.docstring_source import docstring_splits
-from lrcompress.tasks.locations import model_folder
+from lrcompress.tasks import docstring_splits, model_folder
 
 LIBRARIES = ("numpy", "pandas", "sympy", "torch")
 

@@ -1,8 +1,10 @@
 """Ready LightningModules and data modules for recipes that fine-tune ``transformers`` on text."""
 
+from lrcompress.tasks.docstring_source import docstring_splits
 from lrcompress.tasks.docstrings import DocstringData
 from lrcompress.tasks.language_data import LanguageData
 from lrcompress.tasks.language_modelling import LanguageModelling
+from lrcompress.tasks.locations import model_folder
 from lrcompress.tasks.question_answering import QuestionAnswering
 from lrcompress.tasks.question_data import QuestionData
 from lrcompress.tasks.sequence_data import SequenceData
@@ -24,4 +26,6 @@ __all__ = [
     "TextData",
     "TokenClassification",
     "TokenData",
+    "docstring_splits",
+    "model_folder",
 ]
