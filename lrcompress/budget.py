@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lrcompress.errors import SettingError
+from lrcompress.errors import SettingError, share_hint
 from lrcompress.linalg import double
 
 Key = TypeVar("Key")
@@ -119,22 +119,6 @@ def check_keep(keep: float, name: str = "keep") -> float:
             f"got {keep!r}{share_hint(keep)}"
         )
     return float(keep)
-
-
-def share_hint(given: object) -> str:
-    """Return, for a message, the share that was meant by a percentage; "" where none was.
-
-    Example:
-        >>> share_hint(30), share_hint("30 %"), share_hint(-1)
-        ('; did you mean 0.3?', '; did you mean 0.3?', '')
-    """
-    text = str(given).strip()
-    try:
-        number = float(text.removesuffix("%"))
-    except ValueError:
-        return ""
-    meant = 2 <= number <= 100 or (text.endswith("%") and 0 < number <= 100)
-    return f"; did you mean {number / 100:g}?" if meant else ""
 
 
 def cost(candidate: Candidate, rank: int | None) -> int:

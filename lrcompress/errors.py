@@ -83,3 +83,19 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     names = list(known)
     found = get_close_matches(name, names, n=count, cutoff=0.4) or names[:count]
     return ", ".join(found)
+
+
+def share_hint(given: object) -> str:
+    """Return, for a message, the share that was meant by a percentage; "" where none was.
+
+    Example:
+        >>> share_hint(30), share_hint("30 %"), share_hint(-1)
+        ('; did you mean 0.3?', '; did you mean 0.3?', '')
+    """
+    text = str(given).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        return ""
+    meant = 2 <= number <= 100 or (text.endswith("%") and 0 < number <= 100)
+    return f"; did you mean {number / 100:g}?" if meant else ""

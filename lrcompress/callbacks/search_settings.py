@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lrcompress.budget import allocate, share_hint
+from lrcompress.budget import allocate
 from lrcompress.callbacks.search import BETTER, KeepSearch
 from lrcompress.distributed import Processes
 from lrcompress.engine.candidates import candidates
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import PlatformError, SettingError
+from lrcompress.errors import PlatformError, SettingError, share_hint
 from lrcompress.keep_search import Drop, better_direction, check_monitor
 from lrcompress.schedules import Point, parse_points
 
