@@ -201,9 +201,11 @@ def progress_bar(trainer: pl.Trainer) -> Track:
             yield from tqdm(names, desc=said, unit="layer", leave=False, disable=None)
         else:  # two kinds of bars would write over each other
             task = rich.add_task(said, total=len(names))
-            for name in names:
-                yield name
-                rich.update(task, advance=1, refresh=True)
-            rich.remove_task(task)
+            try:
+                for name in names:
+                    yield name
+                    rich.update(task, advance=1, refresh=True)
+            finally:
+                rich.remove_task(task)
 
     return shown

@@ -88,8 +88,7 @@ class Normal:
         that of :data:`RIDGES` by which what is solved on one half of the batches loses least on
         the other; the last leaves all as it is. Where one half is empty it is zero. Directions of
         ``z`` that no token has stay as they are in ``left``, beside a bias also a ``z_j`` that
-        never changes, and what would not be better than
-        ``left`` is not taken.
+        never changes, and what would not be better than ``left`` is not taken.
 
         Args:
             left: ``(out, rank)`` as it is; the result has its dtype.

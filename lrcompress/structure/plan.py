@@ -1,5 +1,6 @@
 """Plan: the structure of a compressed model as data, and how a model gets that structure."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -166,10 +167,10 @@ class Plan:
         if not isinstance(listed, list | tuple):
             raise CheckpointError(f"this is no plan: expected a list of layers, got {listed!r}")
         layers = tuple(_read_layer(entry, i) for i, entry in enumerate(listed))
-        names = [layer.name for layer in layers]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise CheckpointError(f"this is no plan: it names layer {twice!r} more than once")
+        counts = Counter(layer.name for layer in layers)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise CheckpointError(f"this is no plan: it names layer {twice[0]!r} more than once")
         return cls(layers)
 
 

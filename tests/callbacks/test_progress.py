@@ -9,6 +9,7 @@ import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 import lrcompress
+from lrcompress.errors import NotFiniteError
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:.*Consider increasing the value of the")
@@ -87,6 +88,21 @@ def test_a_bar_of_rich_has_them_as_tasks_that_end(
     fit(tagger, loader, trainer, bar)
     layers, blocks = bar.shown["lrcompress: solving"], bar.shown["lrcompress: refitting"]
     assert layers > blocks > 0
+    assert bar.progress is not None
+    assert not [x for x in bar.progress.tasks if x.description.startswith("lrcompress")]
+
+
+def test_no_task_of_a_point_that_failed_is_left(tagger: Make, loader: Make, trainer: Make) -> None:
+    class Spoilt(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 9:
+                pl_module.blocks[1]["up"].weight.data.fill_(float("nan"))
+
+    bar = Recorded()
+    callback = lrcompress.Factorize(keep=0.5, at="step:9", method="svd", report_path=None)
+    with pytest.raises(NotFiniteError):
+        trainer(callback, bar, Spoilt(), enable_progress_bar=True).fit(tagger(), loader(), loader())
+    assert bar.shown["lrcompress: solving"] >= 1
     assert bar.progress is not None
     assert not [x for x in bar.progress.tasks if x.description.startswith("lrcompress")]
 
