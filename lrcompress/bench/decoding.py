@@ -136,21 +136,27 @@ class GeneratingModel(TorchModel):
         start, first, *_ = stamps
         return first - start, (stamps[-1] - first) / self.tokens
 
-    @torch.no_grad()
     def answer(self, prompt: Batch) -> Tensor:
-        """Return the likeliest tokens after one prompt, as many as are timed or up to an end.
+        """Return the likeliest tokens after one prompt, as many as are timed or up to an end."""
+        return likeliest_tokens(self.model, prompt, self.tokens)
 
-        Args:
-            prompt: keyword to tensor, ``(1, length)``, on the model's device.
 
-        Returns:
-            Their ids, ``(tokens,)`` or fewer.
-        """
-        model: Any = self.model
-        settings = _likeliest(model.generation_config, {"max_new_tokens": self.tokens})
-        (found,) = model.generate(**prompt, generation_config=settings)
-        length = 1 if model.config.is_encoder_decoder else next(iter(prompt.values())).shape[1]
-        return torch.as_tensor(found[length:])
+@torch.no_grad()
+def likeliest_tokens(model: Any, prompt: Batch, tokens: int) -> Tensor:
+    """Return the likeliest tokens after one prompt.
+
+    Args:
+        model: of ``transformers``, which generates, in evaluation mode.
+        prompt: keyword to tensor, ``(1, length)``, on the model's device.
+        tokens: how many there are at most; an end of text ends them sooner.
+
+    Returns:
+        Their ids, ``(tokens,)`` or fewer.
+    """
+    settings = _likeliest(model.generation_config, {"max_new_tokens": tokens})
+    (found,) = model.generate(**prompt, generation_config=settings)
+    length = 1 if model.config.is_encoder_decoder else next(iter(prompt.values())).shape[1]
+    return torch.as_tensor(found[length:])
 
 
 def _likeliest(settings: Any, given: Mapping[str, object]) -> Any:

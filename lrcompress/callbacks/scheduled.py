@@ -19,9 +19,10 @@ from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state, u
 from lrcompress.callbacks.memory import check_memory
 from lrcompress.callbacks.observation import Observation, Sampling
 from lrcompress.callbacks.run_description import describe_run
+from lrcompress.callbacks.samples import sample_after, sample_before
 from lrcompress.callbacks.step_timing import StepTimer
 from lrcompress.callbacks.structure_change import structure_change, warn_of_stale
-from lrcompress.callbacks.warmup import LearningRateWarmup, show_true_rates
+from lrcompress.callbacks.warmup import Restart, show_true_rates
 from lrcompress.distributed import ONE_PROCESS
 from lrcompress.embedding import EmbeddingSettings
 from lrcompress.engine.settings import Settings
@@ -79,7 +80,7 @@ class CompressionCallback(pl.Callback, ABC):
         self._tried = False  # whether a batch of this fit was looked at
         self._looked = False  # whether other callbacks were
         self._point_steps: list[int] = []
-        self._warmup: LearningRateWarmup | None = None
+        self._restart = Restart()
         self._loaded: Mapping[str, Any] | None = None
         self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
         self._timer = StepTimer()
@@ -187,8 +188,7 @@ class CompressionCallback(pl.Callback, ABC):
         own = trainer_state.restore_rng(state["processes"], self._processes)
         if own is not None:
             self._observation.set_label_rng_state(own["labels"])
-        if state["restart"] is not None:
-            self._start_warmup(Warmup(**state["restart"]["schedule"]), state["restart"]["taken"])
+        self._restart.resume(state["restart"], optimizers, self._hooks)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -196,7 +196,6 @@ class CompressionCallback(pl.Callback, ABC):
         if self._live is None:
             return {"version": VERSION, "stage": self._stage}
         module, optimizers = self._live
-        warmup = self._warmup
         self._processes.reshard(module)
         return {
             "version": VERSION,
@@ -206,7 +205,7 @@ class CompressionCallback(pl.Callback, ABC):
             "frozen": unfreezing.frozen_names(module),
             "observation": self._observation.state_dict(),
             "report": self.report.to_dict(),
-            "restart": warmup and {"schedule": vars(warmup.schedule).copy(), "taken": warmup.taken},
+            "restart": self._restart.state_dict(),
             "processes": self._processes.all_gather(
                 {"rng": trainer_state.rng_state(), "labels": self._observation.label_rng_state()}
             ),
@@ -350,6 +349,7 @@ class CompressionCallback(pl.Callback, ABC):
         ddp.check_layers(module, names, self._processes, type(self).__name__)
         if not self._stage:
             trainer_state.notify_compression_start(module)
+            sample_before(self.report, trainer, module, self._processes)
         told, lost = len(self.report.points), reporting.dropped_state(trainer, module, names)
         with structure_change(trainer, module):
             self._change_model(trainer, module, now)
@@ -383,14 +383,8 @@ class CompressionCallback(pl.Callback, ABC):
         known = self._total if math.isfinite(self._total) else self._point_steps[self._stage]
         steps = steps if steps >= 1 else steps * known
         if steps >= 1 or scale != 1:
-            self._start_warmup(Warmup(int(steps), scale), 0)
-
-    def _start_warmup(self, schedule: Warmup, taken: int) -> None:
-        assert self._live is not None
-        if self._warmup is None:
-            self._warmup = LearningRateWarmup(schedule, taken)
-            self._warmup.attach(self._live[1], self._hooks)
-        self._warmup.schedule, self._warmup.taken = schedule, taken
+            assert self._live is not None
+            self._restart.begin(Warmup(int(steps), scale), self._live[1], self._hooks)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -408,6 +402,7 @@ class CompressionCallback(pl.Callback, ABC):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with structure_change(trainer, pl_module):  # where training ended before its last step
             self._end_training(trainer, pl_module)
+        sample_after(self.report, trainer, pl_module, self._processes)
         self.report.seconds_per_step |= self._timer.seconds_per_step()
         self.report.finish(trainer_state.steps_done(trainer))
         self.report.about = describe_run(trainer, pl_module, self._timer.started)
@@ -447,4 +442,4 @@ class CompressionCallback(pl.Callback, ABC):
     def _remove_hooks(self) -> None:
         self._observation.drop_step()
         self._hooks.close()
-        self._warmup = None
+        self._restart = Restart()

@@ -1,6 +1,6 @@
 """Learning-rate warmup after a point, without a change of the schedulers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from math import prod
@@ -35,6 +35,42 @@ class LearningRateWarmup:
             rates = _RATES.get(optimizer) or _OptimizerRates(optimizer)
             rates.warmups[self] = number == 0  # whose steps are counted
             stack.callback(rates.remove, self)
+
+
+class Restart:
+    """The warmup after the points of a fit; each point begins it anew."""
+
+    def __init__(self) -> None:
+        self._warmup: LearningRateWarmup | None = None
+
+    def begin(
+        self, schedule: Warmup, optimizers: Sequence[Optimizer], stack: ExitStack, taken: int = 0
+    ) -> None:
+        """Scale rates from here on, until ``stack`` closes.
+
+        Args:
+            schedule: maps steps since the point to a factor.
+            optimizers: whose rates they are.
+            stack: of the fit.
+            taken: steps taken since the point already.
+        """
+        if self._warmup is None:
+            self._warmup = LearningRateWarmup(schedule, taken)
+            self._warmup.attach(optimizers, stack)
+        self._warmup.schedule, self._warmup.taken = schedule, taken
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what :meth:`resume` needs; None where nothing was begun."""
+        if self._warmup is None:
+            return None
+        return {"schedule": vars(self._warmup.schedule).copy(), "taken": self._warmup.taken}
+
+    def resume(
+        self, state: Mapping[str, Any] | None, optimizers: Sequence[Optimizer], stack: ExitStack
+    ) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        if state is not None:
+            self.begin(Warmup(**state["schedule"]), optimizers, stack, state["taken"])
 
 
 class _OptimizerRates:

@@ -106,6 +106,7 @@ def write_page(report: Report, path: str | Path) -> None:
         summary=Table("", found.headings, *_measured_alone(found)),
         drawn=drawn(plot for plot in shown if not plot.detail),
         details=drawn(plot for plot in shown if plot.detail),
+        samples=report.samples,
         points=points,
         data=[*_history(report), *_curves(report)],
     )

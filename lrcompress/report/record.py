@@ -195,6 +195,21 @@ class PointRecord:
 
 
 @dataclass
+class SampleText:
+    """What a language model writes after a prompt.
+
+    Attributes:
+        prompt: the text that is given.
+        before: how the model goes on just before the first point.
+        after: how it goes on at the end of the run; "" until then.
+    """
+
+    prompt: str
+    before: str
+    after: str = ""
+
+
+@dataclass
 class Report:
     """Report of a run: its points, validation figures and step times.
 
@@ -205,6 +220,7 @@ class Report:
             where there was gradual pruning, ``"pruning"`` between them.
         history: validation figures during training: name to steps and values.
         about: what was run, and where: the model, its data, versions, seed, date; for readers.
+        samples: what a language model writes after some prompts.
 
     Example:
         >>> layer = LayerRecord("0", 8, 8, rank=2, error=0.1, predicted_loss=0.5)
@@ -218,14 +234,15 @@ class Report:
     seconds_per_step: dict[str, float] = field(default_factory=dict)
     history: dict[str, Curve] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
+    samples: list[SampleText] = field(default_factory=list)
 
     @classmethod
     def joined(cls, reports: Iterable["Report"]) -> "Report":
         """Return the one report of a run in which several callbacks replaced layers.
 
-        Reports without points are left out. Final figures and history are those of the callback
-        with the first point. Steps are timed as dense until the first point of all, as factored
-        after the last.
+        Reports without points are left out. Final figures, history and samples are those of the
+        callback with the first point. Steps are timed as dense until the first point of all, as
+        factored after the last.
 
         Args:
             reports: in the order of the callbacks, which is that of their points at one step: the
@@ -239,7 +256,8 @@ class Report:
         seconds = {k: v for k, v in first.seconds_per_step.items() if k != "factored"}
         seconds |= {k: v for k, v in last.seconds_per_step.items() if k != "dense"}
         points = sorted((p for one in held for p in one.points), key=lambda p: p.step or 0)
-        return cls(points, dict(first.final), seconds, dict(first.history), dict(first.about))
+        own = dict(first.final), seconds, dict(first.history), dict(first.about), first.samples
+        return cls(points, *own)
 
     def layers_after(self, point: int) -> list[LayerRecord]:
         """Return all layers that any point targets, as they stand after point number ``point``.
@@ -295,7 +313,9 @@ class Report:
             points = [_point(point) for point in data["points"]]
             history = {name: _curve(pairs) for name, pairs in data.get("history", {}).items()}
             about = {str(name): str(value) for name, value in data.get("about", {}).items()}
-            return cls(points, dict(data["final"]), dict(data["seconds_per_step"]), history, about)
+            samples = [SampleText(**one) for one in data.get("samples", ())]
+            own = dict(data["final"]), dict(data["seconds_per_step"]), history, about, samples
+            return cls(points, *own)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ReportError(f"this is no report: {error!r}") from error
 

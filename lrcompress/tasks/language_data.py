@@ -1,6 +1,6 @@
 """Language modelling data: running text or conversations, from local files or from the hub."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from lrcompress.tasks.chat import check_template, encode_conversation, packed
 from lrcompress.tasks.sources import Sources
 from lrcompress.tasks.split_data import SplitData
 from lrcompress.tasks.tables import TEXT
+
+_PROMPT = 32  # tokens of text that a model is asked to go on with
 
 
 class LanguageData(SplitData):
@@ -236,6 +238,16 @@ class LanguageData(SplitData):
             row = encode_conversation(self.tokenizer, messages, f"{where}, row {i} (from 0)")
             yield {name: tokens[: self.length] for name, tokens in row.items()}
 
+    def prompts(self, count: int) -> list[list[int]]:
+        """Return the beginnings of the first rows to validate on, to be gone on with.
+
+        Of a conversation it is what stands before its first answer, of text some tokens.
+        """
+        rows = self._splits.get("val")
+        if rows is None:
+            return []
+        return [_beginning(rows[i]) for i in range(min(count, len(rows)))]
+
     def collate(self, epoch: int, rows: list[dict[str, Any]]) -> Batch:
         """Return blocks as a batch, with tokens masked if ``masked`` is above 0."""
         if self.messages or self.isolated:
@@ -258,6 +270,22 @@ class LanguageData(SplitData):
         )
         masked = collator([{"input_ids": block}])
         return masked["input_ids"], masked["labels"]
+
+
+def _beginning(row: Mapping[str, list[int]]) -> list[int]:
+    """Return the tokens of a row before the first that is an answer's, of text its first.
+
+    Example:
+        >>> _beginning({"input_ids": [5, 6, 7, 8]})
+        [5, 6]
+        >>> _beginning({"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]})
+        [5, 6, 7]
+    """
+    ids, labels = row["input_ids"], row.get("labels", ())
+    answers = [i for i, label in enumerate(labels) if label != IGNORED]
+    if answers and answers[0] > 1:  # else a token that alone is not predicted
+        return ids[: answers[0]]
+    return ids[: min(_PROMPT, max(1, len(ids) // 2))]
 
 
 def _encode(rows: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Any:

@@ -1,5 +1,6 @@
 """Fine-tuning of any ``transformers`` language model, causal or masked."""
 
+import math
 from typing import Literal, cast, get_args
 
 import torch
@@ -8,6 +9,7 @@ from torchmetrics.text import Perplexity
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import lrcompress.export  # noqa: F401  so that folders of save_pretrained load too
+from lrcompress.bench.decoding import likeliest_tokens
 from lrcompress.errors import SettingError, nearest
 from lrcompress.statistics.masks import IGNORED
 from lrcompress.tasks.batches import Batch
@@ -16,6 +18,7 @@ from lrcompress.tasks.language_data import LanguageData
 from lrcompress.tasks.locations import model_folder
 from lrcompress.tasks.pretrained import DType, load_model
 
+_SAMPLED = 32  # tokens that a model goes on with a text
 Objective = Literal["causal", "masked"]
 
 
@@ -42,6 +45,8 @@ class LanguageModelling(FineTuning):
             the weights are random.
         dtype: of the weights: ``float32``, ``bfloat16``, or ``auto`` for that of the files.
             Statistics are summed in float32 whatever it is.
+        samples: of how many texts to validate on the report says how the model goes on with them,
+            before layers are replaced and at the end; of causal models. 0 is none.
 
     Raises:
         SettingError: if an argument is outside what it may be, or if a model for ``causal`` reads
@@ -67,13 +72,16 @@ class LanguageModelling(FineTuning):
         schedule: Schedule = "linear",
         pretrained: bool = True,
         dtype: DType = "float32",
+        samples: int = 3,
     ) -> None:
         super().__init__(lr, weight_decay, fused, warmup, schedule)
+        if samples < 0:
+            raise SettingError(f"samples is a number of texts from 0, got {samples}")
         if objective not in get_args(Objective):
             near = nearest(objective, get_args(Objective))
             raise SettingError(f"unknown objective {objective!r}; nearest: {near}")
         self.save_hyperparameters()
-        self.objective = objective
+        self.objective, self.samples = objective, samples
         self.perplexity = nn.ModuleDict(
             {stage: Perplexity(ignore_index=IGNORED) for stage in ("val", "test")}
         )
@@ -108,6 +116,28 @@ class LanguageModelling(FineTuning):
         size = self._predicted(batch)
         self.log(f"{stage}_loss", output.loss, prog_bar=True, batch_size=size, sync_dist=True)
         self.log(f"{stage}_perplexity", metric, prog_bar=True, batch_size=size)
+
+    def sample_texts(self) -> dict[str, str]:
+        """Return how the model goes on with beginnings of texts to validate on.
+
+        These are the likeliest tokens, at most 32 and as many as the model has positions for.
+        Called for the report of a fit, in evaluation mode.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.objective != "causal" or not isinstance(data, LanguageData):
+            return {}
+        most = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        texts = {}
+        for ids in data.prompts(self.samples):
+            if (room := min(_SAMPLED, most - len(ids))) > 0:
+                prompt = torch.tensor([ids], device=self.device)
+                given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+                tokens = likeliest_tokens(self.model, given, int(room))
+                begun, gone_on = (
+                    str(data.tokenizer.decode(x, skip_special_tokens=True)) for x in (ids, tokens)
+                )
+                texts[begun] = gone_on
+        return texts
 
     def _predicted(self, batch: Batch) -> int:
         """Return how many tokens of a batch are predicted; the loss is their mean."""

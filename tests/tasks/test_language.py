@@ -215,6 +215,43 @@ def test_it_is_compressed_while_it_trains(
         assert torch.equal(again.state_dict()[name], tensor)
 
 
+def test_the_report_says_how_it_goes_on_with_texts_to_validate_on(
+    causal: Path, text: dict[str, str], trainer: Any
+) -> None:
+    factorize = lrcompress.Factorize(keep=0.5, at="epoch:1", verbose=False)
+    _, module = fit(causal, text, trainer, callbacks=[factorize])
+    data = LanguageData(str(causal), length=16, **text)
+    data.setup("validate")
+    samples = factorize.report.samples
+    assert len(samples) == 3
+    for sample, block in zip(samples, blocks_of(data, "val"), strict=False):
+        begun = block[:8]
+        assert sample.prompt == data.tokenizer.decode(begun, skip_special_tokens=True)
+        ids = torch.tensor([begun])
+        for _ in range(32 - 8):  # all positions that the model has
+            with torch.no_grad():
+                following = module.model.eval()(input_ids=ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, following.view(1, 1)], 1)
+            if following == module.model.generation_config.eos_token_id:
+                break
+        assert sample.after == data.tokenizer.decode(ids[0, 8:], skip_special_tokens=True)
+        assert sample.before
+
+
+def test_a_masked_model_goes_on_with_nothing(
+    masked: Path, text: dict[str, str], trainer: Any
+) -> None:
+    factorize = lrcompress.Factorize(keep=0.5, at="epoch:1", verbose=False)
+    fit(masked, text, trainer, masked=0.3, callbacks=[factorize])
+    assert factorize.report.points
+    assert not factorize.report.samples
+
+
+def test_a_number_of_samples_below_zero_is_refused(causal: Path) -> None:
+    with pytest.raises(SettingError, match="samples is a number of texts from 0, got -1"):
+        LanguageModelling(str(causal), pretrained=False, samples=-1)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
