@@ -22,7 +22,7 @@ from lrcompress.report.headline import headline, name_of_run
 from lrcompress.report.layer_groups import common_path
 from lrcompress.report.plots import COLOURS, Plot, plots
 from lrcompress.report.record import Curve, LayerRecord, PointRecord, Report
-from lrcompress.report.summary import PREDICTED, PREDICTED_NOTE, Summary, summary, trials
+from lrcompress.report.summary import PREDICTED, PREDICTED_NOTE, summary, trials
 
 _DARK = {
     "ink": "#ececf1",
@@ -103,7 +103,7 @@ def write_page(report: Report, path: str | Path) -> None:
         headline=(facts := headline(report)),
         columns=len(facts) if len(facts) <= _ROW else math.ceil(len(facts) / 2),
         about=Table("", [""], [(what, [text]) for what, text in report.about.items()]),
-        summary=Table("", found.headings, *_measured_alone(found)),
+        summary=Table("", found.headings, found.rows, found.notes),
         drawn=drawn(plot for plot in shown if not plot.detail),
         details=drawn(plot for plot in shown if plot.detail),
         samples=report.samples,
@@ -112,15 +112,6 @@ def write_page(report: Report, path: str | Path) -> None:
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
-
-
-def _measured_alone(
-    found: Summary,
-) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """Return the rows and notes of a summary without predictions, which stand at the points."""
-    rows = [row for row in found.rows if row[0] != PREDICTED]
-    notes = [note for note in found.notes if note != PREDICTED_NOTE]
-    return rows, notes
 
 
 def render(template: str, **values: object) -> str:

@@ -29,7 +29,11 @@ class Summary:
 
 
 def summary(report: Report) -> Summary:
-    """Return the sizes, figures and times of a run with at least one point."""
+    """Return the sizes, figures and times of a run with at least one point.
+
+    What was predicted of the loss stands there only where nothing was measured: of a model that
+    has fitted its data a tenth may be predicted of what is lost.
+    """
     points = report.points
     when, last = final_figures(report)
     columns = ["before", *(_heading(point) for point in points), when]
@@ -48,7 +52,7 @@ def summary(report: Report) -> Summary:
     if dense:
         notes.append(f"{dense} of the targeted layers are left dense")
     notes += [point.note for point in report.points if point.note]
-    if any(point.predicted_loss is not None for point in points):
+    if any(label == PREDICTED for label, _ in found.rows):
         notes.append(PREDICTED_NOTE)
     return Summary(columns, found.rows, notes)
 
@@ -123,10 +127,13 @@ def _metrics(found: _Rows, report: Report, last: dict[str, float]) -> None:
     names = dict.fromkeys([*before, *(name for one in after for name in one), *last])
     for name in names:
         found.add(name, [before.get(name), *(one.get(name) for one in after)], [last.get(name)])
-    predicted = [point.predicted_loss for point in points]
+    losses = _losses(before)
+    known = [any(measured_change(point, loss) is not None for loss in losses) for point in points]
+    pairs = zip(points, known, strict=True)
+    predicted = [None if measured else point.predicted_loss for point, measured in pairs]
     if any(value is not None for value in predicted):
         found.add(PREDICTED, [None, *predicted], say=change)
-    for loss in _losses(before):
+    for loss in losses:
         end = last.get(loss)
         found.add(
             f"measured change of {loss}",

@@ -17,12 +17,17 @@ WIDTH = 130  # columns that the widest table needs
 
 
 def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
-    """Return a table of ranks, a row per kind of layer: the same path in every block."""
+    """Return a table of ranks, a row per kind of layer: the same path in every block.
+
+    With each kind stands its share of the loss that is predicted of all of them.
+    """
+    layers = list(layers)
+    whole = sum_or_none(x.predicted_loss for x in layers)
     shared, kinds = by_layer_type(layers)
     table = plain_table(title + (f"; layers of {shared}" if shared else ""))
     table.add_column("layer", no_wrap=True)
     sparse = any(x.rows is not None for members in kinds.values() for x in members)
-    found = ("rows", "kept") if sparse else ("kept", "error", "predicted loss")
+    found = ("rows", "kept") if sparse else ("kept", "error", "share of loss")
     products = any(x.first is not None for members in kinds.values() for x in members)
     terms = ("first", "terms") if products else ("rank",)
     narrow = any(x.narrow is not None for members in kinds.values() for x in members)
@@ -33,7 +38,7 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
         error = sum_or_none(x.error for x in members)
         figures = [
             "" if error is None else share(error / len(members)),
-            change(sum_or_none(x.predicted_loss for x in members)),
+            _share_of(sum_or_none(x.predicted_loss for x in members), whole),
         ]
         table.add_row(
             kind,
@@ -192,6 +197,10 @@ def columns_table(
     for label, cells in rows:
         table.add_row(label, *cells)
     return table
+
+
+def _share_of(part: float | None, whole: float | None) -> str:
+    return share(part / whole) if part is not None and whole else ""
 
 
 def _firsts(layers: Iterable[LayerRecord]) -> str:

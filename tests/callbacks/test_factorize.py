@@ -780,7 +780,7 @@ def test_prints_a_table_at_the_point_and_at_the_end(
     shown = capsys.readouterr().out
     assert "lrcompress: kfac at step 9" in shown
     assert "what was lost and gained" in shown
-    assert "predicted change of loss" in shown
+    assert "measured change of val_loss" in shown
     assert "val_loss" in shown
 
 

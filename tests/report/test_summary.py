@@ -30,7 +30,7 @@ def test_metrics_and_times_stand_where_they_were_taken(whole: Report) -> None:
     found = rows(whole)
     assert found["val_loss"] == ["0.5000", "0.7000", "", "0.4500"]
     assert found["measured change of val_loss"] == ["", "+0.2000", "", "-0.0500"]
-    assert found["predicted change of loss"] == ["", "+1.2000", "", ""]
+    assert "predicted change of loss" not in found
     assert found["seconds per step"] == ["0.3000", "", "", "0.2000"]
     assert found["… while pruning"] == ["", "", "0.2500", ""]
 
@@ -39,8 +39,13 @@ def test_the_end_is_the_last_validation_after_the_last_point() -> None:
     report = Report([factorized()], {}, {}, {"val_loss": ((40, 0.5), (60, 0.4)), "x": ((40, 1.0),)})
     assert final_figures(report) == ("at 60", {"val_loss": 0.4})
     assert rows(report)["val_loss"] == ["0.5000", "0.7000", "0.4000"]
-    (note,) = summary(report).notes
-    assert note.startswith("predicted: of the training loss")
+    assert not summary(report).notes
+
+
+def test_a_prediction_stands_where_nothing_was_measured(whole: Report) -> None:
+    whole.points[0].metrics = {}
+    assert rows(whole)["predicted change of loss"] == ["", "+1.2000", "", ""]
+    assert summary(whole).notes[-1].startswith("predicted: of the training loss")
 
 
 def test_a_run_that_was_not_validated_after_its_last_point_says_so() -> None:
