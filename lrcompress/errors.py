@@ -16,7 +16,8 @@
 Each message says what was expected, what was found, and where it was found.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -66,6 +67,19 @@ class ReportError(LRCompressError, RuntimeError):
 
 class RecipeError(LRCompressError, ValueError):
     """A recipe that cannot be read; the message lists all its errors."""
+
+
+@contextmanager
+def naming_layer(name: str) -> Iterator[None]:
+    """Say of a NaN or an infinity in the block which layer it is of.
+
+    Raises:
+        NotFiniteError: that of the block, with the name.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"layer {name!r}: {error}") from error
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -88,7 +88,8 @@ class TorchModel(BenchModel):
         On CUDA they are those of torch's allocator, elsewhere those that the profiler sees. The
         model is called twice, the first time to warm up.
         """
-        device = next(self.model.parameters()).device
+        held = (*self.model.parameters(), *self.model.buffers())
+        device = held[0].device if held else torch.device("cpu")
         self.call(batch)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -18,7 +18,7 @@ from lrcompress.callbacks.memory import footprint_of
 from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.plan_preview import plan_preview
 from lrcompress.callbacks.scheduled import CompressionCallback
-from lrcompress.callbacks.search_settings import check_free, points_and_keeps, search_of
+from lrcompress.callbacks.search_settings import MAX_TRIALS, check_free, points_and_keeps, search_of
 from lrcompress.callbacks.sensitivity import DenseLayers, check_measurable
 from lrcompress.callbacks.warmup import check_warmup
 from lrcompress.engine.factored_layers import store_pivoted_
@@ -219,7 +219,7 @@ class Factorize(AutoKeepCallback):
         drop: float | str | None = None,
         monitor: str | None = None,
         monitor_mode: Literal["max", "min"] | None = None,
-        max_trials: int = 7,
+        max_trials: int = MAX_TRIALS,
         trial_share: float = 1.0,
     ) -> None:
         self.keep, self.at, self.method, self.window = keep, at, method, window

@@ -15,6 +15,7 @@ from lrcompress.keep_search import Drop, better_direction, check_monitor
 from lrcompress.schedules import Point, parse_points
 
 AUTO = "auto"
+MAX_TRIALS = 7  # find any hundredth of keep
 
 
 def search_of(
@@ -37,6 +38,8 @@ def search_of(
     given = {"drop": drop, "monitor": monitor, "monitor_mode": monitor_mode}
     if keep != AUTO:
         without_use = [name for name, value in given.items() if value is not None]
+        without_use += ["max_trials"] if max_trials != MAX_TRIALS else []
+        without_use += ["trial_share"] if trial_share != 1 else []
         if without_use:
             raise SettingError(
                 f"{without_use[0]}= is what keep='auto' is chosen by, got keep={keep!r}; give "

@@ -13,7 +13,7 @@ from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.embedding.metric import metric_of, solve
 from lrcompress.embedding.settings import METHODS, EmbeddingSettings, EmbeddingTable, parameters_of
 from lrcompress.engine.distributed_solve import broadcast_layers_ as broadcast_
-from lrcompress.errors import LayerError
+from lrcompress.errors import LayerError, naming_layer
 from lrcompress.nn import (
     FactoredEmbedding,
     KroneckerEmbedding,
@@ -85,7 +85,8 @@ def factor_tables_(
             _check_form(model, table.name)
             metric, rank = metric_of(table, statistics, settings), settings.rank_of(table)
             weight = view(model.get_submodule(table.name), table=True).weight
-            found[table.name] = solve(weight, settings.method, rank, metric)
+            with naming_layer(table.name):
+                found[table.name] = solve(weight, settings.method, rank, metric)
             told = (found[table.name].error, metric.note, stood.get(table.name))
             records.append(record_of(table, settings, *told))
 

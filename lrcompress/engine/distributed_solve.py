@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.progress import Track, untracked
+from lrcompress.errors import naming_layer
 from lrcompress.nn import LowRankLinear, PivotedLinear
 from lrcompress.objective import Metric, metric_of
 from lrcompress.report.record import LayerRecord
@@ -199,7 +200,8 @@ def solve_layers(
         metric = metric_of(
             method, statistics, name, refit_bias=refit, shrink=shrink, device=there.device
         )
-        found = (solver or low_rank)(name, there, metric)
+        with naming_layer(name):
+            found = (solver or low_rank)(name, there, metric)
         if isinstance(found, Truncation):
             found = replace(found, like=weight.new_empty(()))
         return SolvedLayer(found, replace(metric, output=None, input=None))

@@ -32,7 +32,7 @@ from lrcompress.engine.distributed_solve import broadcast_layers_
 from lrcompress.engine.passes import Passes
 from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import ObservationError, SettingError
+from lrcompress.errors import ObservationError, SettingError, naming_layer
 from lrcompress.nn import LowRankLinear, NarrowLowRank, PivotedLinear, PrunedLinear
 from lrcompress.nn.replacement import plain_linear
 from lrcompress.solvers.left_factor import Normal
@@ -277,7 +277,8 @@ class Refit:
         for name in (x for x in stage if x not in self.left_alone):
             for total in sums[name].sums:
                 self.processes.all_reduce_(total)
-            self._everywhere(partial(self._set_, name, sums[name]))
+            with naming_layer(name):
+                self._everywhere(partial(self._set_, name, sums[name]))
             self.tokens = max(self.tokens, int(sums[name].count.sum()))
 
     def _add_(

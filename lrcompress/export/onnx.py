@@ -34,7 +34,8 @@ def export_onnx(
 
     Args:
         model: a ``transformers`` model in float32 on the CPU, factored or not; it is not changed.
-        folder: is made if need be; files of these names in it are written over.
+        folder: is made if need be; files of these names in it are written over, and what
+            :func:`quantize_onnx` made of an earlier one is removed.
         example: what the model is called with, by name, ``(batch, …)`` each; where there are two
             axes the second is the length. The batch is at least 2, a length at least 4.
         tokenizer: or processor, whose own ``save_pretrained`` is called.
@@ -72,6 +73,7 @@ def export_onnx(
         graph.save(place / ONNX)
         difference = compare(run_onnx(place / ONNX), checked, example)
         save_beside(checked, place, tokenizer)
+    (Path(folder) / INT8).unlink(missing_ok=True)
     return difference
 
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.distributed import ONE_PROCESS, Processes
-from lrcompress.errors import LayerError, NoMatchError, SettingError, ShapeError, nearest
+from lrcompress.errors import (
+    LayerError,
+    NoMatchError,
+    SettingError,
+    ShapeError,
+    naming_layer,
+    nearest,
+)
 from lrcompress.nn import LowRankUpdateLinear, Replacement
 from lrcompress.pruning.magnitude import Computed, largest
 from lrcompress.solvers.godec import godec
@@ -143,7 +150,8 @@ def attach_(
     for number, name in enumerate(names):
         layer = model.get_submodule(name)
         sizes = (rank, entries) if name in updates else (0, 0)
-        found = godec(view(layer).weight, *sizes, seed=seed)
+        with naming_layer(name):
+            found = godec(view(layer).weight, *sizes, seed=seed)
         new = LowRankUpdateLinear.in_place_of(layer, *sizes, heads.get(name, 0))
         new.support.copy_(found.support)
         generator = torch.Generator().manual_seed(seed + number)

@@ -106,7 +106,7 @@ class Normal:
             AA-SVD (arXiv 2604.02119).
         """
         if not all(bool(x.isfinite().all()) for x in (self.gram, self.cross)):
-            raise NotFiniteError("what a layer reads holds a NaN or an infinity")
+            raise NotFiniteError("what it reads holds a NaN or an infinity")
         whole, before = double(self.weight), double(left).to(double(self.weight))
         halves = [self._residual(part, whole, before, bias) for part in (slice(1), slice(1, 2))]
         ridge = _best_ridge(halves, self._rounding) if bool((self.count > 0).all()) else 0.0

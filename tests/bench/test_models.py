@@ -33,6 +33,11 @@ def test_memory_is_what_is_held_and_what_a_call_allocates() -> None:
     assert not model.training
 
 
+def test_a_module_without_parameters_has_memory_too() -> None:
+    x = torch.randn(8, 5)
+    assert TorchModel("tanh", nn.Tanh()).peak_bytes({"input": x}) == x.nbytes
+
+
 def test_attention_is_counted(tiny_bert: Path) -> None:
     model = tf.BertModel.from_pretrained(tiny_bert)
     ids = torch.ones(3, 10, dtype=torch.int64)

@@ -473,6 +473,14 @@ def test_a_second_fit_goes_on_with_what_the_first_has_found(loader: Make, traine
         ({"max_trials": 0}, r"max_trials must be a whole number from 1, got 0"),
         ({"trial_share": 0}, r"first trials, above 0 and up to 1, got 0"),
         ({"trial_share": True}, r"first trials, above 0 and up to 1, got True"),
+        (
+            {"keep": 0.5, "drop": None, "monitor": None, "monitor_mode": None, "max_trials": 3},
+            r"max_trials= is what keep='auto' is chosen by, got keep=0.5; .*leave max_trials out",
+        ),
+        (
+            {"keep": 0.5, "drop": None, "monitor": None, "trial_share": 0.5},
+            r"trial_share= is what keep='auto' is chosen by, got keep=0.5",
+        ),
         ({"keep": 0.5}, r"drop= is what keep='auto' is chosen by, got keep=0.5"),
         ({"keep": [0.5, 0.3], "at": [0.2, 0.4], "drop": None}, r"monitor= is what keep='auto'"),
         ({"keep": "car"}, r"keep is a share such as 0.3, a list of them, or 'auto'; got 'car'"),

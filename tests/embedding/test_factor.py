@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.embedding import EmbeddingSettings, factor_tables_
-from lrcompress.errors import LayerError, ObservationError
+from lrcompress.errors import LayerError, NotFiniteError, ObservationError
 from lrcompress.nn import KroneckerEmbedding, LowRankEmbedding, LowRankLinear, SafeEmbedding
 from lrcompress.statistics.moments import Statistics
 
@@ -94,3 +94,10 @@ def test_an_error_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         factor_tables_(model, Statistics(), cut("low_rank", rank=2), optimizers=[optimizer])
     assert model.words.weight is model.head.weight is model.again.weight is weight
     assert optimizer.state[weight] is state
+
+
+def test_a_table_that_is_not_finite_is_named() -> None:
+    model, _ = trained()
+    model.words.weight.data[2, 2] = torch.inf
+    with pytest.raises(NotFiniteError, match=r"^layer 'words': table holds 1 non-finite of 240"):
+        factor_tables_(model, Statistics(), cut("low_rank", rank=3, head_share=0))

@@ -32,6 +32,7 @@ def test_onnxruntime_gives_what_the_model_gives(
     model = made(architecture, kind)
     train_step_(model)
     state = {name: x.clone() for name, x in model.state_dict().items()}
+    (tmp_path / "model.int8.onnx").write_text("of another model")
     assert export_onnx(model, tmp_path, example(model)) < 1e-5
     assert sorted(x.name for x in tmp_path.iterdir()) == ["config.json", "model.onnx"]
     assert "lrcompress" not in (tmp_path / "config.json").read_text()
