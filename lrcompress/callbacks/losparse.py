@@ -372,12 +372,10 @@ class LoSparse(CompressionCallback):
             self._fix(trainer, module, now)
 
     def _split(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
-        names, statistics = self.settings.select(module).names, self._observation.statistics
-        self._split_record = {
-            "metrics": trainer_state.run_validation(trainer) if self.validate and now else {},
-            "observed": statistics.figures(),
-            "budget": [],
-        }
+        chosen, statistics = self.settings.select(module), self._observation.statistics
+        metrics = trainer_state.run_validation(trainer) if self.validate and now else {}
+        known = {"observed": statistics.figures(), "budget": [], "alone": chosen.note}
+        self._split_record = {"metrics": metrics, **known}
         optimizers, processes = trainer.optimizers, self._processes
         means, quotas = split_(
             module,
@@ -390,7 +388,7 @@ class LoSparse(CompressionCallback):
         )
         self._sync_structure(trainer, module)
         self._pruner = Pruner(
-            module, names, quotas, self.shares, self._importance(), means, processes
+            module, chosen.names, quotas, self.shares, self._importance(), means, processes
         )
 
     def _fix(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
@@ -408,6 +406,7 @@ class LoSparse(CompressionCallback):
         seconds = time.perf_counter() - started
         method = "LoSparse" if self.init == "svd" else f"LoSparse from {self.init}"
         observed, inputs = self._split_record["observed"], max(x.in_features for x in layers)
+        few = few_tokens(self.settings.method, observed.get("tokens", 0), inputs)
         record = PointRecord(
             method,
             now,
@@ -419,7 +418,7 @@ class LoSparse(CompressionCallback):
             bytes_before=bytes_before,
             bytes_after=stored_bytes(module),
             budget=tuple(map(tuple, self._split_record["budget"])),
-            note=few_tokens(self.settings.method, observed.get("tokens", 0), inputs),
+            note="; ".join(filter(None, (self._split_record["alone"], few))),
         )
         record.metrics = {"before": self._split_record["metrics"], "after": {}}
         self.report.points.append(record)

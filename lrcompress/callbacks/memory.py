@@ -73,7 +73,7 @@ def check_memory(
     needed = None
     if isinstance(settings, Settings):
         needed = footprint_of(module, settings, observation, optimizers, nbytes)
-        told = [*needed.lines, *filter(None, [settings.select(module).note])]
+        told = needed.lines
     if verbose:
         rank_zero_info("lrcompress: " + "\n".join(told))
     if needed is not None:

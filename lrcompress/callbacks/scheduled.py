@@ -156,7 +156,7 @@ class CompressionCallback(pl.Callback, ABC):
         show_true_rates(trainer, self._hooks)
         able = {"matrices": self._makes_matrices, "averages": self._keeps_averages}
         compatibility.check_optimizers(trainer.optimizers, owner, **able)
-        names = self.settings_at(0).select(pl_module).names
+        names, alone = (chosen := self.settings_at(0).select(pl_module)).names, chosen.note
         ddp.check_layers(pl_module, names, self._processes, owner)
         if self._loaded is not None:
             unfreezing.resume_unfrozen_(trainer, pl_module, self._loaded.get("frozen"))
@@ -167,6 +167,8 @@ class CompressionCallback(pl.Callback, ABC):
         active = [x for x in self._compression_callbacks(trainer) if not x._is_done]
         for other in active[: active.index(self)] if self in active else ():
             compatibility.check_apart(names, other.settings_at(0).watched(pl_module), other, owner)
+        if self.verbose and alone and not self._stage:
+            reporting.tell(alone)
 
     def _check_unfrozen(self, trainer: pl.Trainer, module: nn.Module) -> None:
         """Check that layers are trained by now which another callback unfreezes."""

@@ -57,22 +57,6 @@ def test_it_is_said_when_training_starts(
     assert all(len(line) <= 80 for line in said.splitlines())
 
 
-def test_layers_that_stay_are_said_with_the_reason(
-    tagger: Make, loader: Make, trainer: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tagger()
-    model.blocks[1]["attention"] = torch.nn.MultiheadAttention(16, 2)
-    callback = lrcompress.Factorize(keep=0.5, at=0.5, report_path=None)
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        trainer(callback).fit(model, loader(), loader())
-    told = (
-        "1 layer stays as it is, blocks.1.attention.out_proj: nn.MultiheadAttention reads its "
-        "weight without calling it, as its in_proj_weight"
-    )
-    assert told in caplog.text
-    assert told in callback.report.points[0].note
-
-
 def test_of_a_table_the_statistics_alone_are_said(
     tagger: Make, loader: Make, trainer: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
