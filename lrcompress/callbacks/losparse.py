@@ -418,7 +418,7 @@ class LoSparse(CompressionCallback):
             bytes_before=bytes_before,
             bytes_after=stored_bytes(module),
             budget=tuple(map(tuple, self._split_record["budget"])),
-            note="; ".join(filter(None, (self._split_record["alone"], few))),
+            note="; ".join(filter(None, (self._split_record.get("alone"), few))),
         )
         record.metrics = {"before": self._split_record["metrics"], "after": {}}
         self.report.points.append(record)
