@@ -218,6 +218,9 @@ def _fit_with(
     fit: Mapping[str, Any],
 ) -> None:
     held = trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps  # type: ignore[attr-defined]
+    telling = [one for one in callbacks if getattr(one, "verbose", None) is True]
+    for one in telling:
+        one.verbose = False  # type: ignore[attr-defined]
     trainer.callbacks = callbacks  # type: ignore[attr-defined]
     trainer.loggers = [DummyLogger()] if trainer.loggers else []
     trainer.num_sanity_val_steps = 0
@@ -226,4 +229,6 @@ def _fit_with(
     except _DryRunEndError:
         pass
     finally:
+        for one in telling:
+            one.verbose = True  # type: ignore[attr-defined]
         trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps = held  # type: ignore[attr-defined]

@@ -27,7 +27,8 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
     table = plain_table(title + (f"; layers of {shared}" if shared else ""))
     table.add_column("layer", no_wrap=True)
     sparse = any(x.rows is not None for members in kinds.values() for x in members)
-    found = ("rows", "kept") if sparse else ("kept", "error", "share of loss")
+    known = any(x.error or x.predicted_loss is not None for x in layers)  # not of a plan
+    found = ("rows", "kept") if sparse else ("kept", *(("error", "share of loss") if known else ()))
     products = any(x.first is not None for members in kinds.values() for x in members)
     terms = ("first", "terms") if products else ("rank",)
     narrow = any(x.narrow is not None for members in kinds.values() for x in members)
@@ -50,7 +51,7 @@ def ranks_table(layers: Iterable[LayerRecord], title: str) -> Table:
             *([_span(x.narrow and x.narrow[0] for x in members)] if narrow else []),
             *([_span(x.rows for x in members)] if sparse else []),
             share(sum(x.after for x in members) / sum(x.before for x in members)),
-            *([] if sparse else figures),
+            *(figures if known and not sparse else []),
         )
     return table
 

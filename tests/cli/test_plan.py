@@ -41,6 +41,18 @@ def test_points_lie_at_steps_and_nothing_is_written(
     assert not [path for path in tmp_path.iterdir() if path.name != "datasets_cache"]
 
 
+def test_what_a_fit_would_take_is_said_once(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        assert main(["plan", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("memory of a process, about:") == 1
+    assert "memory of a process" not in caplog.text
+    assert "error" not in shown  # which is not known yet, and neither is any loss
+    assert "share of loss" not in shown
+
+
 @pytest.mark.parametrize(("encoding", "arrow"), [("ascii", "->"), ("utf-8", "→")])
 def test_consoles_that_lack_characters_show_others(
     encoding: str, arrow: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
