@@ -207,8 +207,8 @@ def allocate(
     least = sum(cost(c, c.least) for c in free)
     if budget < least:
         raise SettingError(
-            f"keep={keep:g} leaves {budget + spent:,} of {total:,} parameters, but the layers' "
-            f"own and least ranks take {least + spent:,}; the least keep is "
+            f"keep={keep:g} leaves {budget + spent:,} of {total:,} parameters, but at the least "
+            f"ranks that layers may have they take {least + spent:,}; the least keep is "
             f"{(least + spent) / total:.4f}"
         )
     spread = _global if allocation == "global" else _uniform

@@ -21,6 +21,7 @@ from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.callbacks.search_settings import MAX_TRIALS, check_free, points_and_keeps, search_of
 from lrcompress.callbacks.sensitivity import DenseLayers, check_measurable
 from lrcompress.callbacks.warmup import check_warmup
+from lrcompress.engine.compress import check_budget
 from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.engine.kronecker_shapes import check_layers
 from lrcompress.engine.latency import check_unsharded, choose_and_install_
@@ -380,11 +381,11 @@ class Factorize(AutoKeepCallback):
         super().on_train_start(trainer, pl_module)
 
     def _check_layers(self, module: nn.Module) -> None:
-        """Check that the layers of the next point can be factored."""
-        if self._stage < len(self.points):
-            settings = self.settings[self._stage]
+        """Check that layers can be factored, and as small as each point still to come asks."""
+        for settings in self.settings[self._stage :]:
             check_layers(module, settings.select(module).names, settings)
             check_present("solve_device", settings.solve_device)
+            check_budget(module, settings)
             if self._search is not None:
                 check_free(module, settings)
 
@@ -437,10 +438,8 @@ class Factorize(AutoKeepCallback):
             ShapeError: if ``shapes`` do not divide a layer.
         """
         settings, observed = self.settings[0], self._observation
-        placed = [
-            f"point {point} is step {step:,} of {self._total:,.0f}"
-            for point, step in zip(self.points, self._point_steps, strict=False)
-        ]
+        steps = zip(self.points, self._point_steps, strict=False)
+        placed = [f"point {point} is step {step:,} of {self._total:,.0f}" for point, step in steps]
         optimizers = self._live[1] if self._live else ()
 
         def lines(nbytes: int) -> Sequence[str]:

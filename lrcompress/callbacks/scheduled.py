@@ -406,6 +406,7 @@ class CompressionCallback(pl.Callback, ABC):
             self._end_training(trainer, pl_module)
         sample_after(self.report, trainer, pl_module, self._processes)
         self.report.seconds_per_step |= self._timer.seconds_per_step()
+        self.report.cpu_seconds = self._timer.of_cpu
         self.report.finish(trainer_state.steps_done(trainer))
         self.report.about = describe_run(trainer, pl_module, self._timer.started)
 

@@ -5,6 +5,7 @@ from collections import Counter
 from transformers import PreTrainedModel
 
 from lrcompress.report import PointRecord, Report
+from lrcompress.report.summary import final_figures
 from lrcompress.structure.parameter_counts import dense_size
 from lrcompress.structure.plan import Plan
 
@@ -82,15 +83,16 @@ def _figures(report: Report | None) -> list[str]:
 def _table(report: Report, last: PointRecord) -> list[str]:
     first = report.points[0]
     before, after = first.metrics.get("before", {}), last.metrics.get("after", {})
-    names = list(dict.fromkeys([*before, *after, *report.final]))
+    when, end = final_figures(report)
+    names = list(dict.fromkeys([*before, *after, *end]))
     if not names:
         return []
     rows = [
-        f"| {name} | {_figure(before, name)} | {_figure(after, name)} | "
-        f"{_figure(report.final, name)} |"
+        f"| {name} | {_figure(before, name)} | {_figure(after, name)} | {_figure(end, name)} |"
         for name in names
     ]
-    head = ["| | before | just after compression | at the end |", "|---|---|---|---|"]
+    when = when.replace("at ", "at step ") if end and not report.final else when
+    head = [f"| | before | just after compression | {when} |", "|---|---|---|---|"]
     return [*head, *rows, ""]
 
 

@@ -76,7 +76,7 @@ def _figures(report: Report) -> dict[str, _Cell]:
             if name in held:
                 column[f"{name} {what}"] = _Cell(held[name], when=told)
     for phase, seconds in report.seconds_per_step.items():
-        column[f"seconds per step, {phase}"] = _Cell(seconds)
+        column[f"{report.clock}, {phase}"] = _Cell(seconds)
     return column
 
 

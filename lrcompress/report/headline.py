@@ -59,7 +59,7 @@ def headline(report: Report) -> list[Fact]:
             Fact(
                 "{:.2f} × {}".format(*times),
                 "a training step",
-                f"{number(dense)} → {number(factored)} s",
+                f"{number(dense)} → {number(factored)} s" + " of CPU time" * report.cpu_seconds,
             )
         )
     before, (when, end) = first.metrics.get("before", {}), final_figures(report)

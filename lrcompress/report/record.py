@@ -221,6 +221,7 @@ class Report:
         history: validation figures during training: name to steps and values.
         about: what was run, and where: the model, its data, versions, seed, date; for readers.
         samples: what a language model writes after some prompts.
+        cpu_seconds: whether seconds per step are those of CPU time, all threads together.
 
     Example:
         >>> layer = LayerRecord("0", 8, 8, rank=2, error=0.1, predicted_loss=0.5)
@@ -235,6 +236,7 @@ class Report:
     history: dict[str, Curve] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
     samples: list[SampleText] = field(default_factory=list)
+    cpu_seconds: bool = False
 
     @classmethod
     def joined(cls, reports: Iterable["Report"]) -> "Report":
@@ -257,7 +259,12 @@ class Report:
         seconds |= {k: v for k, v in last.seconds_per_step.items() if k != "dense"}
         points = sorted((p for one in held for p in one.points), key=lambda p: p.step or 0)
         own = dict(first.final), seconds, dict(first.history), dict(first.about), first.samples
-        return cls(points, *own)
+        return cls(points, *own, first.cpu_seconds)
+
+    @property
+    def clock(self) -> str:
+        """What seconds per step are called."""
+        return "CPU seconds per step" if self.cpu_seconds else "seconds per step"
 
     def layers_after(self, point: int) -> list[LayerRecord]:
         """Return all layers that any point targets, as they stand after point number ``point``.
@@ -315,7 +322,7 @@ class Report:
             about = {str(name): str(value) for name, value in data.get("about", {}).items()}
             samples = [SampleText(**one) for one in data.get("samples", ())]
             own = dict(data["final"]), dict(data["seconds_per_step"]), history, about, samples
-            return cls(points, *own)
+            return cls(points, *own, bool(data.get("cpu_seconds", False)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ReportError(f"this is no report: {error!r}") from error
 

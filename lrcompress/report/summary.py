@@ -42,7 +42,7 @@ def summary(report: Report) -> Summary:
     _metrics(found, report, last)
     seconds = report.seconds_per_step
     if seconds:
-        found.add("seconds per step", [seconds.get("dense")], [seconds.get("factored")])
+        found.add(report.clock, [seconds.get("dense")], [seconds.get("factored")])
     if "pruning" in seconds:
         found.add("… while pruning", [None] * len(points) + [seconds["pruning"]])
     notes = []

@@ -60,6 +60,7 @@ def plain_table(title: str) -> Table:
     """Return an empty table, in the style of all of them."""
     return Table(
         title=title,
+        min_width=len(title),  # a title wraps where its table ends
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,

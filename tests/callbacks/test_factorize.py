@@ -664,6 +664,7 @@ def test_says_what_is_wrong_when_made(
         ({"fisher": "model", "logits": "haed"}, NoMatchError, r"nearest: head"),
         ({"targets": ["embed"]}, LayerError, r"layer 'embed' is a Embedding"),
         ({"keep": 0.0001}, SettingError, r"the least keep is"),
+        ({"at": [0.2, 0.5], "keep": [0.5, 0.0001]}, SettingError, r"keep=0.0001 leaves .* least"),
     ],
 )
 def test_says_what_is_wrong_in_a_fit_and_leaves_the_model_whole(
@@ -676,8 +677,10 @@ def test_says_what_is_wrong_in_a_fit_and_leaves_the_model_whole(
 ) -> None:
     model = tagger()
     names = list(model.state_dict())
+    run = trainer(factorize(**options))
     with pytest.raises(error, match=message):
-        trainer(factorize(**options)).fit(model, loader())
+        run.fit(model, loader())
+    assert run.global_step == 0 or "fisher" in options  # which logits give is seen when observed
     assert list(model.state_dict()) == names
     assert hooks(model) == 0
 

@@ -42,3 +42,12 @@ def test_a_card_without_a_report_says_what_is_known() -> None:
     for point in unmeasured.points:
         point.metrics = {}
     assert "just after" not in model_card(model, Plan.of(model), unmeasured)
+
+
+def test_a_card_of_a_checkpoint_has_the_last_figures_that_were_taken() -> None:
+    """The run had not ended when it was written."""
+    going, model = report(), made("bert")
+    going.final, going.history = {}, {"val_accuracy": ((9, 0.8), (12, 0.875))}
+    text = model_card(model, Plan.of(model), going)
+    assert "| | before | just after compression | at step 12 |" in text
+    assert "| val_accuracy | 0.9100 | 0.8000 | 0.8750 |" in text

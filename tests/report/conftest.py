@@ -70,7 +70,7 @@ def distinct() -> Callable[[Report], tuple[Report, list[float]]]:
                 return {key: put(held) for key, held in value.items()}
             if isinstance(value, list | tuple):
                 return [put(held) for held in value]
-            if value is None or isinstance(value, str):
+            if value is None or isinstance(value, str | bool):
                 return value
             numbers.append(next(whole) if isinstance(value, int) else next(parts) / 1e4)
             return numbers[-1]
