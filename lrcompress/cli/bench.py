@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -46,12 +47,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lrcompress bench", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", help="folder of a model; with model.onnx in it, for onnxruntime")
     parser.add_argument("reference", nargs="?", help="another; by default the dense form of MODEL")
-    parser.add_argument("--shapes", type=_shapes, default=[(32, 128), (1, 32)], help="32x128,1x32")
+    parser.add_argument(
+        "--shapes",
+        type=_shapes,
+        default=[(32, 128), (1, 32)],
+        metavar="BATCHxLENGTH,…",
+        help="by default 32x128,1x32",
+    )
     parser.add_argument("--modes", type=_modes, default=["eager"], help="eager,compiled")
     parser.add_argument("--devices", type=lambda x: x.split(","), default=["cpu"], help="cpu,cuda")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--rounds", type=_whole, default=20, help="calls of each, in turns")
-    parser.add_argument("--threads", type=_whole, help="of the CPU; by default as torch has it")
+    parser.add_argument(
+        "--threads",
+        type=_whole,
+        help="of the CPU, by default as torch has it; of 1 its own time counts",
+    )
     parser.add_argument(
         "--decode",
         type=_whole,
@@ -123,6 +134,12 @@ def _measure(given: argparse.Namespace) -> None:
     if given.prompt and given.decode is None:
         raise RecipeError("--prompt is answered in so many tokens: give --decode TOKENS with it")
     prompts = [first.prompt(text, given.decode) for text in given.prompt]
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
+    if busy > 1 and not one_thread() and given.devices == ["cpu"]:
+        _tell(
+            f"other work runs on this machine (load {busy:.1f}): ratios of several threads mean "
+            "little then; --threads 1 counts the thread's own time"
+        )
     subjects: Sequence[BenchModel]
     runs: list[Run] | list[Decoding]
     subjects, runs = _calls(models, given) if given.decode is None else _decodings(models, given)
@@ -149,6 +166,11 @@ def _measure(given: argparse.Namespace) -> None:
         given.json.write_text(text + "\n", encoding="utf-8")
 
 
+def _tell(text: str) -> None:
+    """Say what is being done, apart from the result."""
+    sys.stderr.write(f"lrcompress bench: {text}\n")
+
+
 def _calls(
     models: Sequence["_Model"], given: argparse.Namespace
 ) -> tuple[Sequence[BenchModel], list[Run]]:
@@ -159,6 +181,7 @@ def _calls(
     for device in ["cpu"] if onnx else given.devices:
         for mode in ["onnx"] if onnx else given.modes:
             for batch, length in given.shapes:
+                _tell(f"{batch} × {length}, {mode} on {device}: {given.rounds} calls of each model")
                 torch.compiler.reset()  # a graph of its own for every shape
                 subjects = [model.model_to_measure(mode, device) for model in models]
                 inputs = models[0].inputs(batch, length, device)
@@ -175,6 +198,7 @@ def _decodings(
     runs = []
     for device in given.devices:
         for batch, length in given.shapes:
+            _tell(f"{batch} × {length} on {device}: {given.decode} tokens, {given.rounds} times")
             inputs = models[0].inputs(batch, length, device, given.decode + 1)
             subjects = [model.model_to_decode(given.decode, device) for model in models]
             other = subjects[1] if subjects[1:] else None

@@ -47,9 +47,27 @@ def test_a_compressed_model_is_measured_beside_its_dense_form(
         assert flops[1] - flops[0] == 2 * run["batch"] * run["length"] * saved
         assert run["share_of_ideal"] == pytest.approx(run["faster"] / run["ideal"])
         assert [layer["keep"] for layer in run["layers"]] == [5 * 96 / (64 * 32)] * 2
-    said = capsys.readouterr().out
-    assert "lrcompress bench: torch" in said
-    assert "32×64" in said
+    said = capsys.readouterr()
+    assert "lrcompress bench: torch" in said.out
+    assert "32×64" in said.out
+    assert "lrcompress bench: 4 × 16, eager on cpu: 2 calls of each model" in said.err
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "told"), [(3.2, 2, True), (3.2, 1, False), (0.4, 2, False)]
+)
+def test_a_busy_machine_is_told(
+    load: float,
+    threads: int,
+    told: bool,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert bench(folder, "--shapes=1x8", f"--threads={threads}") == 0
+    said = capsys.readouterr().err
+    assert ("other work runs on this machine (load 3.2)" in said) == told
 
 
 def test_another_model_of_its_kind_is_given_the_same_head(
