@@ -1,6 +1,6 @@
 """A chat model from fine-tuning to an answer: compressed, healed, exported, read without us.
 
-    python recipes/chat.py MODEL --chats train.jsonl --out small-chat
+    python recipes/chat.py MODEL --chats train.jsonl --out runs/small-chat
 
 MODEL is a hub name or a folder of a causal language model whose tokenizer has a chat template, such
 as SmolLM2-135M-Instruct. A row of the file is ``{"messages": [{"role": …, "content": …}, …]}``; the
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--out", type=Path, default=Path("small-chat"))
+    parser.add_argument("--out", type=Path, default=Path("runs/small-chat"))
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--ask", default="Complete this docstring of numpy: Return the eigenvalues")
     parser.add_argument("--answer", type=int, default=32, help="tokens of the answer")

@@ -1,6 +1,6 @@
 """A language model compressed without a Trainer, and healed by some steps with a teacher.
 
-    python recipes/language_model.py MODEL --text train.txt --out smaller
+    python recipes/language_model.py MODEL --text train.txt --out runs/smaller
 
 MODEL is a hub name or a folder of a causal language model, such as SmolLM2-135M. Without --text
 it reads docstrings of installed libraries. Statistics come from a few batches; then low-rank layers
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=48)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--out", default="smaller")
+    parser.add_argument("--out", default="runs/smaller")
     given = parser.parse_args()
     torch.manual_seed(0)
     if given.text is None:

@@ -1,6 +1,6 @@
 """Your own LightningModule, with tuples as batches, on real text; on several processes too.
 
-    python recipes/own_module.py --out minilm-30
+    python recipes/own_module.py --out runs/minilm-30
     torchrun --nproc-per-node=2 recipes/own_module.py --strategy ddp --devices 2
 
 It learns which library a docstring comes from, as the quickstart does, but knows nothing of
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--out", default="own-module")
+    parser.add_argument("--out", default="runs/own-module")
     given = parser.parse_args()
     L.seed_everything(0)
     path = model_folder(given.model)

@@ -129,7 +129,7 @@ def test_the_notebook_runs_from_first_to_last_cell(tiny_bert: Path, tmp_path: Pa
     client.NotebookClient(notebook, timeout=120, resources=place).execute()
     shown = str([cell.get("outputs") for cell in notebook.cells])
     assert "what was lost and gained" in shown
-    assert len(Plan.of(lrcompress.load_pretrained(tmp_path / "minilm-30"))) > 0
+    assert len(Plan.of(lrcompress.load_pretrained(tmp_path / "runs" / "minilm-30"))) > 0
     assert (tmp_path / "report.html").is_file()
 
 
