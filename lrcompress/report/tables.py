@@ -1,5 +1,6 @@
 """Terminal tables of a report."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -169,8 +170,19 @@ def point_table(point: PointRecord, whole: int | None = None) -> RenderableType:
             + f", {point.observed['bytes'] / 2**20:.0f} MiB"
         )
     lines += [point.note] if point.note else []
-    lines += [f"{layer.name}: {layer.note}" for layer in point.layers if layer.note]
+    lines += _notes(point.layers)
     return Group(*_trials(point), table, Text("\n".join(lines)))
+
+
+def _notes(layers: Iterable[LayerRecord]) -> list[str]:
+    """Return what is to be said of layers; once where it is the same in several blocks."""
+    said: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.note:
+            line = f"{layer.name}: {layer.note}"
+            said.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", line), []).append(line)
+    alike = {line: held for line, held in said.items() if held[1:]}
+    return [f"{x} ({len(alike[x])} layers)" if x in alike else said[x][0] for x in said]
 
 
 def _trials(point: PointRecord) -> list[RenderableType]:

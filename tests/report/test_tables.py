@@ -71,6 +71,18 @@ def test_a_point_says_what_was_observed_what_remains_and_what_was_noted() -> Non
     assert "tokens" not in "\n".join(lines(point_table(point(observed={"steps": 0}))))
 
 
+def test_what_is_alike_in_several_blocks_is_noted_once() -> None:
+    noted = [
+        LayerRecord(f"h.{i}.down", 8, 8, 2, 0.1, None, f"not narrowed: 'h.{i}.up' is factored")
+        for i in range(3)
+    ]
+    alone = LayerRecord("h.1.up", 8, 8, 2, 0.1, None, "its rank is 2")
+    text = lines(point_table(PointRecord("kfac", 4, [*noted, alone], 900, 800)))
+    assert "h.*.down: not narrowed: 'h.*.up' is factored (3 layers)" in text
+    assert "h.1.up: its rank is 2" in text
+    assert not any("h.2" in line for line in text)
+
+
 def test_a_summary_puts_dense_each_point_and_the_end_side_by_side() -> None:
     speed = {"dense": 0.2, "factored": 0.1}
     report = Report([point(), point()], {"val_loss": 0.45, "acc": 0.9}, speed)
