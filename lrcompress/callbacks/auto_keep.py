@@ -13,7 +13,6 @@ from lrcompress.callbacks.kept_state import run_folder
 from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.callbacks.search import KeepSearch, Run
 from lrcompress.callbacks.search_settings import check_platform
-from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.settings import Settings
 from lrcompress.engine.solved_model import SolvedModel, solve_model
 from lrcompress.report import PointRecord
@@ -45,14 +44,11 @@ class AutoKeepCallback(CompressionCallback):
             self.settings_at(min(self._stage, len(self.points) - 1)),
             processes=self._processes,
             owner=owner,
-            track=self._track(trainer),
+            track=reporting.progress_bar(trainer, verbose=self.verbose),
             forward_context=trainer.precision_plugin.forward_context,
             blocks=blocks,
             train_balanced=True,
         )
-
-    def _track(self, trainer: pl.Trainer) -> Track:
-        return reporting.progress_bar(trainer) if self.verbose else untracked
 
     def _search_keep(
         self, trainer: pl.Trainer, module: pl.LightningModule, now: int

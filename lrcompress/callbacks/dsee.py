@@ -363,6 +363,7 @@ class DSEE(CompressionCallback):
             heads=outputs,
             seed=self.seed,
             processes=self._processes,
+            track=reporting.progress_bar(trainer, verbose=self.verbose),
         )
         coming: dict[str, list[str]] = {}
         for name in dsee.update_parameters(module):

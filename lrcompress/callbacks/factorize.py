@@ -423,7 +423,8 @@ class Factorize(AutoKeepCallback):
             super()._validate_after(trainer, record)
         dense, self._dense = self._dense, None
         if dense is not None:
-            module, track = trainer.lightning_module, self._track(trainer)
+            module = trainer.lightning_module
+            track = reporting.progress_bar(trainer, verbose=self.verbose)
             lost = dense.loss_increases(trainer, module, record.layers, track)
             record.layers = [replace(x, measured_loss=lost.get(x.name)) for x in record.layers]
 

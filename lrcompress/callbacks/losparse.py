@@ -385,6 +385,7 @@ class LoSparse(CompressionCallback):
             optimizers=optimizers,
             processes=processes,
             owner=self._observation.owner,
+            track=reporting.progress_bar(trainer, verbose=self.verbose),
         )
         self._sync_structure(trainer, module)
         self._pruner = Pruner(

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lrcompress.callbacks import trainer_state
-from lrcompress.engine.progress import Track
+from lrcompress.engine.progress import Track, untracked
 from lrcompress.errors import SettingError
 from lrcompress.report import PointRecord, Report
 from lrcompress.report.formatting import printable
@@ -185,11 +185,13 @@ def _log_image(logger: Any, plot: Plot, step: int) -> None:
         logger.experiment.add_image(name, image, step, dataformats="HWC")
 
 
-def progress_bar(trainer: pl.Trainer) -> Track:
+def progress_bar(trainer: pl.Trainer, *, verbose: bool) -> Track:
     """Return what shows how far a point is, among the trainer's own progress bars.
 
-    It shows nothing where the trainer shows none, and without a terminal.
+    It shows nothing unless ``verbose``, where the trainer shows none, and without a terminal.
     """
+    if not verbose:
+        return untracked
     bar = trainer.progress_bar_callback
 
     def shown(names: Sequence[str], what: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.distributed import ONE_PROCESS, Processes
+from lrcompress.engine.progress import Track, untracked
 from lrcompress.errors import (
     LayerError,
     NoMatchError,
@@ -126,6 +127,7 @@ def attach_(
     heads: Mapping[str, int] | None = None,
     seed: int = 0,
     processes: Processes = ONE_PROCESS,
+    track: Track = untracked,
 ) -> None:
     """Attach an update to layers: low rank plus ``entries`` single ones at places GoDec chooses.
 
@@ -140,6 +142,7 @@ def attach_(
         heads: number of heads of the output projections of attention that get coefficients.
         seed: of GoDec and of ``right``; no other random numbers are drawn.
         processes: the processes that do the same.
+        track: yields layers while they are solved, as a progress bar does.
 
     Raises:
         NotFiniteError: if a weight is not finite.
@@ -147,7 +150,7 @@ def attach_(
     heads = heads or {}
     names = [name for name in dict(model.named_modules()) if name in {*updates, *heads}]
     built: dict[str, LowRankUpdateLinear] = {}
-    for number, name in enumerate(names):
+    for number, name in enumerate(track(names, "solving")):
         layer = model.get_submodule(name)
         sizes = (rank, entries) if name in updates else (0, 0)
         with naming_layer(name):

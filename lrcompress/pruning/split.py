@@ -16,6 +16,7 @@ from lrcompress.engine.distributed_solve import (
     install_factors_,
     solve_layers,
 )
+from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, SettingError
 from lrcompress.linalg import double
@@ -45,6 +46,7 @@ def split_(
     optimizers: Iterable[Optimizer] = (),
     processes: Processes = ONE_PROCESS,
     owner: Mapping[str, int] | None = None,
+    track: Track = untracked,
 ) -> tuple[dict[str, Tensor], list[Quota]]:
     """Replace the targeted layers by factors plus all rows of the remainder, exactly.
 
@@ -60,6 +62,7 @@ def split_(
         optimizers: whose parameters and state follow.
         processes: those that do the same at the same time, each of which solves some layers.
         owner: the process of each layer, where only that one has observed it.
+        track: yields layers while they are solved, as a progress bar does.
 
     Returns:
         The mean input ``(in,)`` of every layer whose bias can take up what pruning takes away,
@@ -101,6 +104,7 @@ def split_(
         device=settings.solve_device,
         processes=processes,
         owner=owner,
+        track=track,
     )
     budget = _budget(sizes, shares)
     if divides:

@@ -81,6 +81,31 @@ def test_a_terminal_shows_what_is_solved_timed_refitted_and_measured(
         assert (f"lrcompress: {what}" in terminal.text) == (bar and verbose)
 
 
+@pytest.mark.parametrize("verbose", [True, False])
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda verbose: lrcompress.LoSparse(keep=0.5, report_path=None, verbose=verbose),
+        lambda verbose: lrcompress.DSEE(
+            keep=0.5, rank=1, entries=4, updates=["*.up"], report_path=None, verbose=verbose
+        ),
+    ],
+)
+def test_other_callbacks_show_what_they_solve(
+    callback: Callable[[bool], Any],
+    verbose: bool,
+    tagger: Make,
+    loader: Make,
+    trainer: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run = trainer(callback(verbose), TQDMProgressBar(), enable_progress_bar=True)
+    run.fit(tagger(), loader(), loader())
+    assert ("lrcompress: solving" in terminal.text) == verbose
+
+
 def test_a_bar_of_rich_has_them_as_tasks_that_end(
     tagger: Make, loader: Make, trainer: Make
 ) -> None:
