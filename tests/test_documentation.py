@@ -88,6 +88,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder of a reader: with the repository's recipes, one of them his own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(RECIPES)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     shutil.copy(RECIPES / "quickstart.yaml", "recipe.yaml")
     rows = [f"a {word} film\t{label}" for label, word in enumerate(("dull", "good"))] * 8
     for name in ("train", "dev"):
