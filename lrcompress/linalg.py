@@ -5,6 +5,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,10 @@ _BLOCKS = 6
 _NARROWEST, _WIDEST = 128, 512
 _lock = threading.Lock()
 _undo: list[Callable[[], None]] = []  # the same for every block of full_precision that is open
+_SHIFT = 1e-12  # of the mean diagonal
+_ON_HOST = "solved on the CPU, for the solver of its device failed"
+_SHIFTED = f"solved with {_SHIFT:g} of its mean diagonal added, for solvers failed without"
+_retries: ContextVar[list[str]] = ContextVar("retries")  # of the block of noted_retries
 
 
 def packed_shape(features: int) -> tuple[int, int]:
@@ -243,7 +248,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return rising eigenvalues ``(n,)`` and eigenvectors ``(n, n)`` of a symmetric matrix.
 
     Solvers of GPUs give up on matrices that LAPACK solves, those of low rank among them: it is
-    tried once more on the CPU, and then with ``10⁻¹²`` of the mean diagonal added to it.
+    tried once more on the CPU, and then with ``10⁻¹²`` of the mean diagonal added to it, as
+    :func:`noted_retries` tells.
 
     Args:
         matrix: ``(n, n)``, finite; its lower triangle counts.
@@ -261,16 +267,32 @@ def eigvalsh(matrix: Tensor) -> Tensor:
     return found.to(matrix.device)
 
 
+@contextmanager
+def noted_retries() -> Iterator[list[str]]:
+    """Yield a list that says in the end, in words, where solvers failed at first in the block."""
+    notes: list[str] = []
+    held = _retries.set(notes)
+    try:
+        yield notes
+    finally:
+        _retries.reset(held)
+        notes[:] = dict.fromkeys(notes)
+
+
 def _tried_again(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
     try:
         return solve(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         near = matrix.cpu()
+    told = _retries.get([])
     try:
-        return solve(near)
+        found = solve(near)
+        told.append(_ON_HOST)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        shift = 1e-12 * near.diagonal().mean().abs()
-        return solve(near + shift * torch.eye(len(near)).to(near))
+        shift = _SHIFT * near.diagonal().mean().abs()
+        found = solve(near + shift * torch.eye(len(near)).to(near))
+        told.append(_SHIFTED)
+    return found
 
 
 def least_squares(a: Tensor, b: Tensor) -> Tensor:
@@ -307,6 +329,7 @@ def _pinv(matrix: Tensor) -> Tensor:
         inverse = torch.linalg.pinv(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         inverse = torch.linalg.pinv(matrix.cpu()).to(matrix)
+        _retries.get([]).append(_ON_HOST)
     return inverse
 
 

@@ -503,12 +503,19 @@ def test_a_solver_that_gives_up_is_not_the_last(
     matrix = x.mT @ x  # of low rank, as moments of few tokens are
     expected = plain(matrix)
     monkeypatch.setattr(torch.linalg, name, gives_up)
-    found = getattr(linalg, name)(matrix)
+    with linalg.noted_retries() as told:
+        found = getattr(linalg, name)(matrix)
     values = (expected, found) if name == "eigvalsh" else (expected[0], found[0])
     torch.testing.assert_close(*values, rtol=1e-9, atol=1e-9)
     if name == "eigh":
         torch.testing.assert_close(found[1] * found[0] @ found[1].mT, matrix)
     assert len(calls) == failures + 1
+    on_host = "solved on the CPU, for the solver of its device failed"
+    shifted = "solved with 1e-12 of its mean diagonal added, for solvers failed without"
+    assert told == [shifted if failures == 2 else on_host]
+    with linalg.noted_retries() as told:
+        getattr(linalg, name)(matrix)
+    assert told == []
 
 
 def test_what_no_solver_can_do_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
