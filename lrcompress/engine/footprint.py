@@ -34,6 +34,7 @@ class Footprint:
         solutions: on the host, when all layers are solved.
         checkpoint: of the file, within the window; of one process of a sharded one.
         seconds: of solving all layers, roughly, by one timed decomposition.
+        on_host: of statistics on the host, where groups of layers take turns to be observed.
         solved_on: type of the device that layers are solved on, if not each on its own.
     """
 
@@ -45,17 +46,19 @@ class Footprint:
     solutions: int
     checkpoint: int
     seconds: float
+    on_host: int = 0
     solved_on: str = ""
 
     @property
     def lines(self) -> list[str]:
         """What people read."""
         where = f" on {self.solved_on}" if self.solved_on else ""
+        host = f", {_size(self.on_host)} on the host" if self.on_host else ""
         return [
             "memory of a process, about:",
             f"  to train: {_size(self.weights)} weights, {_size(self.gradients)} gradients, "
             f"{_size(self.optimizer)} optimizer state",
-            f"  to observe: {_size(self.statistics)} statistics at most; checkpoints are "
+            f"  to observe: {_size(self.statistics)} statistics at most{host}; checkpoints are "
             f"{_size(self.checkpoint)} then",
             f"  to compress: {_size(self.solve)} a layer{where}, "
             f"{_size(self.solutions)} on the host for results; takes {_duration(self.seconds)}",
@@ -72,6 +75,7 @@ def footprint(
     processes: int = 1,
     sharded: bool = False,
     of_all: int | None = None,
+    on_host: int = 0,
     solve_device: str | None = None,
     rate: float | None = None,
 ) -> Footprint:
@@ -85,11 +89,12 @@ def footprint(
         model: with parameters in full, or sharded ones of this process.
         names: of the layers that will be factored.
         method: a key of :data:`lrcompress.objective.METHODS`.
-        statistics: bytes of this process's statistics.
+        statistics: bytes of this process's statistics, at one time.
         optimizers: of the fit, before or after their first step.
         processes: how many share the solve.
         sharded: whether each process holds a part of the parameters.
         of_all: bytes of all statistics, as a checkpoint has them; by default ``statistics``.
+        on_host: bytes of its statistics on the host, where groups of layers take turns.
         solve_device: where layers are solved; by default where each lies.
         rate: operations a second of the solve; by default measured, once a process, for some 10 ms.
     """
@@ -124,6 +129,7 @@ def footprint(
         solutions // processes,
         whole,
         operations / processes / speed,
+        on_host,
         "" if device.type == own.type else device.type,
     )
 

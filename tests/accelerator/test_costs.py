@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import lrcompress
+from lrcompress.callbacks.observation import Observation
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.engine.compress import factor_
 from lrcompress.engine.settings import Settings
 from lrcompress.objective import METHODS
@@ -174,3 +177,75 @@ def test_a_point_takes_little_more_than_the_weights(
         lambda: factor_(model, recorder.statistics, settings, optimizers=optimizers)
     )
     assert taken <= 1.3 * weights  # 7.7 where all solutions were held in float64 until the end
+
+
+def test_groups_that_take_turns_have_a_share_of_the_device_and_cross_to_the_host_once(
+    device: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Of four equal blocks; the model ends as on the CPU."""
+
+    class Deep(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 96)) for _ in range(4)
+            )
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            for block in self.blocks:
+                batch = batch + block(batch)
+            return batch.square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 1e-3)
+
+    ends, found = [], []
+    batches = [torch.randn(8, 96) for _ in range(9)]
+    for place in ({}, {"accelerator": "cpu", "strategy": "auto"}):
+        given = {"at": "step:8", "window": "step:8", "every_n_steps": 1, "turns": 4, "mask": None}
+        callback = lrcompress.Factorize(
+            0.5, verbose=False, validate=False, report_path=None, **given
+        )
+
+        class Look(L.Callback):
+            def on_train_batch_end(self, *_: object) -> None:
+                held = callback._observation.statistics  # noqa: B023
+                sums = [s for side in (held.inputs, held.outputs) for s in side.values()]
+                large = [x for s in sums for x in s.values.values() if x.ndim > 1]
+                there = sum(x.nbytes for x in large if x.device.type != "cpu")
+                found.append((there, sum(x.nbytes for x in large), device.counts(reset=True).waits))
+
+        model = Deep()
+        run = device.trainer(callback, Look(), default_root_dir=tmp_path, max_steps=9, **place)
+        run.fit(model, device.Loader(batches))
+        ends.append({key: value.cpu() for key, value in model.state_dict().items()})
+    torch.testing.assert_close(*ends)
+    whole = found[7][1]
+    assert [there for there, _, _ in found[:8]] == [whole // 4] * 8
+    assert [held for _, held, _ in found[:8]] == [whole // 4 * (1 + step // 2) for step in range(8)]
+    crossing = len(batches[0][:4])  # the sums of two layers, of inputs and of outputs
+    plain = found[1][2]
+    assert [waits for _, _, waits in found[1:8]] == [plain, *[plain + crossing, plain] * 3]
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_a_checkpoint_within_the_window_takes_nothing_of_the_device(
+    device: SimpleNamespace, offload: str | None
+) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).to(device.DEVICE)
+    sampling = Sampling(kinds=METHODS["kfac"].kinds, owner="Factorize", offload=offload, mask=None)
+    observation = Observation(sampling)
+    observation.watch(model, Settings(method="kfac", keep=0.5, targets=["*"]))
+    x = torch.randn(8, 64, device=device.DEVICE)
+    observation.open_step([x])
+    loss = model(x).square().mean()
+    observation.before_backward(loss, 1.0)
+    loss.backward()
+    observation.close_step()
+    del x, loss
+    states = []
+    assert device.peak_bytes(lambda: states.append(observation.state_dict())) == 0
+    values = [v for s in states[0]["statistics"]["outputs"].values() for v in s.values()]
+    assert values
+    assert {value.device.type for value in values} == {"cpu"}

@@ -154,7 +154,8 @@ sys.path.insert(0, {standin!r})
 import torch
 import vgpu, vccl
 from torch import nn
-from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.callbacks.observation import Observation
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.distributed import Processes
 from lrcompress.engine.settings import Settings
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.callbacks.observation import Observation
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.distributed import Processes
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import SettingError
