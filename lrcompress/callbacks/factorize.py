@@ -350,8 +350,8 @@ class Factorize(AutoKeepCallback):
         return self.settings[stage]
 
     @override
-    def _solves(self, stage: int) -> bool:
-        return True
+    def _growth(self, stage: int, module: nn.Module) -> int:
+        return 0  # factors are smaller than what they replace
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -20,7 +20,7 @@ from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.importance import Importance
 from lrcompress.objective import METHODS, few_tokens
-from lrcompress.pruning import LoSparseBudget, Pruner, check_dense, preview, split_
+from lrcompress.pruning import LoSparseBudget, Pruner, check_dense, growth, preview, split_
 from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
@@ -226,8 +226,9 @@ class LoSparse(CompressionCallback):
         return stage == 0 and bool(self.sampling.kinds)
 
     @override
-    def _solves(self, stage: int) -> bool:
-        return stage == 0
+    def _growth(self, stage: int, module: nn.Module) -> int | None:
+        names = self.settings.select(module).names
+        return None if stage else growth(module, names, self.shares)
 
     @override
     def _phase(self) -> str:
@@ -442,7 +443,7 @@ class LoSparse(CompressionCallback):
                 f"split at step {split:,}, pruned from {self._schedule.start:,} to "
                 f"{self._schedule.stop:,}, compacted at {fixed:,}, of {self._total:,.0f} steps"
             )
-        given = self._observation, self._live[1] if self._live else ()
+        given = self._observation, self._live[1] if self._live else (), self._growth(0, model) or 0
         notes += (self._needed or footprint_of(model, self.settings, *given)).lines
         whole = sum(p.numel() for p in model.parameters())
         return plan_table(records, title, whole, nbytes, notes)

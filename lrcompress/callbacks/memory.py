@@ -21,6 +21,7 @@ def footprint_of(
     settings: Settings,
     observation: Observation,
     optimizers: Sequence[Optimizer],
+    growth: int = 0,
 ) -> Footprint:
     """Return what a fit will take of this process.
 
@@ -30,6 +31,7 @@ def footprint_of(
         observation: which layers are observed here, of how many processes; before it watches any,
             as one process alone would.
         optimizers: of the fit.
+        growth: parameters that the next point adds at first.
     """
     names = settings.select(module).names
     here, on_host = observation.nbytes, observation.nbytes_on_host
@@ -49,6 +51,7 @@ def footprint_of(
         sharded=processes.sharded,
         of_all=(on_host or here) * (processes.size if dealt else 1),
         on_host=on_host,
+        growth=growth,
         solve_device=settings.solve_device,
     )
 
@@ -57,6 +60,7 @@ def check_memory(
     live: tuple[nn.Module, Sequence[Optimizer]] | None,
     settings: object,
     observation: Observation,
+    growth: int = 0,
     *,
     verbose: bool,
 ) -> Footprint | None:
@@ -66,6 +70,7 @@ def check_memory(
         live: the model of the fit, and its optimizers.
         settings: which layers are factored, and how; of tables nothing but the bytes is said.
         observation: which layers are observed here, of how many processes.
+        growth: parameters that the next point adds at first.
         verbose: whether to say it.
 
     Raises:
@@ -79,7 +84,7 @@ def check_memory(
     told = [f"statistics take at most {observation.nbytes / 2**20:.0f} MiB of memory"]
     needed = None
     if isinstance(settings, Settings):
-        needed = footprint_of(module, settings, observation, optimizers)
+        needed = footprint_of(module, settings, observation, optimizers, growth)
         told = [*needed.lines, *filter(None, [settings.select(module).note])]
     if verbose:
         rank_zero_info("lrcompress: " + "\n".join(told))
@@ -100,7 +105,7 @@ def _check_fits(
     statistics = 0 if beside else needed.statistics
     solve = 0 if needed.solved_on else needed.solve
     more = statistics + (0 if stepped else needed.optimizer)
-    more += max(solve, 0 if stepped else needed.gradients)
+    more += max(solve, 0 if stepped else needed.gradients) + needed.grown
     has = _free_bytes(device)
     if device.type == "cpu":  # where others' use changes, what the whole machine has
         more += max(0, needed.on_host - statistics) + needed.weights + needed.solutions
@@ -108,12 +113,13 @@ def _check_fits(
     if has is None or more <= has:
         return
     owner = observation.sampling.owner
+    grown = f", what is split {needed.grown / GIB:.1f}" if needed.grown else ""
     fewer = "" if device.type == "cpu" else _fewer_at_once(needed, has - (more - statistics))
     raise PlatformError(
         f"{owner} would take about {more / GIB:.1f} GiB on {device}, which has {has / GIB:.1f}: "
         f"statistics {statistics / GIB:.1f}, solving {solve / GIB:.1f}, state of the "
-        f"optimizer {needed.optimizer / GIB:.1f}; name fewer layers with targets= or exclude=, "
-        "take a method that needs less, such as fwsvd, several processes with deal=True, "
+        f"optimizer {needed.optimizer / GIB:.1f}{grown}; name fewer layers with targets= or "
+        "exclude=, take a method that needs less, such as fwsvd, several processes with deal=True, "
         f"solve_device='cpu', or offload='cpu'{fewer} for the statistics"
     )
 

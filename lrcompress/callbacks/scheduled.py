@@ -103,9 +103,8 @@ class CompressionCallback(pl.Callback, ABC):
         """Return whether a point needs statistics."""
         return bool(self.sampling.kinds)
 
-    def _solves(self, stage: int) -> bool:
-        """Return whether layers are solved at a point, for which memory is checked before."""
-        return False
+    def _growth(self, stage: int, module: nn.Module) -> int | None:
+        """Return how many parameters a point adds at first; None if it solves no layers."""
 
     @abstractmethod
     def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
@@ -269,13 +268,13 @@ class CompressionCallback(pl.Callback, ABC):
     def _prepare_next(self, module: nn.Module) -> None:
         """Prepare to observe before the next point, and check that the device can take it."""
         settings, observation = self.settings_at(self._stage), self._observation
+        growth, told = self._growth(self._stage, module), self.verbose and not self._stage
         if self._observes(self._stage):
             self._window_steps = window_steps(self._window, self._total, self._per_epoch)
             observation.watch(module, settings)
-        elif not self._solves(self._stage):
+        elif growth is None:
             return
-        told = self.verbose and not self._stage
-        self._needed = check_memory(self._live, settings, observation, verbose=told)
+        self._needed = check_memory(self._live, settings, observation, growth or 0, verbose=told)
 
     @property
     def _is_done(self) -> bool:

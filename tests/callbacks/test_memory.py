@@ -168,3 +168,19 @@ def test_what_observes_nothing_is_said_too(
         trainer(sparse).fit(tagger(), loader(), loader())
     said = [r.getMessage() for r in caplog.records if "to compress: " in r.getMessage()]
     assert len(said) == 2
+
+
+def test_what_losparse_adds_before_it_prunes_is_said(
+    tagger: Make, loader: Make, trainer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Full ranks beside the weights: of 16 × 32 and 32 × 16 features 768 more each."""
+    callback = lrcompress.LoSparse(
+        keep=0.5, initial_rank=1.0, low_rank_share=0.5, mask_every=2, report_path=None
+    )
+    model = tagger()
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        trainer(callback).fit(model, loader(), loader())
+    (said,) = [r.getMessage() for r in caplog.records if "to prune: " in r.getMessage()]
+    assert said.splitlines()[-1] == "  to prune: 0.0 MiB more of all these"
+    # four layers of as many; with AdamW four values of each
+    assert callback._needed.grown == pytest.approx(4 * 768 * 4 * 4, rel=0.01)
