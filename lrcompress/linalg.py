@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -279,19 +279,42 @@ def noted_retries() -> Iterator[list[str]]:
         notes[:] = dict.fromkeys(notes)
 
 
-def _tried_again(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``U``, ``S`` and ``Vᵀ`` of full rank; tried once more on the CPU, as :func:`eigh`."""
+    found = _or_on_host(partial(torch.linalg.svd, full_matrices=False), matrix)
+    u, s, vh = (part.to(matrix.device) for part in found)
+    return u, s, vh
+
+
+def pinv(matrix: Tensor, rtol: float | None = None, *, symmetric: bool = False) -> Tensor:
+    """Return the pseudo-inverse; tried once more on the CPU, as :func:`eigh`.
+
+    Args:
+        matrix: ``(m, n)``.
+        rtol: singular values below this share of the largest count as zero; by default torch's.
+        symmetric: whether the matrix is.
+    """
+    found: Tensor = _or_on_host(partial(torch.linalg.pinv, rtol=rtol, hermitian=symmetric), matrix)
+    return found.to(matrix.device)
+
+
+def _or_on_host(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
     try:
         return solve(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        near = matrix.cpu()
-    told = _retries.get([])
+        found = solve(matrix.cpu())
+    _retries.get([]).append(_ON_HOST)
+    return found
+
+
+def _tried_again(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
     try:
-        found = solve(near)
-        told.append(_ON_HOST)
+        return _or_on_host(solve, matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        shift = _SHIFT * near.diagonal().mean().abs()
-        found = solve(near + shift * torch.eye(len(near)).to(near))
-        told.append(_SHIFTED)
+        near = matrix.cpu()
+    shift = _SHIFT * near.diagonal().mean().abs()
+    found = solve(near + shift * torch.eye(len(near)).to(near))
+    _retries.get([]).append(_SHIFTED)
     return found
 
 
@@ -312,25 +335,15 @@ def least_squares(a: Tensor, b: Tensor) -> Tensor:
     """
     found: Tensor
     if a.shape[0] < a.shape[1]:
-        return _pinv(a) @ b
+        return pinv(a) @ b
     q, r = torch.linalg.qr(a)
     inverse = torch.linalg.solve_triangular(r, torch.eye(len(r)).to(r), upper=True)
     rounding = torch.finfo(a.dtype).eps * len(a)
     if float(r.norm() * inverse.norm()) * rounding < 1:  # not so where it is not a number
         found = torch.linalg.solve_triangular(r, q.mT @ b, upper=True)
     else:
-        found = _pinv(r) @ (q.mT @ b)
+        found = pinv(r) @ (q.mT @ b)
     return found
-
-
-def _pinv(matrix: Tensor) -> Tensor:
-    inverse: Tensor
-    try:
-        inverse = torch.linalg.pinv(matrix)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        inverse = torch.linalg.pinv(matrix.cpu()).to(matrix)
-        _retries.get([]).append(_ON_HOST)
-    return inverse
 
 
 def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:
