@@ -282,3 +282,17 @@ def test_several_processes_take_turns_together(
     path = tmp_path / "deal True" / "step=9.ckpt"
     trainer(other, max_epochs=3).fit(tagger(dropout=0.0), loader(), loader(), ckpt_path=path)
     assert {*found[0]["outputs"]} == {*whole["outputs"]}
+
+
+def test_between_two_fits_batches_are_shared_out_to_the_groups(
+    tagger: Make, loader: Make, tmp_path: Path
+) -> None:
+    model = tagger()
+    state = {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6"}
+    torch.save(state, tmp_path / "dense.ckpt")
+    callback = lrcompress.Factorize(0.5, turns=2, **QUIET)
+    given = (tmp_path / "dense.ckpt", tmp_path / "out.ckpt", tagger(), loader(), callback)
+    report = lrcompress.callbacks.factor_checkpoint(*given, batches=4)
+    note = report.points[0].note
+    assert note.endswith("each layer was observed in one of 2 parts of the window")
+    assert report.points[0].observed["steps"] == 2
