@@ -250,6 +250,8 @@ for deal in (False, True):
         assert again == note
         for key, value in state.items():
             torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6)
+    found, _ = fit("again", deal, root + "/alone/step=4.ckpt")  # that one process has written
+    torch.save(found, f"{{root}}/grown {{deal}} {{number}}.pt")
 """
 
 
@@ -258,11 +260,25 @@ def test_several_processes_take_turns_together(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(here=str(Path(__file__).parent), root=str(tmp_path)))
-    launch(script, 2)
+    saving = ModelCheckpoint(
+        tmp_path / "alone", "{step}", every_n_train_steps=4, save_top_k=-1,
+        save_on_train_epoch_end=False,
+    )  # fmt: skip
     alone, held = made(turns=2, allocation="uniform")
     torch.manual_seed(0)
-    trainer(alone, max_epochs=3).fit(tagger(dropout=0.0), loader(), loader())
+    run = trainer(alone, saving, max_epochs=3, enable_checkpointing=True)
+    run.fit(tagger(dropout=0.0), loader(), loader())
     (whole,) = held
+    launch(script, 2)
+    for deal in (False, True):
+        grown = [torch.load(tmp_path / f"grown {deal} {i}.pt")[0] for i in range(2)]
+        known = {name: sums for one in grown for name, sums in one["outputs"].items()}
+        assert known.keys() == whole["outputs"].keys()
+        for name, sums in known.items():  # dealt, each saw half of the rows from there on
+            few = sums["tokens"] < whole["outputs"][name]["tokens"]
+            assert few if deal else not few
+        if not deal:
+            torch.testing.assert_close(known, dict(whole["outputs"]), rtol=1e-3, atol=1e-5)
     summed = [torch.load(tmp_path / f"deal False {i}.pt") for i in range(2)]
     for seen, note, _, _ in summed:
         assert note == "each layer was observed in one of 2 parts of the window"
