@@ -228,8 +228,9 @@ class Observation:
 
     def turn(self, ahead: int, window: int) -> int:
         """Return which group of layers is observed ``ahead`` steps before the point, from 0."""
-        within = self._turns is not None and 0 < ahead <= window
-        return self._turns.at(ahead, window) if within and self._turns else 0
+        if self._turns is None or not 0 < ahead <= window:
+            return 0
+        return self._turns.at(ahead, window)
 
     @property
     def started(self) -> bool:
