@@ -26,10 +26,10 @@ _PATIENCE = timedelta(hours=6)  # with one that solves; of one that has died glo
 class Processes:
     """A process group as one of its processes sees it. A single process never communicates.
 
-    All methods but :meth:`of`, :meth:`assign`, :meth:`rounds` and :meth:`reshard` are collective:
-    every process calls them in the same order. If the others cannot be reached any more, each
-    raises a PlatformError that says so. In this class every process holds all parameters in full;
-    a subclass for sharded parameters gathers layers.
+    All methods but :meth:`of`, :meth:`assign`, :meth:`rounds`, :meth:`reshard` and
+    :meth:`send_to_first` are collective: every process calls them in the same order. If the others
+    cannot be reached any more, each raises a PlatformError that says so. In this class every
+    process holds all parameters in full; a subclass for sharded parameters gathers layers.
 
     Attributes:
         index: number of this process in the group, from 0.
@@ -126,6 +126,22 @@ class Processes:
             received = torch.split(flat, [tensor.numel() for tensor in part])
             for tensor, values in zip(part, received, strict=True):
                 tensor.detach().copy_(values.view(tensor.shape))
+
+    def send_to_first(self, tensor: Tensor, source: int) -> None:
+        """Give a tensor of the first process the values that it has in the one of index ``source``.
+
+        Only these two call it. It goes from host to host: nothing is laid on an accelerator, and
+        the other processes neither wait nor receive.
+
+        Args:
+            tensor: on the CPU, contiguous; of one shape and dtype in both.
+            source: not 0.
+        """
+        group: Any = self.control or self.group or dist.group.WORLD
+        send = self.index == source
+        other = dist.get_global_rank(group, 0 if send else source)
+        with self._explain_failure():
+            (dist.send if send else dist.recv)(tensor, other, group=group)
 
     def all_reduce_(self, flat: Tensor) -> None:
         """Sum a contiguous tensor over all processes, in place."""

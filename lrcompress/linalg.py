@@ -5,7 +5,8 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from contextvars import ContextVar
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ _BLOCKS = 6
 _NARROWEST, _WIDEST = 128, 512
 _lock = threading.Lock()
 _undo: list[Callable[[], None]] = []  # the same for every block of full_precision that is open
+_SHIFT = 1e-12  # of the mean diagonal
+_ON_HOST = "solved on the CPU, for the solver of its device failed"
+_SHIFTED = f"solved with {_SHIFT:g} of its mean diagonal added, for solvers failed without"
+_retries: ContextVar[list[str]] = ContextVar("retries")  # of the block of noted_retries
 
 
 def packed_shape(features: int) -> tuple[int, int]:
@@ -243,7 +248,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return rising eigenvalues ``(n,)`` and eigenvectors ``(n, n)`` of a symmetric matrix.
 
     Solvers of GPUs give up on matrices that LAPACK solves, those of low rank among them: it is
-    tried once more on the CPU, and then with ``10⁻¹²`` of the mean diagonal added to it.
+    tried once more on the CPU, and then with ``10⁻¹²`` of the mean diagonal added to it, as
+    :func:`noted_retries` tells.
 
     Args:
         matrix: ``(n, n)``, finite; its lower triangle counts.
@@ -261,16 +267,55 @@ def eigvalsh(matrix: Tensor) -> Tensor:
     return found.to(matrix.device)
 
 
-def _tried_again(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
+@contextmanager
+def noted_retries() -> Iterator[list[str]]:
+    """Yield a list that says in the end, in words, where solvers failed at first in the block."""
+    notes: list[str] = []
+    held = _retries.set(notes)
+    try:
+        yield notes
+    finally:
+        _retries.reset(held)
+        notes[:] = dict.fromkeys(notes)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``U``, ``S`` and ``Vᵀ`` of full rank; tried once more on the CPU, as :func:`eigh`."""
+    found = _or_on_host(partial(torch.linalg.svd, full_matrices=False), matrix)
+    u, s, vh = (part.to(matrix.device) for part in found)
+    return u, s, vh
+
+
+def pinv(matrix: Tensor, rtol: float | None = None, *, symmetric: bool = False) -> Tensor:
+    """Return the pseudo-inverse; tried once more on the CPU, as :func:`eigh`.
+
+    Args:
+        matrix: ``(m, n)``.
+        rtol: singular values below this share of the largest count as zero; by default torch's.
+        symmetric: whether the matrix is.
+    """
+    found: Tensor = _or_on_host(partial(torch.linalg.pinv, rtol=rtol, hermitian=symmetric), matrix)
+    return found.to(matrix.device)
+
+
+def _or_on_host(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
     try:
         return solve(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        near = matrix.cpu()
+        found = solve(matrix.cpu())
+    _retries.get([]).append(_ON_HOST)
+    return found
+
+
+def _tried_again(solve: Callable[[Tensor], Any], matrix: Tensor) -> Any:
     try:
-        return solve(near)
+        return _or_on_host(solve, matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        shift = 1e-12 * near.diagonal().mean().abs()
-        return solve(near + shift * torch.eye(len(near)).to(near))
+        near = matrix.cpu()
+    shift = _SHIFT * near.diagonal().mean().abs()
+    found = solve(near + shift * torch.eye(len(near)).to(near))
+    _retries.get([]).append(_SHIFTED)
+    return found
 
 
 def least_squares(a: Tensor, b: Tensor) -> Tensor:
@@ -290,24 +335,15 @@ def least_squares(a: Tensor, b: Tensor) -> Tensor:
     """
     found: Tensor
     if a.shape[0] < a.shape[1]:
-        return _pinv(a) @ b
+        return pinv(a) @ b
     q, r = torch.linalg.qr(a)
     inverse = torch.linalg.solve_triangular(r, torch.eye(len(r)).to(r), upper=True)
     rounding = torch.finfo(a.dtype).eps * len(a)
     if float(r.norm() * inverse.norm()) * rounding < 1:  # not so where it is not a number
         found = torch.linalg.solve_triangular(r, q.mT @ b, upper=True)
     else:
-        found = _pinv(r) @ (q.mT @ b)
+        found = pinv(r) @ (q.mT @ b)
     return found
-
-
-def _pinv(matrix: Tensor) -> Tensor:
-    inverse: Tensor
-    try:
-        inverse = torch.linalg.pinv(matrix)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        inverse = torch.linalg.pinv(matrix.cpu()).to(matrix)
-    return inverse
 
 
 def root(moment: Tensor, floor: float = 0.0) -> tuple[Tensor, bool]:

@@ -1,6 +1,7 @@
 """Schedules: points in training, and ``step -> value`` functions such as warmup and cubic."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -110,6 +111,27 @@ def _steps_before(epoch: float, steps_per_epoch: StepsPerEpoch) -> float:
     known = each[: int(epoch)]
     more = epoch - len(known)  # 0 of unknown length are none
     return sum(known) + (more * each[min(int(epoch), len(each) - 1)] if more else 0)
+
+
+def window_steps(window: Point, total_steps: float, steps_per_epoch: StepsPerEpoch) -> int:
+    """Return how many steps a window is long; of epochs of unknown length, as many as there are.
+
+    Args:
+        window: its length.
+        total_steps: of the run; infinite where unknown.
+        steps_per_epoch: as for :meth:`Point.step`.
+
+    Raises:
+        SettingError: if the run's length is needed and not known.
+
+    Example:
+        >>> window_steps(Point("fraction", 0.25), 100, 10), window_steps(Point("step", 7), 100, 10)
+        (25, 7)
+    """
+    if window.unit == "epoch" and steps_per_epoch == math.inf:
+        return sys.maxsize
+    total = total_steps if window.unit == "fraction" else math.inf
+    return max(1, window.step(total, steps_per_epoch))
 
 
 def squeeze(steps: Sequence[int], gaps: Sequence[int], total: int, first: int = 0) -> list[int]:

@@ -19,7 +19,8 @@ from lrcompress.errors import LRCompressError, ObservationError, PlatformError, 
 from lrcompress.distributed import Processes, checksums
 from lrcompress.statistics.capture import Recorder
 from lrcompress.statistics.moments import KINDS, Statistics
-from lrcompress.statistics.reduction import all_reduce_, reduce_to_first_, reduced_bytes
+from lrcompress.statistics.reduction import (
+    all_reduce_, gathered_on_first, reduce_to_first_, reduced_bytes)
 
 dist.init_process_group("gloo")
 world = Processes.of()
@@ -163,6 +164,29 @@ if processes.size == 2:
     tensors = [torch.full((3,), float(processes.index))]
     processes.broadcast_(tensors, 1)
     assert tensors[0][0] == 1
+for processes, source in ((world, 2), (Processes.of(pair), 1)):
+    if processes.index in (0, source):  # the others do not take part
+        found = torch.full((2, 3), float(processes.index))
+        processes.send_to_first(found, source)
+        assert bool((found == source).all())
+
+# each process holds other layers; the first returns all, as they are, and nothing is broadcast
+whole = observed([0])
+names = sorted({("inputs", n) for n in whole.inputs} | {("outputs", n) for n in whole.outputs})
+mine = observed([0])
+for place, (side, name) in enumerate(names):
+    if place % 4 != world.index:
+        del getattr(mine, side)[name]
+mine.source = {n: f for n, f in mine.source.items() if world.index == 3}
+Processes.broadcast_ = None
+found = gathered_on_first(mine, world)
+if world.index == 0:
+    assert found["source"] == whole.source
+    for side, name in names:
+        for kind, value in getattr(whole, side)[name].state_dict().items():
+            assert torch.equal(found[side][name][kind], value), (side, name, kind)
+else:
+    assert not found["inputs"] and not found["outputs"] and not found["source"]
 assert world.first_difference({"a": 1, "b": world.index // 3}) == ("b", [0, 0, 0, 1])
 assert world.first_difference({"a": 1}) is None
 print("ok", world.index)

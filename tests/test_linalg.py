@@ -1,6 +1,7 @@
 """Matrix mathematics against its definitions."""
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ from lrcompress.linalg import (
 )
 from lrcompress.nn.kronecker import carry_kronecker
 from lrcompress.solvers.kronecker import kronecker_sums, nearest_shape
+from lrcompress.solvers.truncation import truncate
 from lrcompress.statistics.moments import Sums, shapes
 from lrcompress.structure.surgery import carry_dense, carry_factors, swap_parameters_
 
@@ -394,16 +396,45 @@ def test_a_pseudo_inverse_that_a_device_gives_up_on_is_had_from_the_host(
 ) -> None:
     plain, calls = torch.linalg.pinv, []
 
-    def gives_up(matrix: Tensor) -> Tensor:
+    def gives_up(matrix: Tensor, **given: Any) -> Tensor:
         calls.append(matrix)
         if len(calls) == 1:
             raise torch.linalg.LinAlgError("the algorithm failed to converge")
-        return plain(matrix)  # type: ignore[no-any-return]
+        return plain(matrix, **given)  # type: ignore[no-any-return]
 
     a, b = torch.randn(3, 5), torch.randn(3, 2)
     monkeypatch.setattr(torch.linalg, "pinv", gives_up)
     torch.testing.assert_close(least_squares(a, b), plain(a) @ b)
     assert len(calls) == 2
+
+
+def test_singular_values_that_a_device_gives_up_on_are_had_from_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a layer with more outputs than the metric sees."""
+    plain, calls = torch.linalg.svd, []
+
+    def gives_up(matrix: Tensor, **given: Any) -> Any:
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return plain(matrix, **given)
+
+    weight, x = torch.randn(9, 6), torch.randn(3, 6)
+    wanted = truncate(weight, None, x.mT @ x).factors(5)
+    monkeypatch.setattr(torch.linalg, "svd", gives_up)
+    with linalg.noted_retries() as told:
+        found = truncate(weight, None, x.mT @ x).factors(5)
+    assert len(calls) == 2
+    assert told == ["solved on the CPU, for the solver of its device failed"]
+    torch.testing.assert_close(found.product(), wanted.product())
+
+
+def test_no_solver_that_may_fail_is_called_past_this_module() -> None:
+    may_fail = re.compile(r"torch\.(linalg\.(eigh|eigvalsh|svd|svdvals|pinv|lstsq)|svd)\b")
+    root = Path(linalg.__file__).parent
+    found = {path.name for path in root.rglob("*.py") if may_fail.search(path.read_text())}
+    assert found == {"linalg.py", "footprint.py"}  # which times one of a matrix it knows
 
 
 def test_root_of_a_matrix_that_rounding_made_indefinite_is_finite() -> None:
@@ -503,12 +534,19 @@ def test_a_solver_that_gives_up_is_not_the_last(
     matrix = x.mT @ x  # of low rank, as moments of few tokens are
     expected = plain(matrix)
     monkeypatch.setattr(torch.linalg, name, gives_up)
-    found = getattr(linalg, name)(matrix)
+    with linalg.noted_retries() as told:
+        found = getattr(linalg, name)(matrix)
     values = (expected, found) if name == "eigvalsh" else (expected[0], found[0])
     torch.testing.assert_close(*values, rtol=1e-9, atol=1e-9)
     if name == "eigh":
         torch.testing.assert_close(found[1] * found[0] @ found[1].mT, matrix)
     assert len(calls) == failures + 1
+    on_host = "solved on the CPU, for the solver of its device failed"
+    shifted = "solved with 1e-12 of its mean diagonal added, for solvers failed without"
+    assert told == [shifted if failures == 2 else on_host]
+    with linalg.noted_retries() as told:
+        getattr(linalg, name)(matrix)
+    assert told == []
 
 
 def test_what_no_solver_can_do_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

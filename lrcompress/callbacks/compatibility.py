@@ -1,11 +1,12 @@
 """Checks that a trainer, its strategy and its optimizers allow a change of structure in a fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from inspect import signature
 from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -210,6 +211,53 @@ def check_rising(points: Sequence[object], steps: Sequence[int]) -> None:
     if any(after <= before for before, after in pairwise(steps)):
         named = ", ".join(map(str, points))
         raise SettingError(f"points must rise, got {named}: steps {steps}")
+
+
+def check_ahead(point: object, step: int, now: int, *, blind: bool) -> None:
+    """Check that the step of the next point is not over, nor the first one of a window.
+
+    Args:
+        point: in words.
+        step: of the point.
+        now: where training starts.
+        blind: whether nothing could be observed before a point at ``now``.
+
+    Raises:
+        SettingError: if it is.
+    """
+    if step < now or (blind and step == now):
+        lies = "lies in the past" if step < now else "leaves no step to observe before it"
+        raise SettingError(
+            f"point {point} is step {step}, which {lies}: training starts at step {now}"
+        )
+
+
+def warn_of_others(was: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> None:
+    """Warn of points that are done with another method or share than is asked for now."""
+    for one, other in zip(was, now, strict=False):
+        if list(one) != list(other):
+            rank_zero_warn(
+                f"the checkpoint was written after a point with method={one[0]!r}, "
+                f"keep={one[1]!r}, which stays as it is; method={other[0]!r}, keep={other[1]!r} "
+                "has no effect on it: resume from a checkpoint before that point"
+            )
+
+
+def check_alone(trainer: pl.Trainer, names: Collection[str], owner: object, others: type) -> None:
+    """Check that no other callback of a kind targets one of these layers.
+
+    Raises:
+        SettingError: if one does.
+    """
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(other, others) and other is not owner:
+            settings = other.settings_at(0)  # type: ignore[attr-defined]
+            both = {*names} & {*settings.select(trainer.lightning_module).names}
+            if both:
+                raise SettingError(
+                    f"{type(owner).__name__} and {type(other).__name__} both target layer "
+                    f"{min(both)!r}; leave it to one of them with targets= and exclude="
+                )
 
 
 def check_version(state: Mapping[str, Any], version: int, owner: str) -> None:

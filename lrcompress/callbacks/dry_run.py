@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lrcompress.callbacks import trainer_state
-from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.callbacks.observation import Observation
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.engine.settings import Settings
 from lrcompress.engine.solved_model import solve_model
 from lrcompress.errors import ObservationError, SettingError

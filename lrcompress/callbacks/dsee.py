@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from lrcompress.budget import check_keep
 from lrcompress.callbacks import reporting, trainer_state
-from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import CheckpointError, LayerError, PlatformError, SettingError

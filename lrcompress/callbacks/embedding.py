@@ -10,8 +10,8 @@ from torch import nn
 from typing_extensions import override
 
 from lrcompress.callbacks import trainer_state
-from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.reporting import AUTO
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.callbacks.warmup import check_warmup
 from lrcompress.embedding import EmbeddingSettings, EmbeddingTable, factor_tables_, record_of

@@ -1,22 +1,20 @@
 """Factorize: replace linear layers by low-rank or Kronecker factors during a fit."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import RenderableType
 from torch import nn
 from typing_extensions import override
 
-from lrcompress.callbacks import reporting, trainer_state
+from lrcompress.callbacks import compatibility, reporting, trainer_state
 from lrcompress.callbacks.auto_keep import AutoKeepCallback
 from lrcompress.callbacks.kept_batches import check_training_step, training_passes
 from lrcompress.callbacks.memory import footprint_of
-from lrcompress.callbacks.observation import Sampling
 from lrcompress.callbacks.plan_preview import plan_preview
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.callbacks.search_settings import MAX_TRIALS, check_free, points_and_keeps, search_of
 from lrcompress.callbacks.sensitivity import DenseLayers, check_measurable
@@ -102,6 +100,10 @@ class Factorize(AutoKeepCallback):
             torch's ``key_padding_mask``; ``labels``: -100 where nothing is predicted. None if
             nothing is padded. The default is the ``statistics_mask`` of a data module that has one.
         offload: Device for the statistics, ``cpu`` for large models; by default each layer's own.
+        turns: Observe the layers in so many groups of about as many bytes, each in its part of the
+            window: a device holds the statistics of one group, and the host those of the groups
+            before it. By default of ``every_n_steps`` so many more steps are observed that a layer
+            sees as many tokens; of ``max_tokens``, each group as many.
         deal: With several processes, let each observe some of the layers only, on its own batches:
             memory and time of observing are divided by their number, nothing is summed, and by
             default more steps are observed, so that a layer sees as many tokens. By default from
@@ -200,6 +202,7 @@ class Factorize(AutoKeepCallback):
         logits: str | None = None,
         mask: MaskSource = MASK,
         offload: str | None = None,
+        turns: int = 1,
         deal: bool | None = None,
         solve_device: str | None = None,
         refit_bias: bool = True,
@@ -275,6 +278,7 @@ class Factorize(AutoKeepCallback):
             logits=logits,
             mask=mask,
             offload=offload,
+            turns=turns,
             deal=deal,
             refit_tokens=refit_tokens if refit is not None else 1 if latency else None,
             owner=type(self).__name__,
@@ -340,18 +344,15 @@ class Factorize(AutoKeepCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        done = self._stage
-        for was, now in zip(state_dict.get("asked", [])[:done], self._asked, strict=False):
-            if was != now:
-                rank_zero_warn(
-                    f"the checkpoint was written after a point with method={was[0]!r}, "
-                    f"keep={was[1]!r}, which stays as it is; method={now[0]!r}, keep={now[1]!r} "
-                    "has no effect on it: resume from a checkpoint before that point"
-                )
+        compatibility.warn_of_others(state_dict.get("asked", [])[: self._stage], self._asked)
 
     @override
     def settings_at(self, stage: int) -> Settings:
         return self.settings[stage]
+
+    @override
+    def _growth(self, stage: int, module: nn.Module) -> int:
+        return 0  # factors are smaller than what they replace
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -438,13 +439,11 @@ class Factorize(AutoKeepCallback):
             SettingError: if ``keep`` cannot be met.
             ShapeError: if ``shapes`` do not divide a layer.
         """
-        settings, observed = self.settings[0], self._observation
+        settings, live = self.settings[0], self._live
         steps = zip(self.points, self._point_steps, strict=False)
         placed = [f"point {point} is step {step:,} of {self._total:,.0f}" for point, step in steps]
-        optimizers = self._live[1] if self._live else ()
-
-        def lines(nbytes: int) -> Sequence[str]:
-            return footprint_of(model, settings, observed, optimizers, nbytes).lines
-
+        needed = self._needed or footprint_of(
+            model, settings, self._observation, live[1] if live else ()
+        )
         place, searched = str(self.points[0]), self._search is not None
-        return plan_preview(model, settings, place, placed, lines, searched=searched)
+        return plan_preview(model, settings, place, placed, needed.lines, searched=searched)

@@ -11,15 +11,16 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lrcompress.callbacks import ddp, reporting, trainer_state
-from lrcompress.callbacks.observation import Sampling
+from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state
+from lrcompress.callbacks.memory import footprint_of
 from lrcompress.callbacks.reporting import AUTO
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError, SettingError
 from lrcompress.importance import Importance
 from lrcompress.objective import METHODS, few_tokens
-from lrcompress.pruning import LoSparseBudget, Pruner, check_dense, preview, split_
+from lrcompress.pruning import LoSparseBudget, Pruner, check_dense, growth, preview, split_
 from lrcompress.report import PointRecord
 from lrcompress.report.tables import plan_table
 from lrcompress.schedules import Cubic, Point
@@ -85,6 +86,7 @@ class LoSparse(CompressionCallback):
         logits: For ``fisher: model``, the name of the submodule that returns the logits.
         mask: Where a batch has its padding mask, as in ``Factorize``. None if nothing is padded.
         offload: Device for the statistics; by default each layer's own.
+        turns: Observe layers in so many groups, one after the other, as in ``Factorize``.
         deal: Let each process observe some of the layers only, as in ``Factorize``.
         solve_device: Where layers are solved; by default where each lies.
         shrink: Shares of their mean diagonal mixed into the input and the output metric.
@@ -146,6 +148,7 @@ class LoSparse(CompressionCallback):
         logits: str | None = None,
         mask: MaskSource = MASK,
         offload: str | None = None,
+        turns: int = 1,
         deal: bool | None = None,
         solve_device: str | None = None,
         shrink: tuple[float, float] = (0.0, 0.1),
@@ -187,6 +190,7 @@ class LoSparse(CompressionCallback):
             logits=logits,
             mask=mask,
             offload=offload,
+            turns=turns,
             deal=deal,
             owner=type(self).__name__,
         )
@@ -222,6 +226,11 @@ class LoSparse(CompressionCallback):
         return stage == 0 and bool(self.sampling.kinds)
 
     @override
+    def _growth(self, stage: int, module: nn.Module) -> int | None:
+        names = self.settings.select(module).names
+        return None if stage else growth(module, names, self.shares)
+
+    @override
     def _phase(self) -> str:
         return ("dense", "pruning", "factored")[self._stage]
 
@@ -242,15 +251,8 @@ class LoSparse(CompressionCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_present("solve_device", self.settings.solve_device)
-        names = set(self.settings.select(pl_module).names)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, CompressionCallback) and other is not self:
-                both = sorted(names & set(other.settings_at(0).select(pl_module).names))
-                if both:
-                    raise SettingError(
-                        f"LoSparse and {type(other).__name__} both target layer {both[0]!r}; "
-                        "leave it to one of them with targets= and exclude="
-                    )
+        names = self.settings.select(pl_module).names
+        compatibility.check_alone(trainer, names, self, CompressionCallback)
         super().on_fit_start(trainer, pl_module)
 
     @override
@@ -259,13 +261,7 @@ class LoSparse(CompressionCallback):
     ) -> None:
         super()._resume(module, optimizers, state)
         if self._stage:  # what was split for one budget cannot serve another
-            for name, now in asdict(self.shares).items():
-                if state["shares"][name] != now:
-                    raise SettingError(
-                        f"the checkpoint was written after layers were split for "
-                        f"{name}={state['shares'][name]!r}, got {name}={now!r}; go on with the "
-                        "same, or resume from a checkpoint before that"
-                    )
+            self.shares.check_same(state["shares"])
         self._split_record = dict(state["split"])
         if state["pruner"] is not None:
             self._pruner = Pruner.from_state(
@@ -375,7 +371,7 @@ class LoSparse(CompressionCallback):
         chosen, statistics = self.settings.select(module), self._observation.statistics
         metrics = trainer_state.run_validation(trainer) if self.validate and now else {}
         known = {"observed": statistics.figures(), "budget": [], "alone": chosen.note}
-        self._split_record = {"metrics": metrics, **known}
+        self._split_record = {"metrics": metrics, **known, "seen": self._observation.dealt}
         optimizers, processes = trainer.optimizers, self._processes
         means, quotas = split_(
             module,
@@ -419,7 +415,7 @@ class LoSparse(CompressionCallback):
             bytes_before=bytes_before,
             bytes_after=stored_bytes(module),
             budget=tuple(map(tuple, self._split_record["budget"])),
-            note="; ".join(filter(None, (self._split_record.get("alone"), few))),
+            note="; ".join(filter(None, (*map(self._split_record.get, ("alone", "seen")), few))),
         )
         record.metrics = {"before": self._split_record["metrics"], "after": {}}
         self.report.points.append(record)
@@ -445,5 +441,7 @@ class LoSparse(CompressionCallback):
                 f"split at step {split:,}, pruned from {self._schedule.start:,} to "
                 f"{self._schedule.stop:,}, compacted at {fixed:,}, of {self._total:,.0f} steps"
             )
+        given = self._observation, self._live[1] if self._live else (), self._growth(0, model) or 0
+        notes += (self._needed or footprint_of(model, self.settings, *given)).lines
         whole = sum(p.numel() for p in model.parameters())
         return plan_table(records, title, whole, nbytes, notes)

@@ -9,9 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.callbacks.observation import Observation
+from lrcompress.callbacks.turns import Turns
 from lrcompress.engine.footprint import GIB, Footprint, footprint
 from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError
+from lrcompress.statistics.capture import Recorder
 
 
 def footprint_of(
@@ -19,27 +21,37 @@ def footprint_of(
     settings: Settings,
     observation: Observation,
     optimizers: Sequence[Optimizer],
-    nbytes: int,
+    growth: int = 0,
 ) -> Footprint:
     """Return what a fit will take of this process.
 
     Args:
         module: the model.
         settings: which layers are factored, and how.
-        observation: which layers are observed here, of how many processes.
+        observation: which layers are observed here, of how many processes; before it watches any,
+            as one process alone would.
         optimizers: of the fit.
-        nbytes: of this process's statistics.
+        growth: parameters that the next point adds at first.
     """
+    names = settings.select(module).names
+    here, on_host = observation.nbytes, observation.nbytes_on_host
+    if not observation.watching and observation.sampling.kinds:
+        every = Recorder(module, names, observation.sampling.kinds)
+        turns = Turns(every, observation.sampling.turns)
+        here = max(sum(map(every.bytes_of, group)) for group in turns.groups)
+        on_host = every.nbytes if len(turns) > 1 else 0
     dealt, processes = observation.owner is not None, observation.processes
     return footprint(
         module,
-        settings.select(module).names,
+        names,
         settings.method,
-        nbytes,
+        here,
         optimizers=optimizers,
         processes=processes.size,
         sharded=processes.sharded,
-        of_all=nbytes * processes.size if dealt else None,
+        of_all=(on_host or here) * (processes.size if dealt else 1),
+        on_host=on_host,
+        growth=growth,
         solve_device=settings.solve_device,
     )
 
@@ -48,17 +60,17 @@ def check_memory(
     live: tuple[nn.Module, Sequence[Optimizer]] | None,
     settings: object,
     observation: Observation,
-    nbytes: int,
+    growth: int = 0,
     *,
     verbose: bool,
-) -> None:
-    """Say what a fit will take, and check that the device has it.
+) -> Footprint | None:
+    """Say what a fit will take, check that the device has it, and return it.
 
     Args:
         live: the model of the fit, and its optimizers.
         settings: which layers are factored, and how; of tables nothing but the bytes is said.
         observation: which layers are observed here, of how many processes.
-        nbytes: of this process's statistics.
+        growth: parameters that the next point adds at first.
         verbose: whether to say it.
 
     Raises:
@@ -66,18 +78,19 @@ def check_memory(
             will take beside what is there; on the CPU, if the machine has.
     """
     check_present("offload", observation.sampling.offload)
-    if not nbytes or live is None:
-        return
+    if live is None:
+        return None
     module, optimizers = live
-    told = [f"statistics take at most {nbytes / 2**20:.0f} MiB of memory"]
+    told = [f"statistics take at most {observation.nbytes / 2**20:.0f} MiB of memory"]
     needed = None
     if isinstance(settings, Settings):
-        needed = footprint_of(module, settings, observation, optimizers, nbytes)
+        needed = footprint_of(module, settings, observation, optimizers, growth)
         told = needed.lines
     if verbose:
         rank_zero_info("lrcompress: " + "\n".join(told))
     if needed is not None:
         _check_fits(needed, next(module.parameters()).device, observation, optimizers)
+    return needed
 
 
 def _check_fits(
@@ -92,20 +105,29 @@ def _check_fits(
     statistics = 0 if beside else needed.statistics
     solve = 0 if needed.solved_on else needed.solve
     more = statistics + (0 if stepped else needed.optimizer)
-    more += max(solve, 0 if stepped else needed.gradients)
+    more += max(solve, 0 if stepped else needed.gradients) + needed.grown
     has = _free_bytes(device)
     if device.type == "cpu":  # where others' use changes, what the whole machine has
-        more += needed.weights + needed.solutions + (needed.optimizer if stepped else 0)
+        more += max(0, needed.on_host - statistics) + needed.weights + needed.solutions
+        more += needed.optimizer if stepped else 0
     if has is None or more <= has:
         return
     owner = observation.sampling.owner
+    grown = f", what is split {needed.grown / GIB:.1f}" if needed.grown else ""
+    fewer = "" if device.type == "cpu" else _fewer_at_once(needed, has - (more - statistics))
     raise PlatformError(
         f"{owner} would take about {more / GIB:.1f} GiB on {device}, which has {has / GIB:.1f}: "
         f"statistics {statistics / GIB:.1f}, solving {solve / GIB:.1f}, state of the "
-        f"optimizer {needed.optimizer / GIB:.1f}; name fewer layers with targets= or exclude=, "
-        "take a method that needs less, such as fwsvd, several processes with deal=True, "
-        "solve_device='cpu', or offload='cpu' for the statistics"
+        f"optimizer {needed.optimizer / GIB:.1f}{grown}; name fewer layers with targets= or "
+        "exclude=, take a method that needs less, such as fwsvd, several processes with deal=True, "
+        f"solve_device='cpu', or offload='cpu'{fewer} for the statistics"
     )
+
+
+def _fewer_at_once(needed: Footprint, room: int) -> str:
+    """Return how many groups of layers could take turns in a room for statistics, if any could."""
+    whole = needed.on_host or needed.statistics
+    return f" or turns={-(-whole // room)}" if 0 < room < needed.statistics else ""
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -2,26 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrcompress.callbacks.kept_batches import KeptBatches
+from lrcompress.callbacks.sampling import Sampling
+from lrcompress.callbacks.turns import Turns, place_
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.embedding import EmbeddingSettings
-from lrcompress.engine.settings import Settings, check_device
-from lrcompress.errors import CheckpointError, ObservationError, SettingError, nearest
+from lrcompress.engine.settings import Settings
+from lrcompress.errors import CheckpointError, ObservationError, SettingError
 from lrcompress.statistics.batches import batch_terms, labelled_terms, loss_terms
 from lrcompress.statistics.capture import Recorder
-from lrcompress.statistics.fisher import LogitsCapture, add_fisher, check_fisher
+from lrcompress.statistics.fisher import LogitsCapture, add_fisher
 from lrcompress.statistics.masks import (
-    MASK,
-    MaskSource,
     batch_decoder_mask,
     batch_mask,
-    check_mask,
 )
 from lrcompress.statistics.moments import KINDS, OUTPUT_KINDS, Statistics
 from lrcompress.statistics.reduction import (
@@ -34,71 +32,6 @@ from lrcompress.structure.feed_forward import Blocks, BlockTrace
 
 _EVERY, _FEWEST = 10, 16  # steps
 _DEALT_FROM = 1 << 30  # bytes of statistics from which on layers are dealt to processes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Settings: which steps are observed, and whose gradients; checked on construction.
-
-    Attributes:
-        kinds: the statistics to accumulate; empty if nothing is observed.
-        owner: name of the callback in error messages.
-        every_n_steps: every n-th step before a point, counted back from it; None is every 10th,
-            or more often where that would be fewer than 16 steps.
-        max_tokens: observing stops after so many tokens of all processes; None is no limit.
-        fisher: gradients of ``"labels"``, or of labels as the ``"model"`` predicts them.
-        logits: the submodule that returns the logits, for ``"model"``.
-        mask: where a batch has its padding mask; see
-            :func:`lrcompress.statistics.masks.batch_mask`.
-        offload: the device the sums live on.
-        deal: whether each of several processes observes some of the layers, or all of them
-            and adds up; None deals from 1 GiB of statistics on.
-        refit_tokens: of how many tokens the latest batches are kept, by all processes together.
-        of_tables: statistics of embedding tables that ``kinds`` may also name.
-
-    Raises:
-        SettingError: if an entry is not what it may be.
-    """
-
-    kinds: Sequence[str]
-    owner: str
-    every_n_steps: int | None = None
-    max_tokens: int | None = None
-    fisher: str = "labels"
-    logits: str | None = None
-    mask: MaskSource = None
-    offload: str | None = None
-    deal: bool | None = False
-    refit_tokens: int | None = None
-    of_tables: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_mask(self.mask)
-        for kind in self.kinds:
-            if kind not in KINDS + self.of_tables:
-                raise SettingError(
-                    f"also_observe takes {', '.join(KINDS)}; got {kind!r}, "
-                    f"nearest: {nearest(kind, KINDS, 1)}"
-                )
-        check_fisher(self.fisher)
-        for name in ("every_n_steps", "max_tokens", "refit_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise SettingError(f"{name} must be a whole number from 1, got {value!r}")
-        check_device("offload", self.offload)
-        if self.refit_tokens and not self.kinds:
-            raise SettingError(
-                "refit and latency need batches of observed steps, and the method observes none; "
-                "use 'drone', or give also_observe=['input_moment']"
-            )
-
-    def for_data(self, data: object) -> "Sampling":
-        """Return these settings with the ``statistics_mask`` of a data module, if it has one.
-
-        It stands in for the default alone: a mask that was chosen stays.
-        """
-        chosen = self.mask != MASK
-        return self if chosen else replace(self, mask=getattr(data, "statistics_mask", MASK))
 
 
 class Observation:
@@ -123,6 +56,10 @@ class Observation:
         self._held: set[str] | None = None  # the kinds that a checkpoint has brought
         self._loaded: Mapping[str, Any] | None = None  # its statistics, until layers are known
         self._everything: Recorder | None = None  # of all layers, where only some are observed
+        self._recorders: list[Recorder] = []  # of each turn
+        self._turns: Turns | None = None  # where there are several
+        self._turn, self._before, self._finite = 0, 0, False  # of the step that is observed
+        self._written: Mapping[str, Any] = {}  # what a checkpoint says of turns
         self.owner: dict[str, int] | None = None  # which process observes a layer, if one alone
         self.blocks: Blocks | None = None  # of the model, where they are to be found
         self.kept = KeptBatches(-(-(sampling.refit_tokens or 0) // processes.size))
@@ -130,22 +67,25 @@ class Observation:
 
     @property
     def dealt(self) -> str:
-        """Who has observed a layer, in words, where that was one process alone; or ""."""
-        if self.owner is None:
-            return ""
-        count = self.processes.size
-        return f"each layer was observed by one of {count} processes, on its own batches"
+        """Where and when a layer was observed, in words, if not everywhere and always; or ""."""
+        told = []
+        if self.owner is not None:
+            told.append(f"by one of {self.processes.size} processes, on its own batches")
+        if self._turns is not None:
+            told.append(f"in one of {len(self._turns)} parts of the window")
+        return f"each layer was observed {', '.join(told)}" if told else ""
 
     @property
     def observing(self) -> bool:
         """Whether a step is being observed now."""
         return any(x is not None and x.observing for x in (self._recorder, self._everything))
 
-    def watch(self, module: nn.Module, settings: Settings | EmbeddingSettings) -> int:
-        """Prepare to observe the targeted layers; return the bytes that statistics may take.
+    def watch(self, module: nn.Module, settings: Settings | EmbeddingSettings) -> None:
+        """Prepare to observe the targeted layers.
 
         Raises:
             NoMatchError: if a pattern matches nothing, or ``logits`` names no submodule.
+            CheckpointError: if a checkpoint was loaded that cannot be gone on with.
         """
         self._device = self.sampling.offload or next(module.parameters()).device
         every = self._new_recorder(module, settings, settings.watched(module), Statistics())
@@ -154,17 +94,49 @@ class Observation:
         drawn = self.sampling.fisher == "model" and bool(from_gradients)
         self.owner = self._dealt(every, drawn)
         own = [x for x in every.layers if self.owner is None or self.owner[x] == self._index]
+        self._take_turns(every)
         if self._loaded is not None and (self.owner is not None or self._index == 0):
             loaded = self._loaded if self.owner is None else of_layers(self._loaded, own)
             self.statistics.load_state_dict(loaded, self._device)
         self._loaded = None
         if isinstance(settings, Settings) and settings.narrow_blocks and self.blocks is None:
             self._trace = BlockTrace(module, settings.watched(module))
-        self._everything = None if self.owner is None else every
-        self._recorder = self._new_recorder(module, settings, own, self.statistics)
+        self._everything = every if self.owner is not None or self._turns else None
+        groups = [own] if self._turns is None else self._turns.groups
+        self._recorders = [
+            self._new_recorder(module, settings, [x for x in names if x in own], self.statistics)
+            for names in groups
+        ]
+        self._recorder = self._recorders[0]
         if drawn:
             self._tap = LogitsCapture(module, self.sampling.logits)
-        return self._recorder.nbytes
+
+    @property
+    def watching(self) -> bool:
+        """Whether layers are known, of which steps are observed."""
+        return bool(self._recorders)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this process's statistics may take where layers are, at one time."""
+        return max((one.nbytes for one in self._recorders), default=0)
+
+    @property
+    def nbytes_on_host(self) -> int:
+        """Bytes that they may take on the host, where groups of layers take turns."""
+        return sum(one.nbytes for one in self._recorders) if self._turns else 0
+
+    def _take_turns(self, every: Recorder) -> None:
+        """Prepare groups of layers to take turns, if they shall, and go on from a checkpoint.
+
+        Raises:
+            CheckpointError: if it was written within a window of other turns.
+        """
+        turns = Turns(every, self.sampling.turns)
+        if self._folded[0]:
+            turns.load(self._written, self.processes)
+        self._turns = turns if len(turns) > 1 else None
+        self._device = "cpu" if self._turns else self._device  # also what others have seen
 
     def _new_recorder(
         self,
@@ -235,6 +207,7 @@ class Observation:
     def reset(self) -> None:
         """Drop all statistics after a point, since they were of other weights."""
         self.statistics, self._recorder, self._tap = Statistics(), None, None
+        self._recorders, self._turn, self._turns = [], 0, None
         self._loaded = self._everything = self.owner = self.blocks = self._trace = None
         self._folded = (0, 0)
         self.kept.clear()
@@ -242,12 +215,22 @@ class Observation:
     def due(self, ahead: int, window: int) -> bool:
         """Return whether to observe a step that is ``ahead`` steps before the point."""
         every = self.sampling.every_n_steps or min(_EVERY, max(1, window // _FEWEST))
-        if self.owner is not None and self.sampling.every_n_steps is None:
-            every = max(1, every // self.processes.size)  # so that a layer sees as many tokens
-        sampled = ahead % min(every, window) == 0
+        turns = 1 if self._turns is None else len(self._turns)
+        if self.sampling.every_n_steps is None:  # so that a layer sees as many tokens
+            every = max(1, every // (turns * (1 if self.owner is None else self.processes.size)))
+        sampled = ahead % min(every, max(1, window // turns)) == 0
         most = self.sampling.max_tokens
-        full = most is not None and self._tokens >= most
+        seen = self._tokens
+        if self._turns is not None:
+            seen = self._turns.seen.get(self.turn(ahead, window), 0)
+        full = most is not None and seen >= most
         return bool(self.sampling.kinds) and 0 < ahead <= window and sampled and not full
+
+    def turn(self, ahead: int, window: int) -> int:
+        """Return which group of layers is observed ``ahead`` steps before the point, from 0."""
+        if self._turns is None or not 0 < ahead <= window:
+            return 0
+        return self._turns.at(ahead, window)
 
     @property
     def started(self) -> bool:
@@ -270,18 +253,22 @@ class Observation:
         assert found is not None
         return found
 
-    def open_step(self, batch: Any, *, trial: bool = False) -> None:
+    def open_step(self, batch: Any, turn: int = 0, *, trial: bool = False) -> None:
         """Observe the step that begins with this batch, until :meth:`close_step`.
 
         Args:
             batch: as the training step gets it.
+            turn: which group of layers is observed, of :meth:`turn`.
             trial: add nothing, and raise what observing such a step would.
 
         Raises:
             ShapeError: if its padding mask is not ``(examples, length)``, nor has choices.
             ObservationError: if its padding mask is no tensor, or not of zeros and ones.
         """
-        self._trial = trial
+        self._trial, self._turn, self._recorder = trial, turn, self._recorders[turn]
+        if self._turns is not None and not trial:
+            place_(self.statistics, self._recorder.layers)
+            self._before = self._tokens
         first = trial or not self.statistics.steps  # later ones are not waited for
         given = self.sampling.mask, self.sampling.owner
         mask, missing = batch_mask(batch, *given, check_values=first)
@@ -325,6 +312,7 @@ class Observation:
         # labels are drawn wherever there are logits, also where nothing is to be predicted
         terms = self._terms if logits is None or logits.ndim < 3 else logits[..., 0].numel()
         self._recorder.commit(terms / factor, terms=terms, finite=finite)
+        self._finite = finite
         if self._tap is None:
             return
         if logits is not None:  # in the loss scale's range: half-precision gradients may vanish
@@ -336,6 +324,9 @@ class Observation:
         if self._trace is not None:
             self._trace.forget()
         self._step.close()
+        if self._turns is not None and self._finite:
+            self._turns.add(self._turn, self._tokens - self._before)
+        self._finite = False
         self.kept.settle(self.statistics.steps)
 
     def drop_step(self) -> None:
@@ -348,14 +339,19 @@ class Observation:
     def merge_(self) -> None:
         """Sum the statistics over all processes, at the point, and release the layers.
 
-        Where each has observed its own layers, nothing is summed but counts.
+        Where each has observed its own layers, nothing is summed but counts. Steps and tokens
+        are those of a layer.
         """
         self._recorder = self._tap = self._everything = self._trace = None
+        mine, parts = self.statistics, sum(bool(one.layers) for one in self._recorders)
+        mine.tokens, self._recorders = -(-mine.tokens // max(1, parts)), []
         if self.owner is None:
-            all_reduce_(self.statistics, self.processes, self._device)
-            return
-        mine = self.statistics
-        mine.steps, mine.skipped, mine.tokens = self._counts()
+            all_reduce_(mine, self.processes, self._device)
+        else:
+            mine.steps, mine.skipped, mine.tokens = self._counts()
+        if self._turns is not None:
+            self._turns.agree_(self.processes, dealt=self.owner is not None)
+            mine.steps = -(-mine.steps // len(self._turns))
 
     def _counts(self) -> tuple[int, int, int]:
         """Return steps, skipped ones, and the tokens a layer has seen, of all processes."""
@@ -375,6 +371,8 @@ class Observation:
                 f"nothing was observed before point {point}: {self.statistics.skipped} steps "
                 "were skipped as not finite; widen window= or lower every_n_steps="
             )
+        if self._turns is not None:
+            self._turns.check(point)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what all processes have seen, in plain types and tensors on the CPU.
@@ -385,7 +383,12 @@ class Observation:
         """
         blocks = {} if self.blocks is None else {"blocks": self.blocks.to_dict()}
         kept = {"kept": self.kept.state(self.processes)} if self.kept.limit else {}
-        return self._sums() | blocks | kept
+        turns: dict[str, Any] = {}
+        if self._turns is not None:
+            turns["turns"] = self._turns.state(self.processes)
+        elif self._loaded is not None and self._written:
+            turns["turns"] = dict(self._written)
+        return self._sums() | blocks | kept | turns
 
     def _sums(self) -> dict[str, Any]:
         if self._loaded is not None:  # nothing was observed since
@@ -414,7 +417,7 @@ class Observation:
         steps, tokens = state["folded"]
         sides = (state["statistics"][side].values() for side in ("inputs", "outputs"))
         self._held = {kind for side in sides for sums in side for kind in sums} if steps else None
-        self._folded = (steps, tokens)
+        self._folded, self._written = (steps, tokens), state.get("turns", {})
         self._loaded = state["statistics"] if steps else None
 
     def label_rng_state(self) -> torch.Tensor:

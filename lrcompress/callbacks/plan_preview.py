@@ -1,6 +1,6 @@
 """Table of what a Factorize callback would do to a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.console import RenderableType
@@ -18,7 +18,7 @@ def plan_preview(
     settings: Settings,
     place: str,
     placed: Sequence[str],
-    footprint: Callable[[int], Sequence[str]],
+    footprint: Sequence[str],
     *,
     searched: bool = False,
 ) -> RenderableType:
@@ -29,7 +29,7 @@ def plan_preview(
         settings: of the first point.
         place: of the first point, in words.
         placed: the steps of the points, in words, as far as they are known.
-        footprint: lines on memory, for the bytes of statistics.
+        footprint: lines on memory.
         searched: whether ``keep`` is chosen at the point.
 
     Raises:
@@ -63,6 +63,6 @@ def plan_preview(
         )
     if settings.keep_measured:
         notes.append("layers that are not faster with factors stay; measured at the point")
-    notes += footprint(nbytes)
+    notes += footprint
     whole = sum(p.numel() for p in model.parameters())
     return plan_table(records, title, whole, nbytes, notes)

@@ -1,7 +1,6 @@
 """Base class of callbacks that change the structure of a model at scheduled points of a fit."""
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,18 +16,20 @@ from typing_extensions import override
 
 from lrcompress.callbacks import compatibility, ddp, reporting, trainer_state, unfreezing
 from lrcompress.callbacks.memory import check_memory
-from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.callbacks.observation import Observation
 from lrcompress.callbacks.run_description import describe_run
 from lrcompress.callbacks.samples import sample_after, sample_before
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.callbacks.step_timing import StepTimer
 from lrcompress.callbacks.structure_change import structure_change, warn_of_stale
 from lrcompress.callbacks.warmup import Restart, show_true_rates
 from lrcompress.distributed import ONE_PROCESS
 from lrcompress.embedding import EmbeddingSettings
+from lrcompress.engine.footprint import Footprint
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import ObservationError, SettingError
+from lrcompress.errors import ObservationError
 from lrcompress.report import PointRecord, Report
-from lrcompress.schedules import Point, Warmup, squeeze
+from lrcompress.schedules import Point, Warmup, squeeze, window_steps
 from lrcompress.structure.plan import Plan
 
 VERSION = 1
@@ -84,6 +85,7 @@ class CompressionCallback(pl.Callback, ABC):
         self._loaded: Mapping[str, Any] | None = None
         self._live: tuple[pl.LightningModule, Sequence[Optimizer]] | None = None
         self._timer = StepTimer()
+        self._needed: Footprint | None = None  # memory, once it was checked
         self._report_file: Path | None = None
         self._trial = False  # fast_dev_run: a few steps, in which points are moved
 
@@ -101,6 +103,9 @@ class CompressionCallback(pl.Callback, ABC):
     def _observes(self, stage: int) -> bool:
         """Return whether a point needs statistics."""
         return bool(self.sampling.kinds)
+
+    def _growth(self, stage: int, module: nn.Module) -> int | None:
+        """Return how many parameters a point adds at first; None if it solves no layers."""
 
     @abstractmethod
     def _change_model(self, trainer: pl.Trainer, module: pl.LightningModule, now: int) -> None:
@@ -239,16 +244,10 @@ class CompressionCallback(pl.Callback, ABC):
             trainer_state.tell_trial_points(self._point_steps, self._total, type(self).__name__)
         if (step := self._next_step) is None:
             return
+        blind = self._observes(self._stage) and not self._observation.started
         point, now = self.points[self._stage], trainer_state.steps_done(trainer)
-        observes = self._observes(self._stage)
-        blind = observes and not self._observation.started and step == now
-        if step < now or blind:
-            lies = "lies in the past" if step < now else "leaves no step to observe before it"
-            raise SettingError(
-                f"point {point} is step {step}, which {lies}: training starts at step {now}"
-            )
-        if observes:
-            self._prepare_observation(pl_module)
+        compatibility.check_ahead(point, step, now, blind=blind)
+        self._prepare_next(pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -268,15 +267,16 @@ class CompressionCallback(pl.Callback, ABC):
         """Return steps, in a trial run moved to where it has them; ``gaps`` are the least."""
         return squeeze(at, gaps, int(self._total), int(self._observes(0))) if self._trial else at
 
-    def _prepare_observation(self, module: nn.Module) -> None:
-        if self._window.unit == "epoch" and self._per_epoch == math.inf:  # as long as it may be
-            self._window_steps = sys.maxsize
-        else:
-            total = self._total if self._window.unit == "fraction" else math.inf
-            self._window_steps = max(1, self._window.step(total, self._per_epoch))
+    def _prepare_next(self, module: nn.Module) -> None:
+        """Prepare to observe before the next point, and check that the device can take it."""
         settings, observation = self.settings_at(self._stage), self._observation
-        nbytes, told = observation.watch(module, settings), self.verbose and not self._stage
-        check_memory(self._live, settings, observation, nbytes, verbose=told)
+        growth, told = self._growth(self._stage, module), self.verbose and not self._stage
+        if self._observes(self._stage):
+            self._window_steps = window_steps(self._window, self._total, self._per_epoch)
+            observation.watch(module, settings)
+        elif growth is None:
+            return
+        self._needed = check_memory(self._live, settings, observation, growth or 0, verbose=told)
 
     @property
     def _is_done(self) -> bool:
@@ -304,10 +304,10 @@ class CompressionCallback(pl.Callback, ABC):
             self._run_point(trainer, pl_module, now)
         if self._next_step is not None and self._observes(self._stage):
             previous = self._point_steps[self._stage - 1] if self._stage else 0
-            window = min(self._window_steps, self._next_step - previous)
-            if self._observation.due(self._next_step - now, window):
+            place = self._next_step - now, min(self._window_steps, self._next_step - previous)
+            if self._observation.due(*place):
                 self._check_unfrozen(trainer, pl_module)
-                self._observation.open_step(batch)
+                self._observation.open_step(batch, self._observation.turn(*place))
             elif not self._tried:  # what would fail at an observed step fails at the first one
                 self._observation.open_step(batch, trial=True)
             self._tried = True
@@ -357,8 +357,8 @@ class CompressionCallback(pl.Callback, ABC):
             self._change_model(trainer, module, now)
         self._stage += 1
         self._observation.reset()
-        if self._next_step is not None and self._observes(self._stage):
-            self._prepare_observation(module)
+        if self._next_step is not None:
+            self._prepare_next(module)
         trainer_state.reset_best_scores(trainer)
         for record in self.report.points[told:]:  # all is done: what follows cannot undo it
             record.note = "; ".join(filter(None, (record.note, lost)))

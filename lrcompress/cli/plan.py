@@ -97,7 +97,7 @@ def _print_curve(
     plot: str | None,
 ) -> None:
     kinds = tuple(dict.fromkeys(kind for one in METHODS.values() for kind in one.kinds))
-    sampling = replace(callback.sampling, kinds=kinds, max_tokens=None)
+    sampling = replace(callback.sampling, kinds=kinds, max_tokens=None, turns=1)
     settings = callback.settings_at(0)
     if not isinstance(settings, Settings):  # a table has one method, and no others beside it
         return
@@ -124,7 +124,7 @@ def _print_measured(
         return
     settings = callback.settings_at(0)
     assert isinstance(settings, Settings)
-    sampling = replace(callback.sampling, max_tokens=None)
+    sampling = replace(callback.sampling, max_tokens=None, turns=1)
     given = (settings, sampling, curve, KEEPS)
     found = measure_curve(trainer, model, *given, datamodule=datamodule)
     rich.print(measured_curve_table(found, f"{settings.method}, solved from {curve} batches"))

@@ -14,6 +14,7 @@ from lrcompress.embedding.metric import metric_of, solve
 from lrcompress.embedding.settings import METHODS, EmbeddingSettings, EmbeddingTable, parameters_of
 from lrcompress.engine.distributed_solve import broadcast_layers_ as broadcast_
 from lrcompress.errors import LayerError, naming_layer
+from lrcompress.linalg import noted_retries
 from lrcompress.nn import (
     FactoredEmbedding,
     KroneckerEmbedding,
@@ -85,9 +86,10 @@ def factor_tables_(
             _check_form(model, table.name)
             metric, rank = metric_of(table, statistics, settings), settings.rank_of(table)
             weight = view(model.get_submodule(table.name), table=True).weight
-            with naming_layer(table.name):
+            with naming_layer(table.name), noted_retries() as retries:
                 found[table.name] = solve(weight, settings.method, rank, metric)
-            told = (found[table.name].error, metric.note, stood.get(table.name))
+            note = "; ".join(filter(None, (metric.note, *retries)))
+            told = (found[table.name].error, note, stood.get(table.name))
             records.append(record_of(table, settings, *told))
 
     processes.run_on_all(work)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.progress import Track, untracked
 from lrcompress.errors import naming_layer
+from lrcompress.linalg import noted_retries
 from lrcompress.nn import LowRankLinear, PivotedLinear
 from lrcompress.objective import Metric, metric_of
 from lrcompress.report.record import LayerRecord
@@ -41,7 +42,7 @@ class LayerSummary:
     Attributes:
         energies: of its truncation, on the CPU.
         loss_scale: of its metric.
-        note: of its metric.
+        note: of its metric, and of solvers that failed at first.
         mean: of its metric, on the CPU.
         unit: parameters of one rank or term; 0 is those of a column and a row.
         first: sizes of the first factor of a sum of Kronecker products.
@@ -118,7 +119,7 @@ class SolvedLayer:
     Attributes:
         truncation: of its weight, of all ranks that may be asked for; None where no factors would
             be smaller, and where only :class:`LayerSummary` was kept.
-        metric: what it was measured in, without what is large.
+        metric: what it was measured in, without what is large; its note tells of solvers too.
     """
 
     truncation: Truncation | KroneckerSums | None
@@ -200,11 +201,12 @@ def solve_layers(
         metric = metric_of(
             method, statistics, name, refit_bias=refit, shrink=shrink, device=there.device
         )
-        with naming_layer(name):
+        with naming_layer(name), noted_retries() as told:
             found = (solver or low_rank)(name, there, metric)
         if isinstance(found, Truncation):
             found = replace(found, like=weight.new_empty(()))
-        return SolvedLayer(found, replace(metric, output=None, input=None))
+        note = "; ".join(filter(None, (metric.note, *told)))
+        return SolvedLayer(found, replace(metric, output=None, input=None, note=note))
 
     def low_rank(name: str, weight: Tensor, metric: Metric) -> Truncation:
         limit = greatest_rank(model.get_submodule(name)) if most is None else most[name]

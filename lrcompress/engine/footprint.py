@@ -34,6 +34,8 @@ class Footprint:
         solutions: on the host, when all layers are solved.
         checkpoint: of the file, within the window; of one process of a sharded one.
         seconds: of solving all layers, roughly, by one timed decomposition.
+        grown: of weights, gradients and optimizer state that a point adds before it prunes.
+        on_host: of statistics on the host, where groups of layers take turns to be observed.
         solved_on: type of the device that layers are solved on, if not each on its own.
     """
 
@@ -45,20 +47,25 @@ class Footprint:
     solutions: int
     checkpoint: int
     seconds: float
+    grown: int = 0
+    on_host: int = 0
     solved_on: str = ""
 
     @property
     def lines(self) -> list[str]:
         """What people read."""
         where = f" on {self.solved_on}" if self.solved_on else ""
+        host = f", {_size(self.on_host)} on the host" if self.on_host else ""
+        more = [f"  to prune: {_size(self.grown)} more of all these"] if self.grown else []
         return [
             "memory of a process, about:",
             f"  to train: {_size(self.weights)} weights, {_size(self.gradients)} gradients, "
             f"{_size(self.optimizer)} optimizer state",
-            f"  to observe: {_size(self.statistics)} statistics at most; checkpoints are "
+            f"  to observe: {_size(self.statistics)} statistics at most{host}; checkpoints are "
             f"{_size(self.checkpoint)} then",
             f"  to compress: {_size(self.solve)} a layer{where}, "
             f"{_size(self.solutions)} on the host for results; takes {_duration(self.seconds)}",
+            *more,
         ]
 
 
@@ -72,24 +79,29 @@ def footprint(
     processes: int = 1,
     sharded: bool = False,
     of_all: int | None = None,
+    on_host: int = 0,
+    growth: int = 0,
     solve_device: str | None = None,
     rate: float | None = None,
 ) -> Footprint:
     """Return what compressing a model will take of one process.
 
     With ``W (out, in)`` of sides ``s ≤ l``, solving a layer holds about ``4·out·in + 4·s²``
-    float64 values, and twice as many as each full metric has; its solution ``most·(out + in)``
-    float32 ones. The largest process takes ``1 / processes`` of the solutions and of the time.
+    float64 values, of sums of Kronecker products ``4·out·in`` more, and twice as many as each full
+    metric has; its solution ``most·(out + in)`` float32 ones. The largest process takes
+    ``1 / processes`` of the solutions and of the time.
 
     Args:
         model: with parameters in full, or sharded ones of this process.
         names: of the layers that will be factored.
         method: a key of :data:`lrcompress.objective.METHODS`.
-        statistics: bytes of this process's statistics.
+        statistics: bytes of this process's statistics, at one time.
         optimizers: of the fit, before or after their first step.
         processes: how many share the solve.
         sharded: whether each process holds a part of the parameters.
         of_all: bytes of all statistics, as a checkpoint has them; by default ``statistics``.
+        growth: parameters that a point adds before it prunes.
+        on_host: bytes of its statistics on the host, where groups of layers take turns.
         solve_device: where layers are solved; by default where each lies.
         rate: operations a second of the solve; by default measured, once a process, for some 10 ms.
     """
@@ -104,6 +116,8 @@ def footprint(
         out_features, in_features = view(layer).shape
         values = 4 * out_features * in_features + 4 * min(out_features, in_features) ** 2
         asked = METHODS[method]
+        if asked.form == "kronecker":
+            values += 4 * out_features * in_features
         if asked.input in ("input_moment", "weighted_moment"):
             values += 2 * in_features**2
         if asked.output == "output_moment" and out_features <= LARGE:
@@ -114,16 +128,20 @@ def footprint(
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = own if solve_device is None else torch.device(solve_device)
     speed = rate or _rate(device)
+    gradients = sum(p.nbytes for p in trained) // parts
+    each = (2 * gradients + state) / max(1, sum(p.numel() for p in trained))  # of one, and a share
     whole = weights + state + (statistics if of_all is None else of_all)
     return Footprint(
         weights,
-        sum(p.nbytes for p in trained) // parts,
+        gradients,
         state,
         statistics,
         solving,
         solutions // processes,
         whole,
         operations / processes / speed,
+        int(growth * each),
+        on_host,
         "" if device.type == own.type else device.type,
     )
 

@@ -18,7 +18,7 @@ from lrcompress.engine.narrow_low_rank import NarrowedRanks, Problems, solve_ran
 from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.settings import LOW_RANK, Settings
 from lrcompress.errors import SettingError
-from lrcompress.linalg import double
+from lrcompress.linalg import double, noted_retries
 from lrcompress.nn import NarrowLowRank, PrunedLinear, Replacement
 from lrcompress.objective import METHODS
 from lrcompress.report.record import LayerRecord
@@ -46,7 +46,7 @@ class BlockSummary:
     Attributes:
         losses: of every width, in the metric, on the CPU; on the tokens that were observed.
         loss_scale: half of the losses times this predicts the increase of the loss.
-        note: of the metric.
+        note: of the metric, and of solvers that failed at first.
         tokens: that were observed.
     """
 
@@ -371,10 +371,12 @@ def solve_blocks(
         told = {}
         for down in track([x for x in chosen if whose[x] == processes.index], "solving"):
             weight, one = problems.of(down)
-            own[down] = narrowings(weight, one.output, one.input)
+            with noted_retries() as retries:
+                own[down] = narrowings(weight, one.output, one.input)
+            note = "; ".join(filter(None, (one.note, *retries)))
             scale = 1.0 if one.loss_scale is None else one.loss_scale
             seen = int(statistics.of(down, METHODS[settings.method].kinds).tokens)
-            told[down] = BlockSummary(own[down].losses, scale, one.note, seen)
+            told[down] = BlockSummary(own[down].losses, scale, note, seen)
         return told
 
     measured: dict[str, BlockSummary] = {}

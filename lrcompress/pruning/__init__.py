@@ -2,6 +2,6 @@
 
 from lrcompress.pruning.budget import LoSparseBudget, Quota
 from lrcompress.pruning.pruner import Pruner
-from lrcompress.pruning.split import check_dense, preview, split_
+from lrcompress.pruning.split import check_dense, growth, preview, split_
 
-__all__ = ["LoSparseBudget", "Pruner", "Quota", "check_dense", "preview", "split_"]
+__all__ = ["LoSparseBudget", "Pruner", "Quota", "check_dense", "growth", "preview", "split_"]

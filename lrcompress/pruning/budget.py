@@ -1,6 +1,7 @@
 """LoSparse budget: how the kept parameters are shared between ranks and sparse rows."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 from lrcompress.budget import check_keep
 from lrcompress.errors import SettingError
@@ -81,6 +82,23 @@ class LoSparseBudget:
                 f"{method!r} does not know; use one of {', '.join(COMPARABLE)}, or give "
                 "initial_rank="
             )
+
+    def check_same(self, written: Mapping[str, object]) -> None:
+        """Check that layers that were split for a budget go on with the same.
+
+        Args:
+            written: the fields of the budget that they were split for.
+
+        Raises:
+            SettingError: if one of them differs.
+        """
+        for name, now in asdict(self).items():
+            if written[name] != now:
+                raise SettingError(
+                    f"the checkpoint was written after layers were split for "
+                    f"{name}={written[name]!r}, got {name}={now!r}; go on with the same, or "
+                    "resume from a checkpoint before that"
+                )
 
     @property
     def sparse(self) -> bool:

@@ -127,6 +127,24 @@ def split_(
     return means, _quotas(sizes, ranks, shares)
 
 
+def growth(model: nn.Module, names: Iterable[str], shares: LoSparseBudget) -> int:
+    """Return at most how many parameters splitting adds: factors, beside all that is pruned later.
+
+    Args:
+        model: with dense layers of these names.
+        names: of the layers.
+        shares: what will remain.
+    """
+    sizes = [view(model.get_submodule(name)).shape for name in names]
+    dense = sum(map(math.prod, sizes))
+    if shares.start_rank is not None:
+        factors = sum(math.ceil(shares.start_rank * min(shape)) * sum(shape) for shape in sizes)
+    else:
+        share = 1.0 if shares.low_rank_share == AUTO else float(shares.low_rank_share)
+        factors = math.ceil(shares.keep * share * dense) + sum(map(sum, sizes))  # ranks are whole
+    return factors if shares.sparse else max(0, factors - dense)
+
+
 def check_dense(model: nn.Module, names: Iterable[str]) -> None:
     """Check that layers are dense, as splitting needs them.
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lrcompress.linalg import pinv
+
 Map = Callable[[Tensor], Tensor]
 
 _SWEEPS = 4  # at most, of both factors in turn
@@ -104,19 +106,18 @@ def alternating_least_squares(
     def met(y: Tensor) -> Tensor:  # C Y, (e, h, e·terms)
         return (columns @ y).view(e, h, e * terms)
 
-    seen, x, sweeps, before = met(other), exact.reshape(rows, e * terms), 0, torch.inf
+    before: Tensor | float = torch.inf
+    seen, x, sweeps = met(other), exact.reshape(rows, e * terms), 0
     while True:
         normal = (other.mT @ seen).view(e * terms, e * terms)
         pull = (moved @ other).view(rows, e * terms)
-        x = x + (pull - x @ normal) @ torch.linalg.pinv(normal, rtol=_SEEN, hermitian=True)
+        x = x + (pull - x @ normal) @ pinv(normal, _SEEN, symmetric=True)
         lost = whole - (x * (2 * pull - x @ normal)).sum()
         if sweeps == _SWEEPS or not before - lost > _ENOUGH * lost:
             break
         before, sweeps = lost, sweeps + 1
         both = (x.mT @ x).view(e, terms, e, terms)
-        scale = torch.linalg.pinv(
-            torch.einsum("esft,ef->st", both, near), rtol=_SEEN, hermitian=True
-        )
+        scale = pinv(torch.einsum("esft,ef->st", both, near), _SEEN, symmetric=True)
         across = both.reshape(e, terms, e * terms).mT
         residual = torch.einsum("reh,res->hs", moved, x.view(rows, e, terms))
         residual -= (seen @ across).sum(0)

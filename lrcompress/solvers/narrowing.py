@@ -150,8 +150,9 @@ def narrowings(
     a = _output_root(w, g)
     inverse, scale = _inverse(c)
     given_up, cost = _one_by_one(inverse, a / scale, torch.zeros_like(scale), largest=False)
-    kept = torch.zeros(2, n + 1, dtype=w.dtype, device=w.device)
-    kept[1, :-1] = cost.cumsum(0).flip(0)
+    # on the host: sums along an axis are not deterministic on a GPU in every version of torch
+    kept = torch.zeros(2, n + 1, dtype=w.dtype)
+    kept[1, :-1] = cost.cpu().cumsum(0).flip(0)
     whole = a @ c
     total = (whole * a).sum()
 
@@ -159,10 +160,11 @@ def narrowings(
         return bool(total - saved.sum() > kept[1, len(saved)])
 
     chosen, saved = _one_by_one(c, whole, c.diagonal() * _DETERMINED, stop=behind)
-    kept[0, : len(saved)] = total - saved.cumsum(0) + saved
+    there = saved.cpu()
+    kept[0, : len(saved)] = total.cpu() - there.cumsum(0) + there
     if len(saved) < n and behind(saved):
         kept[0, len(saved) :] = torch.inf
-    losses = kept.clamp(min=0).cpu()
+    losses = kept.clamp(min=0)
     better = losses[1] < losses[0]
     curve = losses.amin(0).cummin(0).values
     return Narrowings(curve, torch.stack([chosen, given_up.flip(0)]).cpu(), better)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.linalg import balanced, double, eigh, eigvalsh, root, whitening
+from lrcompress.linalg import balanced, double, eigh, eigvalsh, root, svd, whitening
 
 # Keeps the inverse of an output metric bounded: the least of its eigenvalues, of the largest.
 FLOOR = 1e-10
@@ -189,7 +189,7 @@ def _on_input_side(w: Tensor, g: Tensor | None, c: Tensor | None, most: int) -> 
     scaled = v[:, :seen] * energies[:seen].rsqrt()
     left, right = wq @ scaled, (gwq @ scaled).mT @ w
     if seen < most:  # the metric sees no more: what is left of the weight goes by its plain SVD
-        u, s, vh = torch.linalg.svd(w - left @ right, full_matrices=False)
+        u, s, vh = svd(w - left @ right)
         more = most - seen
         left = torch.cat([left, u[:, :more] * s[:more]], 1)
         right = torch.cat([right, vh[:more]])

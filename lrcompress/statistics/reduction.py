@@ -84,25 +84,31 @@ def gathered_on_first(statistics: Statistics, processes: Processes) -> dict[str,
     """Return the state of statistics of which every process holds other layers, in the first.
 
     The others return an empty state. Nothing is added up or changed; one tensor after the other
-    is sent and laid on the host of the first.
+    is sent, from the host of its process to that of the first.
 
     Args:
         statistics: of this process.
         processes: the processes.
+
+    Cost:
+        Every process sends its own part, once. The first has all of them on its host, the others
+        one tensor, and no accelerator anything.
     """
     first = processes.index == 0
     state: dict[str, Any] = (statistics if first else Statistics()).state_dict()
     everyone = processes.all_gather(_described(statistics))
     mine = dict(_every(statistics))
     for number, one in enumerate(everyone[1:], start=1):
+        if processes.index not in (0, number):
+            continue
         state["source"] |= one["source"] if first else {}
         for (side, name), shapes in one["shapes"].items():
-            held = mine[side, name] if number == processes.index else Sums.zeros(shapes, "cpu")
+            held = Sums.zeros(shapes, "cpu") if first else mine[side, name]
             for key, value in sorted(held.named_tensors().items()):
-                received = value.cpu()
-                processes.broadcast_([received], number)
+                sent = value.cpu()
+                processes.send_to_first(sent, number)
                 if first:
-                    state[side].setdefault(name, {})[key] = received
+                    state[side].setdefault(name, {})[key] = sent
     return state
 
 

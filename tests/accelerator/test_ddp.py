@@ -146,3 +146,49 @@ def test_a_process_that_is_lost_at_a_point_leaves_the_others_as_they_were(
     script = tmp_path / "script.py"
     script.write_text(LOST.format(standin=str(Path(__file__).parent / "standin"), when=when))
     assert launch(script, 2, 0, 7)[0].splitlines()[-1] == "ok"
+
+
+SAVED = """
+import os, sys
+sys.path.insert(0, {standin!r})
+import torch
+import vgpu, vccl
+from torch import nn
+from lrcompress.callbacks.observation import Observation
+from lrcompress.callbacks.sampling import Sampling
+from lrcompress.distributed import Processes
+from lrcompress.engine.settings import Settings
+
+number = int(os.environ["RANK"])
+torch.vgpu.set_device(number)
+torch.distributed.init_process_group("vccl")
+torch.manual_seed(0)
+pairs = [nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(2)]
+model = nn.Sequential(*pairs).to(torch.device("vgpu", number))
+kinds = ("input_moment", "output_moment")
+sampling = Sampling(kinds=kinds, owner="Factorize", deal=True, mask=None)
+observation = Observation(sampling, Processes.of())
+observation.watch(model, Settings(method="kfac", keep=0.5, targets=["*"]))
+x = torch.randn(8, 64, device=model[0][0].weight.device)
+observation.open_step([x])
+loss = model(x).square().mean()
+observation.before_backward(loss, 1.0)
+loss.backward()
+observation.close_step()
+seen = {{*observation.statistics.outputs}}
+before = vgpu.counts(reset=True)
+state = observation.state_dict()["statistics"]
+assert vgpu.counts().peak == before.now, "statistics were laid on the device"
+assert {{*observation.statistics.outputs}} == seen, "statistics were moved"
+others = {{*state["outputs"]}} if number else {{*state["outputs"]}} - seen
+assert len(others) == (0 if number else 4 - len(seen)), others
+sys.stdout.write("ok")
+"""
+
+
+def test_a_checkpoint_takes_nothing_of_a_device_and_moves_no_statistics(
+    device: SimpleNamespace, tmp_path: Path, launch: Callable[..., list[str]]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SAVED.format(standin=str(Path(__file__).parent / "standin")))
+    assert [said.splitlines()[-1] for said in launch(script, 2)] == ["ok", "ok"]

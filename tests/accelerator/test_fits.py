@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrcompress
 
@@ -76,3 +78,46 @@ def test_a_search_tries_and_goes_back_as_on_the_cpu(
         ends[-1] += (told[0],)
     assert ends[0][0] == ends[1][0] == 1
     assert ends[0][2] == pytest.approx(ends[1][2], rel=1e-2)
+
+
+class Deterministic(TorchDispatchMode):
+    """Refuses on the device what CUDA refuses under ``use_deterministic_algorithms``."""
+
+    refused = ("kthvalue", "histc", "put_", "median.dim")
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name, kwargs = function._schema.name.removeprefix("aten::"), kwargs or {}
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if first is not None and first.device.type != "cpu":
+            floats = first.is_floating_point() and kwargs.get("dtype") not in (torch.int64,)
+            assert name not in self.refused, name
+            assert not (name == "cumsum" and floats), "cumsum of floats"
+            weights = args[1] if len(args) > 1 else kwargs.get("weights")
+            assert not (name == "bincount" and weights is not None), "bincount with weights"
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", [*RUNS, "kfac narrow", "kfac model"])
+def test_nothing_is_used_that_a_deterministic_trainer_refuses(
+    device: SimpleNamespace, tmp_path: Path, name: str
+) -> None:
+    name, _, option = name.partition(" ") if name.startswith("kfac ") else (name, "", "")
+    given = {"narrow": {"narrow_blocks": True}, "model": {"fisher": "model", "logits": "head"}}
+    run = device.trainer(
+        *device.callbacks(name, **given.get(option, {})), default_root_dir=tmp_path
+    )
+    model = device.tagger(name, tmp_path)
+    with Deterministic():
+        run.fit(model, device.Loader(device.sentences(10)))
+    assert run.global_step == 8
+
+
+def test_what_it_refuses_is_seen_in_backward_passes_too(device: SimpleNamespace) -> None:
+    """Else the test above would show nothing."""
+    x = torch.ones(3, device=device.DEVICE, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda g: g.cumsum(0))
+    with Deterministic(), pytest.raises(AssertionError, match="cumsum of floats"):
+        y.sum().backward()

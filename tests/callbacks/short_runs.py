@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 import lrcompress
-from lrcompress.distill import Distilled, HiddenStates, Logits
+from lrcompress.distill import Distilled, HiddenStates, Logits, Relations
 from lrcompress.objective import METHODS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -48,11 +48,13 @@ def tagger(
 ) -> L.LightningModule:
     """Return the module, alike in all processes, whose dropout is not."""
     L.seed_everything(0, verbose=False)
-    model = kind(**kwargs)
+    attends = name == "distilled relations"  # 48 outputs are three projections of two heads
+    model = kind(**({"width": 24} if attends else {}), **kwargs)
     torch.manual_seed(number)
     if not name.startswith("distilled"):
         return model
     losses = [Logits(), HiddenStates(layers=["blocks.0.down", "blocks.1.down"])]
+    losses += [Relations(heads=2, projections=["up"])] if attends else []
     return Distilled(model, losses=losses, teacher_dir=str(folder))
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.callbacks.observation import Observation, Sampling
+from lrcompress.callbacks.observation import Observation
+from lrcompress.callbacks.sampling import Sampling
 from lrcompress.distributed import Processes
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import SettingError
+from lrcompress.objective import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks")
 
@@ -200,3 +202,48 @@ def test_sharded_models_with_drawn_labels_are_not_dealt(monkeypatch: pytest.Monk
         watched(True, sharded=True)
     monkeypatch.setattr("lrcompress.callbacks.observation._DEALT_FROM", 100)
     assert watched(None, sharded=True).owner is None
+
+
+class Block(torch.nn.Module):
+    """Attention's and the feed-forward's layers of a Llama-type block, in modules of their own."""
+
+    def __init__(self, width: int = 768, inner: int = 1536) -> None:
+        super().__init__()
+        square = {x: torch.nn.Linear(width, width, bias=False) for x in ("q", "k", "v", "o")}
+        self.attention = torch.nn.ModuleDict(square)
+        wide = {x: torch.nn.Linear(width, inner, bias=False) for x in ("gate", "up")}
+        self.mlp = torch.nn.ModuleDict({**wide, "down": torch.nn.Linear(inner, width, bias=False)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, m = self.attention, self.mlp
+        x = x + a["o"](a["q"](x) * a["k"](x).sigmoid() + a["v"](x))
+        return x + m["down"](m["gate"](x).relu() * m["up"](x))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("method", ["kfac", "drone"])
+def test_bytes_of_a_process_are_six_tenths_of_its_share_of_full_squares(
+    method: str, size: int
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(Block() for _ in range(4)))
+    kinds = METHODS[method].kinds
+    squares = 0
+    for _, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            squares += 4 * layer.out_features**2 * (method == "kfac")
+    squares += sum(
+        4 * 4 * n**2 for n in (768, 768, 768, 1536)
+    )  # inputs that are read by one or more
+    for index in range(size):
+        sampling = Sampling(kinds=kinds, owner="Factorize", deal=True, mask=None)
+        observation = Observation(sampling, Processes(index, size))
+        observation.watch(model, Settings(method=method, keep=0.5, targets=["*"]))
+        x = torch.randn(4, 768)
+        observation.open_step([x])
+        loss = model(x).square().mean()
+        observation.before_backward(loss, 1.0)
+        loss.backward()
+        observation.close_step()
+        assert observation.statistics.nbytes <= 0.6 / size * squares
+        assert observation.statistics.nbytes <= observation.nbytes

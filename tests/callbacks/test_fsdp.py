@@ -1,13 +1,23 @@
 """FSDP2 in real processes: as DDP, bit for bit where it can be, and resumed after a kill."""
 
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+import lrcompress
+from lrcompress.solvers import truncation
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sharded_runs
 
 Make = Callable[..., Any]
+QUIET: dict[str, Any] = {"verbose": False, "validate": False, "report_path": None}
 # A page of figures takes longer to draw than most runs take; the first run has one.
 RUNS: dict[str, str] = {
     "one point": "lrcompress.Factorize(keep=0.5, at=0.5, every_n_steps=2, verbose=False)",
@@ -309,3 +319,34 @@ def test_pivoted_rows_are_sharded_as_they_are_whole(launch: Make, tmp_path: Path
     assert {layer["kind"] for layer in one["plan"]["layers"]} == {"pivoted"}
     assert one["optimizer"]
     assert_same(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize(
+    ("made", "solver"),
+    [
+        (lambda: lrcompress.Factorize(0.5, at=0.5, **QUIET), "engine.distributed_solve"),
+        (lambda: lrcompress.LoSparse(0.5, mask_every=2, **QUIET), "pruning.split"),
+    ],
+)
+def test_a_sharded_layer_is_solved_once(
+    made: Make,
+    solver: str,
+    sharding: ModelParallelStrategy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not once for its errors and once more for its factors."""
+    solved = []
+
+    def truncate(weight: torch.Tensor, *given: Any, **named: Any) -> truncation.Truncation:
+        solved.append(tuple(weight.shape))
+        return truncation.truncate(weight, *given, **named)
+
+    monkeypatch.setattr(f"lrcompress.{solver}.truncate", truncate)
+    callback = made()
+    run = sharded_runs.trainer(callback, root=str(tmp_path), strategy=sharding)
+    run.fit(sharded_runs.tagger(), sharded_runs.loader())
+    layers = callback.report.points[0].layers
+    assert sorted(solved) == sorted((x.out_features, x.in_features) for x in layers)

@@ -101,3 +101,21 @@ def test_a_table_that_is_not_finite_is_named() -> None:
     model.words.weight.data[2, 2] = torch.inf
     with pytest.raises(NotFiniteError, match=r"^layer 'words': table holds 1 non-finite of 240"):
         factor_tables_(model, Statistics(), cut("low_rank", rank=3, head_share=0))
+
+
+def test_a_solver_that_failed_at_first_is_told_in_the_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, calls = torch.linalg.eigh, []
+
+    def gives_up(matrix: Tensor) -> object:
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    model, _ = trained()
+    record = factor_tables_(model, Statistics(), cut("low_rank", rank=3, head_share=0))
+    assert calls
+    assert "solved on the CPU, for the solver of its device failed" in record.layers[0].note

@@ -880,3 +880,27 @@ def test_notes_about_metrics_that_were_all_zero_are_in_the_record() -> None:
     )
     assert all(layer.note == "the output metric was all zero: identity" for layer in record.layers)
     assert record.predicted_loss == 0
+
+
+@pytest.mark.parametrize("method", ["svd", "kfac", "kronecker"])
+def test_a_solver_that_failed_at_first_is_told_in_the_record(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = torch.linalg.eigh, []
+
+    def gives_up(matrix: Tensor) -> Any:
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return plain(matrix)
+
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    batches = [torch.randn(40, 12)]
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    record = compress(
+        model, batches, lambda model, x: model(x).square().mean(), method=method, keep=0.6,
+        targets=["*"], mask=None, align=1, allocation="uniform",
+    )  # fmt: skip
+    first, second = record.layers
+    assert "solved on the CPU, for the solver of its device failed" in first.note
+    assert "failed" not in second.note

@@ -54,7 +54,7 @@ def observed(model: nn.Module, method: str) -> Any:
     return recorder
 
 
-@pytest.mark.parametrize("method", ["kfac", "weighted_kfac", "drone", "fwsvd", "svd"])
+@pytest.mark.parametrize("method", ["kfac", "weighted_kfac", "drone", "fwsvd", "svd", "kronecker"])
 @pytest.mark.parametrize("shape", [(300, 300), (120, 480), (480, 120)])
 def test_solving_a_layer_takes_no_more_than_is_said(method: str, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)

@@ -364,3 +364,23 @@ def test_blocks_that_stay_are_named_with_the_reason() -> None:
 def test_a_preview_has_ranks_alone() -> None:
     records, _, _ = preview(Net(), Settings(keep=0.5, narrow_blocks=True))
     assert all(x.narrow is None for x in records)
+
+
+def test_a_solver_that_failed_at_first_is_told_in_the_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, calls = torch.linalg.eigh, []
+
+    def gives_up(matrix: Tensor) -> Any:
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    few = [(data()[0][0][:10], data()[0][1][:10])]  # whose moments have low rank
+    given = {"align": 1, "narrow_blocks": True, "keep": 0.4}
+    record = compress(Net(), few, loss_of, **given)
+    told = [layer for layer in record.layers if "solver of its device failed" in layer.note]
+    assert [layer.name for layer in told] == ["blocks.0.down"]
+    assert told[0].narrow

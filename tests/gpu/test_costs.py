@@ -179,11 +179,56 @@ def test_offloaded_statistics_lie_on_the_host_and_are_the_same(card: Any, method
         for name, sums in ours.items():
             for key, value in sums.named_tensors().items():
                 other = theirs[name].named_tensors()[key]
-                assert (value.device, other.device.type) == (card.device, "cpu")
+                host = value.ndim > 1  # vectors and counts stay beside their layer
+                assert value.device == card.device
+                assert other.device.type == ("cpu" if host else card.type)
                 size = float(value.abs().max())
-                torch.testing.assert_close(other, value.cpu(), rtol=1e-4, atol=1e-6 * size)
+                torch.testing.assert_close(other.cpu(), value.cpu(), rtol=1e-4, atol=1e-6 * size)
     factor_(model, there.statistics, Settings(method=method, keep=0.5, targets=["*"]))
     assert {p.device for p in model.parameters()} == {card.device}
+
+
+def test_steps_on_another_stream_are_observed_into_host_memory(card: Any) -> None:
+    """Copies to pinned memory are queued behind the products, on whatever stream those are."""
+    card.needs("cuda", why="only CUDA has streams")
+    torch.manual_seed(0)
+    layers = [nn.Linear(1024, 1024, bias=False) for _ in range(8)]
+    model = nn.Sequential(*layers).to(card.device)
+    x = torch.randn(4096, 1024, device=card.device)
+    side, ends = torch.cuda.Stream(), []
+    for stream, offload in ((None, None), (None, "cpu"), (side, "cpu")):
+        names = [name for name, _ in model.named_children()]
+        recorder = Recorder(model, names, METHODS["kfac"].kinds, offload=offload)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                with recorder.step():
+                    model(x).square().mean().backward()
+        torch.cuda.current_stream().wait_stream(side)
+        held = recorder.statistics
+        ends.append(
+            [
+                sums.values[kind].cpu()
+                for side_of in (held.inputs, held.outputs)
+                for sums in side_of.values()
+                for kind in sorted(sums.values)
+            ]
+        )
+    for found in ends[1:]:
+        for one, other in zip(ends[0], found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["kfac", "losparse"])
+def test_a_fit_with_turns_ends_as_on_the_cpu(card: Any, tmp_path: Path, name: str) -> None:
+    """The sums of a group go to the host once, when its part of the window ends."""
+    ends = []
+    for place in ({}, {"accelerator": "cpu", "strategy": "auto"}):
+        run = card.trainer(*callbacks(name, turns=2), default_root_dir=tmp_path, **place)
+        model = tagger(name, tmp_path, dropout=0.0)
+        run.fit(model, Loader(sentences(10)))
+        ends.append({key: value.cpu() for key, value in model.state_dict().items()})
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["kfac", "losparse"])

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests" / "gpu"
 # A part of them, for time; all are tried by LRCOMPRESS_CARD=cpu pytest tests/gpu, and =standin.
-SOME = ["test_precision.py", "test_draws_and_losses.py"]
+SOME = ["test_precision.py", "test_draws_and_losses.py", "test_costs.py"]
 Run = Callable[..., str]
 
 # Each in a process that has imported what all of them do, without what tells it of others.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "callbacks"))
-from short_runs import RUNS
+from short_runs import RUNS, Loader, callbacks, sentences, tagger
 
 from conftest import Tagger
 
@@ -111,3 +111,15 @@ def test_steps_that_overflow_are_skipped_and_leave_no_trace(
     assert all(bool(value.isfinite().all()) for value in look.seen)
     assert [step for step, same in enumerate(look.still) if same] == [1, 5]
     assert look.scale == run.precision_plugin.scaler._init_scale / 4
+
+
+@pytest.mark.parametrize("given", [{"narrow_blocks": True}, {"fisher": "model", "logits": "head"}])
+def test_options_of_a_point_run_in_deterministic_mode(
+    card: Any, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    """Beside the runs of test_resume.py, which take no options."""
+    run = card.trainer(*callbacks("kfac", **given), default_root_dir=tmp_path, deterministic=True)
+    model = tagger("kfac", tmp_path)
+    run.fit(model, Loader(sentences(10)))
+    assert model.state_dict().keys() != Tagger().state_dict().keys()
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())

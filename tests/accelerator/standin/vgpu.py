@@ -59,6 +59,7 @@ class _Module(types.ModuleType):
     """``torch.vgpu``, as ``torch.cuda`` is for CUDA."""
 
     Stream = Event = _Stream
+    capacity = 1 << 40  # bytes of a device; a test may set it
 
     @staticmethod
     def is_available() -> bool:
@@ -86,6 +87,15 @@ class _Module(types.ModuleType):
     @staticmethod
     def set_device(device: Any) -> None:
         _ops.set_device(_index(device))
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return self.capacity - counts().now, self.capacity
+
+    @staticmethod
+    def memory_allocated(device: Any = None) -> int:
+        return counts().now
+
+    memory_reserved = memory_allocated
 
     @staticmethod
     def synchronize(device: Any = None) -> None:
