@@ -32,7 +32,7 @@ class Wide(L.LightningModule):
 
 
 def test_what_no_machine_has_is_refused_before_the_first_step(trainer: Make) -> None:
-    callback = lrcompress.Factorize(keep=0.5, at=0.5, verbose=False, mask=None, targets=["*"])
+    callback = lrcompress.Factorize(keep=1.0, at=0.5, verbose=False, mask=None, targets=["*"])
     data = torch.utils.data.DataLoader(torch.zeros(4, 8))  # type: ignore[arg-type]
     with pytest.raises(PlatformError) as raised:
         trainer(callback).fit(Wide(), data)
