@@ -51,6 +51,25 @@ hypothesis.settings.load_profile("same")
 registry.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
+@pytest.fixture
+def fails_at_first(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
+    """Let the first call of a function of ``torch.linalg`` fail; returns what it is called with."""
+
+    def of(name: str) -> list[Any]:
+        plain, calls = getattr(torch.linalg, name), []
+
+        def gives_up(matrix: torch.Tensor, **given: Any) -> Any:
+            calls.append(matrix)
+            if len(calls) == 1:
+                raise torch.linalg.LinAlgError("the algorithm failed to converge")
+            return plain(matrix, **given)
+
+        monkeypatch.setattr(torch.linalg, name, gives_up)
+        return calls
+
+    return of
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the project."""

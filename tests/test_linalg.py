@@ -392,37 +392,22 @@ def test_a_scale_counts_twice_in_a_gram_matrix() -> None:
 
 
 def test_a_pseudo_inverse_that_a_device_gives_up_on_is_had_from_the_host(
-    monkeypatch: pytest.MonkeyPatch,
+    fails_at_first: Callable[[str], list[Any]],
 ) -> None:
-    plain, calls = torch.linalg.pinv, []
-
-    def gives_up(matrix: Tensor, **given: Any) -> Tensor:
-        calls.append(matrix)
-        if len(calls) == 1:
-            raise torch.linalg.LinAlgError("the algorithm failed to converge")
-        return plain(matrix, **given)  # type: ignore[no-any-return]
-
     a, b = torch.randn(3, 5), torch.randn(3, 2)
-    monkeypatch.setattr(torch.linalg, "pinv", gives_up)
-    torch.testing.assert_close(least_squares(a, b), plain(a) @ b)
+    expected = torch.linalg.pinv(a) @ b
+    calls = fails_at_first("pinv")
+    torch.testing.assert_close(least_squares(a, b), expected)
     assert len(calls) == 2
 
 
 def test_singular_values_that_a_device_gives_up_on_are_had_from_the_host(
-    monkeypatch: pytest.MonkeyPatch,
+    fails_at_first: Callable[[str], list[Any]],
 ) -> None:
     """Of a layer with more outputs than the metric sees."""
-    plain, calls = torch.linalg.svd, []
-
-    def gives_up(matrix: Tensor, **given: Any) -> Any:
-        calls.append(matrix)
-        if len(calls) == 1:
-            raise torch.linalg.LinAlgError("the algorithm failed to converge")
-        return plain(matrix, **given)
-
     weight, x = torch.randn(9, 6), torch.randn(3, 6)
     wanted = truncate(weight, None, x.mT @ x).factors(5)
-    monkeypatch.setattr(torch.linalg, "svd", gives_up)
+    calls = fails_at_first("svd")
     with linalg.noted_retries() as told:
         found = truncate(weight, None, x.mT @ x).factors(5)
     assert len(calls) == 2

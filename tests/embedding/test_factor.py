@@ -1,5 +1,8 @@
 """Tables replaced on a bare module: all or nothing, and what optimizers know of them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,17 +107,9 @@ def test_a_table_that_is_not_finite_is_named() -> None:
 
 
 def test_a_solver_that_failed_at_first_is_told_in_the_record(
-    monkeypatch: pytest.MonkeyPatch,
+    fails_at_first: Callable[[str], list[Any]],
 ) -> None:
-    plain, calls = torch.linalg.eigh, []
-
-    def gives_up(matrix: Tensor) -> object:
-        calls.append(matrix)
-        if len(calls) == 1:
-            raise torch.linalg.LinAlgError("the algorithm failed to converge")
-        return plain(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    calls = fails_at_first("eigh")
     model, _ = trained()
     record = factor_tables_(model, Statistics(), cut("low_rank", rank=3, head_share=0))
     assert calls

@@ -884,19 +884,11 @@ def test_notes_about_metrics_that_were_all_zero_are_in_the_record() -> None:
 
 @pytest.mark.parametrize("method", ["svd", "kfac", "kronecker"])
 def test_a_solver_that_failed_at_first_is_told_in_the_record(
-    method: str, monkeypatch: pytest.MonkeyPatch
+    method: str, fails_at_first: Callable[[str], list[Any]]
 ) -> None:
-    plain, calls = torch.linalg.eigh, []
-
-    def gives_up(matrix: Tensor) -> Any:
-        calls.append(matrix)
-        if len(calls) == 1:
-            raise torch.linalg.LinAlgError("the algorithm failed to converge")
-        return plain(matrix)
-
     model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
     batches = [torch.randn(40, 12)]
-    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    fails_at_first("eigh")
     record = compress(
         model, batches, lambda model, x: model(x).square().mean(), method=method, keep=0.6,
         targets=["*"], mask=None, align=1, allocation="uniform",

@@ -1,6 +1,7 @@
 """Blocks are narrowed in a model: what it computes then, and what goes along."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -367,17 +368,9 @@ def test_a_preview_has_ranks_alone() -> None:
 
 
 def test_a_solver_that_failed_at_first_is_told_in_the_record(
-    monkeypatch: pytest.MonkeyPatch,
+    fails_at_first: Callable[[str], list[Any]],
 ) -> None:
-    plain, calls = torch.linalg.eigh, []
-
-    def gives_up(matrix: Tensor) -> Any:
-        calls.append(matrix)
-        if len(calls) == 1:
-            raise torch.linalg.LinAlgError("the algorithm failed to converge")
-        return plain(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    fails_at_first("eigh")
     few = [(data()[0][0][:10], data()[0][1][:10])]  # whose moments have low rank
     given = {"align": 1, "narrow_blocks": True, "keep": 0.4}
     record = compress(Net(), few, loss_of, **given)
