@@ -172,28 +172,37 @@ class Recovery:
         return float(1 - (1 - self.share) ** min(1.0, steps / max(1, self.steps)))
 
 
-def allowed_loss(drop: float, measured: Iterable[Recovery], steps: float, *, last: bool) -> float:
+def allowed_loss(
+    drop: float, measured: Iterable[Recovery], steps: float, *, last: bool, left: float = 0.0
+) -> float:
     """Return what may be lost at a point so that no more than ``drop`` is lost in the end.
 
-    Training after it brings back a share ``r`` of the loss, hence ``drop / (1 − r)``: of the
-    shares that points before have measured the least, over the steps that are left until the next
-    point or the end. Where nothing was measured, half at a point that another one follows, which
-    then judges it, and nothing at the last.
+    Training after it brings back a share ``r`` of what is lost anew, and nothing of what is
+    ``left`` of earlier losses, which it has had its time for: ``left + (drop − left) / (1 − r)``.
+    ``r`` is the least that points before have measured, over the steps that are left until the
+    next point or the end. Where nothing was measured, it is half at a point that another one
+    follows, which then judges it, and nothing at the last.
 
     Args:
         drop: that is allowed in the end.
         measured: at the points before.
         steps: until the next point, or until the end; ``inf`` if unknown.
         last: whether no other point follows.
+        left: what is lost just before the point; above ``drop``, no more may be.
 
     Example:
         >>> allowed_loss(0.01, [], 100, last=True), allowed_loss(0.01, [], 100, last=False)
         (0.01, 0.02)
         >>> allowed_loss(0.01, [Recovery(0.75, 100), Recovery(0.5, 100)], 100, last=True)
         0.02
+        >>> allowed_loss(0.01, [Recovery(0.5, 100)], 100, last=True, left=0.006)
+        0.014
     """
-    shares = [one.over(steps) for one in measured]
-    return drop / (1 - min(shares, default=0.0 if last else _HOPED))
+    left = max(0.0, left)
+    if left >= drop:
+        return drop
+    share = min([one.over(steps) for one in measured], default=0.0 if last else _HOPED)
+    return left + (drop - left) / (1 - share)
 
 
 def smallest_within(

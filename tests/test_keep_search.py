@@ -175,6 +175,10 @@ def test_what_may_be_lost_at_a_point_comes_back_to_the_drop() -> None:
             allowed = allowed_loss(0.02, measured, steps, last=True)
             left = max((1 - one.share) ** min(1, steps / 100) for one in measured)
             assert allowed * left == pytest.approx(0.02)
+            anew = allowed_loss(0.02, measured, steps, last=True, left=0.012) - 0.012
+            assert 0.012 + anew * left == pytest.approx(0.02)
+            assert allowed_loss(0.02, measured, steps, last=True, left=0.03) == 0.02
+            assert allowed_loss(0.02, measured, steps, last=True, left=-0.03) == allowed
     assert allowed_loss(0.02, [], 10, last=True) == 0.02
     assert allowed_loss(0.02, [], 10, last=False) == 0.04
     assert allowed_loss(0.0, [], 10, last=False) == 0

@@ -141,8 +141,8 @@ class Factorize(AutoKeepCallback):
         drop: With ``keep: auto``, by how much ``monitor`` may be worse than just before the first
             point: in its own units (``0.01``), or a share (``"1%"``). More may be lost at a point
             as far as training brings it back, as measured at points before, or half at a point
-            that another follows. What was within ``drop`` last is kept in the run's folder until
-            the fit ends: the run goes back to it where the next point, or the end, is not.
+            that another follows. What is left then counts for good. The last state within
+            ``drop`` is kept until the fit ends, for where the next point, or the end, is not.
         monitor: With ``keep: auto``, the metric, as validation logs it.
         monitor_mode: ``max`` or ``min``: which values are better; by default as its name says.
         max_trials: Validations a point at most; 7 find any hundredth of ``keep``.

@@ -179,23 +179,22 @@ class KeepSearch:
         if self.changed is not None:
             found = Recovery.measured(self.changed[0], lost, run.step - self.changed[1])
             self.recoveries += [] if found is None else [found]
-        allowed = allowed_loss(self.target.drop, self.recoveries, steps, last=last)
-        self._tell_allowed(run, allowed)
-        watched, stuck, tried = run.observation, False, self.tried
+        watched, stuck = run.observation, False
         seen: Seen = watched.statistics, watched.owner, watched.blocks
         if self.target.is_within(lost):
             self._keep(run, figures, point)
-            tried = self.tried
-        elif not self.target.is_within(lost, allowed):
-            back = self._go_back(run, lost, allowed)
+        else:
+            back = self._go_back(run, lost)
             stuck = back is None
             if back is not None:
                 seen, figures, note = back
                 notes.append(note)
-        else:
-            tried = {}  # from a state that no one goes back to
+        left = self.target.lost(figures[self.monitor])
+        allowed = allowed_loss(self.target.drop, self.recoveries, steps, last=last, left=left)
+        self._tell_allowed(run, allowed, left)
         solved = solve(*seen)
-        sizes, after, record = self._search(run, solved, figures, allowed, tried, stuck=stuck)
+        given = figures, allowed, {} if stuck else self.tried
+        sizes, after, record = self._search(run, solved, *given, stuck=stuck)
         done = self._install(run, solved, sizes, record, {"before": figures, "after": after}, notes)
         if sizes is not None:
             self.changed = (self.target.lost(after[self.monitor]), run.step)
@@ -219,7 +218,7 @@ class KeepSearch:
         lost = self.target.lost(figures[self.monitor])
         back = None
         if not self.target.is_within(lost):
-            back = self._go_back(run, lost, self.target.drop)
+            back = self._go_back(run, lost)
         if back is None:
             self._tell_end(record, figures)
             return None
@@ -280,10 +279,10 @@ class KeepSearch:
         )
         self.written = [*dict.fromkeys((*self.written, self.kept.path))]
 
-    def _go_back(self, run: "Run", lost: float, allowed: float) -> tuple[Seen, Figures, str] | None:
+    def _go_back(self, run: "Run", lost: float) -> tuple[Seen, Figures, str] | None:
         """Go back to the kept state; None, with a warning, where there is none."""
         assert self.target is not None
-        said = f"{self.monitor} has lost {lost:.6g}, and {allowed:.6g} is allowed"
+        said = f"{self.monitor} has lost {lost:.6g}, and {self.target.drop:.6g} is allowed"
         kept = self.kept
         there = run.processes.all_gather(kept is not None and kept.is_there)
         if kept is None or not all(there):
@@ -360,12 +359,15 @@ class KeepSearch:
         done.note = "; ".join(filter(None, (*notes, done.note, said)))
         return done
 
-    def _tell_allowed(self, run: "Run", allowed: float) -> None:
+    def _tell_allowed(self, run: "Run", allowed: float, left: float) -> None:
         assert self.target is not None
         if self.verbose:
-            back = 1 - self.target.drop / allowed if allowed else 0.0
+            left = max(0.0, left)  # what is lost for good
+            back = 1 - (self.target.drop - left) / (allowed - left) if allowed > left else 0.0
             why = "as at points before" if self.recoveries else "as is assumed until the next point"
-            told = f": training brings back {back:.0%} of it, {why}" if back > 0 else ""
+            told = (
+                f": training brings back {back:.0%} of what is lost anew, {why}" if back > 0 else ""
+            )
             rank_zero_info(
                 f"lrcompress, step {run.step}: {allowed:.6g} of {self.monitor} may be lost here, "
                 f"{self.target.drop:.6g} in the end{told}"

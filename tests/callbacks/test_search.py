@@ -164,16 +164,24 @@ def settings() -> Settings:
 def test_a_first_point_may_lose_more_and_the_next_knows_what_came_back(
     loader: Make, trainer: Make
 ) -> None:
-    model = steered(lambda share, trained: (1 - share) * (0.4 if trained else 1.0) * 0.1)
+    stood = [1.0, 0.0]  # the share that was trained last, and what it has lost for good
+
+    def lost(share: float, trained: bool) -> float:
+        anew = (stood[0] - share) * 0.1
+        if trained:
+            stood[:] = share, stood[1] + 0.4 * anew
+        return stood[1] if trained else stood[1] + anew
+
     callback = searching(at=[0.3, 0.6], drop=0.02, monitor="quality", monitor_mode="max")
-    trainer(callback).fit(model, loader(), loader())
+    trainer(callback).fit(steered(lost), loader(), loader())
     one, two = callback.report.points
     assert one.search is not None
     assert two.search is not None
     assert one.search.allowed == pytest.approx(0.04)  # half is hoped to come back
     assert 1 - one.keep == pytest.approx(0.4, abs=0.02)
-    # 0.6 of it came back, in 5 steps; as many at most are relied on
-    assert two.search.allowed == pytest.approx(0.05, rel=0.02)
+    # 0.6 of it came back, in 5 steps; as many at most are relied on, for what is lost anew
+    left = 0.04 * (1 - one.keep)
+    assert two.search.allowed == pytest.approx(left + (0.02 - left) / 0.4)
     assert two.keep < one.keep
     assert "ends within drop=0.02" in two.note
 
@@ -195,6 +203,22 @@ def test_a_point_that_was_too_bold_is_put_right_at_the_next(
         "lrcompress-before-point-1.pt"
     ]
     assert not list(tmp_path.glob("lrcompress*"))  # the fit has ended
+
+
+def test_what_is_left_after_training_is_not_hoped_to_come_back_once_more(
+    loader: Make, trainer: Make
+) -> None:
+    """A part came back at once, and no more would later: the point is judged by what is left."""
+    model = steered(lambda share, trained: (1 - share) * (0.7 if trained else 1.0) * 0.1)
+    callback = searching(at=[0.3, 0.6], drop=0.02, monitor="quality", monitor_mode="max")
+    trainer(callback).fit(model, loader(), loader())
+    one, two = callback.report.points
+    assert one.keep == pytest.approx(0.6, abs=0.02)
+    assert (one.step, two.step) == (5, 10)  # and not at the end, with no training after it
+    assert "and 0.02 is allowed: went back to the state of before point 1, of step 5" in two.note
+    assert two.search is not None
+    assert two.search.allowed == pytest.approx(0.02 / 0.7)
+    assert "ends within drop=0.02" in two.note
 
 
 class Watch(L.Callback):
@@ -581,12 +605,12 @@ def test_it_is_said_why_more_may_be_lost_at_a_point_than_in_the_end(
     with caplog.at_level("INFO"):
         trainer(callback).fit(model, loader(), loader())
     assert (
-        "0.2 of quality may be lost here, 0.1 in the end: training brings back 50% of it, as is "
-        "assumed until the next point" in caplog.text
+        "0.2 of quality may be lost here, 0.1 in the end: training brings back 50% of what is lost "
+        "anew, as is assumed until the next point" in caplog.text
     )
     assert (
-        "0.4 of quality may be lost here, 0.1 in the end: training brings back 75% of it, as at "
-        "points before" in caplog.text
+        "0.28 of quality may be lost here, 0.1 in the end: training brings back 75% of what is "
+        "lost anew, as at points before" in caplog.text
     )
 
 
