@@ -50,7 +50,8 @@ class Settings:
             have read, on average, in an observed step.
         solve_device: where layers are solved; None is where each lies.
         latency: greatest time of a pass of the whole model / that before, without gradients. Beside
-            ``keep`` both hold; alone it takes its place.
+            ``keep`` both hold; alone it takes its place. Layers stay as they are, with a warning,
+            where even their least sizes take longer.
         latency_shape: examples and length of the batch it is measured on; None is those of the
             batch that is given.
 
