@@ -286,7 +286,7 @@ class Factorize(AutoKeepCallback):
         super().__init__(
             points,
             sampling,
-            window=Point.parse(window),
+            window=Point.parse(window, "window"),
             validate=validate,
             report_path=report_path,
             verbose=verbose,

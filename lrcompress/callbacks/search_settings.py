@@ -10,7 +10,7 @@ from lrcompress.callbacks.search import BETTER, KeepSearch
 from lrcompress.distributed import Processes
 from lrcompress.engine.candidates import candidates
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import PlatformError, SettingError, share_hint
+from lrcompress.errors import PlatformError, SettingError, nearest_hint, share_hint
 from lrcompress.keep_search import Drop, better_direction, check_monitor
 from lrcompress.schedules import Point, parse_points
 
@@ -119,7 +119,7 @@ def points_and_keeps(
     if isinstance(keep, str):
         raise SettingError(
             "keep is a share such as 0.3, a list of them, or 'auto'; got "
-            f"{keep!r}{share_hint(keep)}"
+            f"{keep!r}{share_hint(keep) or nearest_hint(keep, [AUTO])}"
         )
     return parse_points(at, keep)  # type: ignore[arg-type]
 

@@ -484,6 +484,7 @@ def test_a_second_fit_goes_on_with_what_the_first_has_found(loader: Make, traine
         ({"keep": 0.5}, r"drop= is what keep='auto' is chosen by, got keep=0.5"),
         ({"keep": [0.5, 0.3], "at": [0.2, 0.4], "drop": None}, r"monitor= is what keep='auto'"),
         ({"keep": "car"}, r"keep is a share such as 0.3, a list of them, or 'auto'; got 'car'"),
+        ({"keep": "Auto"}, r"or 'auto'; got 'Auto'; nearest: 'auto'"),
         ({"keep": "30%"}, r"or 'auto'; got '30%'; did you mean 0.3\?"),
         ({"method": "kronecker"}, r"method='kronecker' would solve anew for each"),
         ({"keep_measured": True}, r"leave keep_measured out"),

@@ -237,6 +237,8 @@ def test_the_batch_has_the_shape_that_is_asked_for() -> None:
         ({"latency": 0}, r"latency must be above 0 and below 1 .* such as 0.5, got 0"),
         ({"latency": 1}, "latency must be above 0 and below 1"),
         ({"latency": True}, "latency must be above 0 and below 1"),
+        ({"latency": 50}, r"such as 0.5, got 50; did you mean 0.5\?"),
+        ({"latency": "50%"}, r"got '50%'; did you mean 0.5\?"),
         ({"latency": "half"}, "latency must be above 0 and below 1"),
         ({"latency_shape": (1, 2)}, "give latency=, or leave latency_shape out"),
         ({"latency": 0.5, "latency_shape": 3}, r"latency_shape must be two whole numbers from 1"),
