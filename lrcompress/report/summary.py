@@ -165,9 +165,9 @@ def measured_change(point: PointRecord, name: str) -> float | None:
 
 
 def trials(point: PointRecord) -> Summary | None:
-    """Return what was tried at a point to find its ``keep``; None where that was given."""
+    """Return what was tried at a point to find its ``keep``; None where nothing was."""
     found = point.search
-    if found is None:
+    if found is None or not found.trials:
         return None
     rows = [
         (

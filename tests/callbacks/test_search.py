@@ -289,6 +289,54 @@ def test_a_search_that_finds_nothing_says_so_and_leaves_the_model_dense(
     assert same(model, plain)  # trained as if nothing had been
 
 
+def test_a_point_at_which_nothing_smaller_is_possible_says_so(
+    loader: Make, trainer: Make, capsys: Any, caplog: Any
+) -> None:
+    model = steered(lambda *_: 0.0)
+    callback = searching(
+        at=[0.3, 0.6], drop=0.1, monitor="quality", monitor_mode="max", verbose=True
+    )
+    with caplog.at_level("INFO"):
+        trainer(callback).fit(model, loader(), loader())
+    one, two = callback.report.points
+    assert {layer.rank for layer in one.layers} == {1}
+    assert two.search is not None
+    assert two.search.trials == ()
+    said = "nothing smaller was found: none is possible, for all layers are at their least rank"
+    assert said in two.note
+    shown = capsys.readouterr().out
+    assert "0 trials" not in shown
+    assert shown.count("trials to find keep") == 1
+    assert said in caplog.text
+
+
+def test_layers_that_may_not_be_smaller_are_told_from_those_that_cannot(
+    loader: Make, trainer: Make
+) -> None:
+    callback = searching(keep_range=(0.999, 1.0), allocation="global", drop=0.1)
+    with pytest.warns(UserWarning, match="no smaller model was found"):
+        trainer(callback).fit(steered(lambda *_: 0.0), loader(), loader())
+    (point,) = callback.report.points
+    assert "none is possible, with the ranks=, keeps= and keep_range= that layers" in point.note
+
+
+@pytest.mark.parametrize("drop", [0.1, 0.0])
+@pytest.mark.parametrize("verbose", [True, False])
+def test_what_a_run_ends_with_is_said_once(
+    drop: float, verbose: bool, loader: Make, trainer: Make, capsys: Any, caplog: Any
+) -> None:
+    model = steered(lambda share, _: 0.001 * (1 - share) if drop else float(share < 1))
+    given = {"monitor": "quality", "monitor_mode": "max", "verbose": verbose}
+    with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        trainer(searching(drop=drop, **given)).fit(model, loader(), loader())
+    told = [capsys.readouterr().out, caplog.text, *(str(one.message) for one in warned)]
+    whole = f"the run ends within drop={drop:g} of quality: "
+    assert sum(" ".join(text.split()).count(whole) for text in told) == 1
+    endings = [text for text in told[2:] if "no smaller model was found" in text]
+    assert [whole in text for text in endings] == ([] if drop else [not verbose])
+
+
 def test_figures_that_are_not_finite_are_not_within(loader: Make, trainer: Make) -> None:
     model = steered(lambda share, _: float("nan") if share < 0.6 else 0.0)
     callback = searching(drop=0.1, monitor="quality", monitor_mode="max")
