@@ -35,6 +35,7 @@ from lrcompress.keep_search import (
     Recovery,
     Target,
     allowed_loss,
+    check_leaves_some,
 )
 from lrcompress.report.record import PointRecord
 from lrcompress.report.trials import SearchRecord, TrialRecord
@@ -124,6 +125,7 @@ class KeepSearch:
         Raises:
             ObservationError: if there is no validation.
             NoMatchError: if validation does not log the metric.
+            SettingError: if all of it may be lost, whatever it will be.
         """
         figures = trainer_state.run_validation(trainer, 1)
         if not figures:
@@ -133,6 +135,9 @@ class KeepSearch:
                 "self.log, and leave limit_val_batches=0 and barebones out"
             )
         self._check_logged(figures)
+        most = trainer_state.greatest_value(trainer, self.monitor)
+        if self.target is None and most is not None:
+            check_leaves_some(self.drop, self.monitor, self.mode, most)
         value = abs(figures[self.monitor])
         if self.target is None and self.mode == "max" and self.drop.amount(value) >= value > 0:
             rank_zero_warn(

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor, nn
+from torchmetrics.classification import BinaryAccuracy
 
 import lrcompress
 from lrcompress.budget import allocate, kept_share
@@ -531,6 +532,10 @@ def test_a_second_fit_goes_on_with_what_the_first_has_found(loader: Make, traine
         ),
         ({"keep": 0.5}, r"drop= is what keep='auto' is chosen by, got keep=0.5"),
         ({"keep": [0.5, 0.3], "at": [0.2, 0.4], "drop": None}, r"monitor= is what keep='auto'"),
+        (
+            {"drop": "100%", "monitor": "val_accuracy"},
+            "drop='100%' allows all of val_accuracy to be lost; give drop='1%'",
+        ),
         ({"keep": "car"}, r"keep is a share such as 0.3, a list of them, or 'auto'; got 'car'"),
         ({"keep": "Auto"}, r"or 'auto'; got 'Auto'; nearest: 'auto'"),
         ({"keep": "30%"}, r"or 'auto'; got '30%'; did you mean 0.3\?"),
@@ -618,6 +623,31 @@ def test_a_drop_of_the_whole_figure_is_said_before_training(loader: Make, traine
     with pytest.warns(UserWarning, match=told), pytest.raises(SettingError, match="for the dense"):
         trainer(callback).fit(model, loader(), loader())
     assert model.global_step == 0 or callback.report.points == []
+
+
+class Rated(Tagger):
+    """Logs an accuracy as an object, whose greatest value is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = BinaryAccuracy()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.accuracy(torch.tensor([0.9, 0.1]), torch.tensor([1, 0]))
+        self.log("val_accuracy", self.accuracy)
+
+
+def test_a_drop_of_all_that_there_can_be_is_refused_before_training(
+    loader: Make, trainer: Make
+) -> None:
+    model = Rated()
+    callback = searching(drop=1, monitor="val_accuracy")
+    told = r"drop=1 allows all of val_accuracy to be lost, which is at most 1; give drop='1%'"
+    with pytest.raises(SettingError, match=told):
+        trainer(callback).fit(model, loader(), loader())
+    assert model.trainer.global_step == 0
+    trainer(searching(drop=0.9, monitor="val_accuracy")).fit(Rated(), loader(), loader())
 
 
 def test_it_is_said_why_more_may_be_lost_at_a_point_than_in_the_end(
