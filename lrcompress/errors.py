@@ -99,6 +99,18 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return ", ".join(found)
 
 
+def nearest_hint(given: object, known: Iterable[object]) -> str:
+    """Return, for a message, the valid value that is spelt most nearly so; "" where none is near.
+
+    Example:
+        >>> nearest_hint("pivot", ["balanced", "pivoted"]), nearest_hint("rows", ["balanced"])
+        ("; nearest: 'pivoted'", '')
+    """
+    words = [x for x in known if isinstance(x, str)]
+    found = get_close_matches(str(given).lower(), words, n=1)
+    return f"; nearest: {found[0]!r}" if found else ""
+
+
 def share_hint(given: object) -> str:
     """Return, for a message, the share that was meant by a percentage; "" where none was.
 

@@ -87,6 +87,31 @@ class Drop:
         return self.value * abs(reference) if self.relative else self.value
 
 
+def check_leaves_some(drop: Drop, monitor: str, mode: str, most: float = math.inf) -> None:
+    """Check, before the dense model's figure is known, that not all of it may be lost.
+
+    Args:
+        drop: that is allowed.
+        monitor: name of the metric.
+        mode: ``"max"`` where higher values are better; where lower ones are, there is no such end.
+        most: the greatest figure that there can be.
+
+    Raises:
+        SettingError: if all may be lost, whatever the figure will be.
+
+    Example:
+        >>> check_leaves_some(Drop.parse("1%"), "val_accuracy", "max", most=1.0)
+    """
+    if mode == "min" or (drop.value < 1 if drop.relative else not 0 < most <= drop.value):
+        return
+    amount = f"'{100 * drop.value:g}%'" if drop.relative else f"{drop.value:g}"
+    bound = "" if drop.relative else f", which is at most {most:g}"
+    raise SettingError(
+        f"drop={amount} allows all of {monitor} to be lost{bound}; give drop='1%' for a hundredth "
+        "of the dense model's figure, 0.01 for a hundredth of 1"
+    )
+
+
 @dataclass(frozen=True)
 class Target:
     """What a model may lose at most.

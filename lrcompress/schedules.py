@@ -26,8 +26,12 @@ class Point:
     value: float
 
     @classmethod
-    def parse(cls, text: float | str) -> "Point":
+    def parse(cls, text: float | str, name: str = "a point") -> "Point":
         """Read ``0.4`` (fraction of all steps), ``"epoch:2"`` or ``"step:500"``.
+
+        Args:
+            text: what was given.
+            name: of the argument, for the error message.
 
         Raises:
             SettingError: if the text is none of these or its number is out of range.
@@ -40,7 +44,7 @@ class Point:
         if isinstance(text, int | float) and not isinstance(text, bool):
             if not 0 <= text < 1:
                 raise SettingError(
-                    f"a point is {expected}, got {text}"
+                    f"{name} is {expected}, got {text}"
                     + (f"; did you mean 'epoch:{text:g}'?" if text >= 1 and text % 1 == 0 else "")
                 )
             return cls("fraction", float(text))
@@ -52,8 +56,8 @@ class Point:
         except ValueError:
             number = "".join(c for c in str(text) if c.isdigit())
             hint = f"; did you mean 'epoch:{number}' or 'step:{number}'?" if number else ""
-            raise SettingError(f"a point is {expected}, got {text!r}{hint}") from None
-        return cls.parse(fraction)
+            raise SettingError(f"{name} is {expected}, got {text!r}{hint}") from None
+        return cls.parse(fraction, name)
 
     def __str__(self) -> str:
         number = repr(self.value).removesuffix(".0")

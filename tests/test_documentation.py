@@ -22,6 +22,9 @@ from lrcompress.cli.bench import _parser as bench_parser
 from lrcompress.cli.export import _checked as check_export
 from lrcompress.cli.guide import FOLDER
 from lrcompress.cli.report import _parser as report_parser
+from lrcompress.errors import SettingError, ShapeError
+from lrcompress.schedules import Point
+from lrcompress.statistics.masks import batch_mask
 from lrcompress.tasks import TextClassification, TextData
 
 ROOT = Path(__file__).parents[1]
@@ -226,6 +229,24 @@ def test_messages_in_troubleshooting_are_those_of_the_package() -> None:
     assert len(parts) > 20
     missing = {*parts} - torchs - {part for part in parts if part in source}
     assert not missing, sorted(missing)
+
+
+def test_what_ends_a_run_before_it_began_is_in_troubleshooting() -> None:
+    page = prose(FOLDER / "troubleshooting.md").replace("\n", " ")
+    ids = torch.zeros(2, 3)
+    with pytest.raises(ShapeError) as of_axes:
+        batch_mask((ids, ids[0]), 1, "Factorize")
+    with pytest.raises(SettingError) as of_end:
+        Point.parse("step:9").step(9, 3)
+    _, missing = batch_mask((ids,), "real", "Factorize")
+    said = {
+        "mask must be (examples, length) or": str(of_axes.value),
+        "leaves padding out by the batch's": str(missing),
+        "at or beyond the end of training": str(of_end.value),
+    }
+    for words, message in said.items():
+        assert words in message
+        assert any(words in told for told in re.findall(r"  `([^`]+)`[^`]*?:", page))
 
 
 def test_the_figure_and_its_data_are_those_of_the_table() -> None:

@@ -13,6 +13,7 @@ from lrcompress.keep_search import (
     Target,
     allowed_loss,
     better_direction,
+    check_leaves_some,
     check_monitor,
     grid_below,
     smallest_within,
@@ -137,6 +138,18 @@ def test_a_drop_of_the_whole_figure_was_hardly_meant(drop: object) -> None:
         Target.of("val_accuracy", "max", 0.41, Drop.parse(drop))
     assert Target.of("val_loss", "min", 0.41, Drop.parse(drop)).drop >= 0.41
     assert Target.of("val_gain", "max", 0.0, Drop.parse(1)) == Target("max", 0.0, 1.0)
+
+
+def test_what_allows_all_to_be_lost_is_known_without_the_figure() -> None:
+    told = r"drop='100%' allows all of val_accuracy to be lost; give drop='1%' for a hundredth"
+    with pytest.raises(SettingError, match=told):
+        check_leaves_some(Drop.parse("100%"), "val_accuracy", "max")
+    told = r"drop=1.5 allows all of val_f1 to be lost, which is at most 1; .* 0.01 for a hundredth"
+    with pytest.raises(SettingError, match=told):
+        check_leaves_some(Drop.parse(1.5), "val_f1", "max", most=1.0)
+    check_leaves_some(Drop.parse(1.5), "val_f1", "max")  # may be of a hundred
+    check_leaves_some(Drop.parse(0.99), "val_f1", "max", most=1.0)
+    check_leaves_some(Drop.parse("100%"), "val_loss", "min", most=1.0)
 
 
 def test_what_is_lost_counts_up_in_both_directions() -> None:

@@ -76,7 +76,10 @@ class AutoKeepCallback(CompressionCallback):
             return
         run = self._run(trainer, module, trainer_state.steps_done(trainer))
         solve = partial(self._solve, trainer, module)
-        record = self._search.end_(run, solve, self.report.points[-1])
+        judged = self._search.end_(run, solve)
+        if judged is None:
+            return
+        record, figures = judged
         if record is not None:
             self.report.points.append(record)
             # in place of those of the model that was left, where training has ended already
@@ -84,6 +87,7 @@ class AutoKeepCallback(CompressionCallback):
             trainer_state.reset_best_scores(trainer)
             whole = self._run_report(trainer).points[0].model_before
             reporting.tell_point(trainer, record, whole, verbose=self.verbose)
+        self._search.tell_end(self.report.points[-1], figures)
 
     @override
     def _reset(self) -> None:

@@ -124,7 +124,8 @@ class DSEE(CompressionCallback):
         self.merge, self.seed, self._makes_matrices = merge, seed, False  # entries are a vector
         self._check()
         self._prune_at, self._prune_from = (
-            None if given is None else Point.parse(given) for given in (prune_at, prune_from)
+            None if given is None else Point.parse(given, name)
+            for name, given in (("prune_at", prune_at), ("prune_from", prune_from))
         )
         super().__init__(
             [Point.parse(at)],

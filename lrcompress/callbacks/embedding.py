@@ -176,7 +176,7 @@ class FactorizeEmbedding(CompressionCallback):
         super().__init__(
             points,
             sampling,
-            window=Point.parse(window),
+            window=Point.parse(window, "window"),
             validate=validate,
             report_path=report_path,
             verbose=verbose,

@@ -125,7 +125,7 @@ class Factorize(AutoKeepCallback):
         latency: In place of ``keep`` or beside it, at one point: greatest time of the model / its
             time just before, such as ``0.5``, of the training step's forward pass in evaluation
             mode, eager, in the Trainer's precision. Layers are measured at all ranks, which share
-            out time in place of parameters; the whole model is measured, and a miss is said.
+            out time in place of parameters. Where it cannot be reached, layers stay as they are.
         latency_shape: Examples and length of the batch for it; by default those of the latest
             batch that was observed, whose examples and tokens are repeated or cut otherwise.
         restart_steps: Steps after a point over which the learning rate rises again, as a number
@@ -286,7 +286,7 @@ class Factorize(AutoKeepCallback):
         super().__init__(
             points,
             sampling,
-            window=Point.parse(window),
+            window=Point.parse(window, "window"),
             validate=validate,
             report_path=report_path,
             verbose=verbose,
@@ -406,7 +406,7 @@ class Factorize(AutoKeepCallback):
             record = self._search_keep(trainer, module, now)
         record.note = "; ".join(filter(None, (record.note, seen.dealt)))
         self.report.points.append(record)
-        if record.search is None or record.search.chosen is not None:
+        if not record.left_alone:
             self._warm_up(self.restart_steps, self.restart_scale)
 
     @override

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from lrcompress.engine.solved_model import Sizes, SolvedModel
 from lrcompress.errors import SettingError
 from lrcompress.keep_search import Target, grid_below, smallest_within
-from lrcompress.report.trials import TrialRecord
+from lrcompress.report.trials import SearchRecord, TrialRecord
 
 Figures = dict[str, float]
 # Figures of sizes, None for those that stand, on a share of the validation data.
@@ -105,6 +105,36 @@ class KeepTrials:
         if keep not in self.tried:
             self.tried[keep] = self.measure(sizes, 1.0)
         return self.tried[keep]
+
+
+def why(record: SearchRecord, standing: Sizes, *, stuck: bool) -> str:
+    """Return in words why nothing smaller was found: what lost least, or that none was possible.
+
+    Args:
+        record: of the search.
+        standing: the sizes that the layers had, and have.
+        stuck: whether nothing was tried, for too much was lost already.
+    """
+    known = [x for x in record.trials if x.lost is not None]
+    if known:
+        best = min(known, key=lambda x: x.lost or 0.0)
+        return (
+            f"the best of {len(record.trials)} tried, keep={best.keep:g}, loses "
+            f"{number(best.lost)} of {record.monitor}, and {record.allowed:.6g} is allowed"
+        )
+    if stuck:
+        return "too much was lost before, and there is no state to go back to"
+    if record.trials:
+        return "none of those tried gave a finite figure"
+    ranks = standing.choice.ranks.values()
+    if standing.widths or None in ranks:
+        return "none is possible, with the ranks=, keeps= and keep_range= that layers may have"
+    return "none is possible, for all layers are at their least rank already"
+
+
+def number(value: float | None) -> str:
+    """Return a figure in words."""
+    return "not finite" if value is None else f"{value:.6g}"
 
 
 def finite(value: float) -> float | None:

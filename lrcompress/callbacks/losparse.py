@@ -195,7 +195,7 @@ class LoSparse(CompressionCallback):
             owner=type(self).__name__,
         )
         self._given = {
-            name: None if value is None else Point.parse(value)
+            name: None if value is None else Point.parse(value, name)
             for name, value in (
                 ("prune_from", prune_from),
                 ("prune_until", prune_until),
@@ -205,7 +205,7 @@ class LoSparse(CompressionCallback):
         super().__init__(
             [Point.parse(at)],
             sampling,
-            window=Point.parse(window),
+            window=Point.parse(window, "window"),
             validate=validate,
             report_path=report_path,
             verbose=verbose,

@@ -281,7 +281,12 @@ class Observation:
             decoder = batch_decoder_mask(batch, self.sampling.owner, check_values=first)
         tapped = self._tap is not None and not trial  # gradients of another loss are asked for
         watching = self._watching.step(
-            mask, decoder_mask=decoder, missing=missing, trial=trial, keep_outputs=tapped
+            mask,
+            decoder_mask=decoder,
+            missing=missing,
+            source=self.sampling.mask,
+            trial=trial,
+            keep_outputs=tapped,
         )
         self._step.enter_context(watching)
         if self._trace is not None:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.compiled import keep_compiled
-from lrcompress.callbacks.keep_trials import KeepTrials, finite
+from lrcompress.callbacks.keep_trials import KeepTrials, finite, number, why
 from lrcompress.callbacks.kept_state import KeptState, keep_state, read_state, restore_state_
 from lrcompress.callbacks.observation import Observation
 from lrcompress.distributed import Processes
@@ -35,6 +35,7 @@ from lrcompress.keep_search import (
     Recovery,
     Target,
     allowed_loss,
+    check_leaves_some,
 )
 from lrcompress.report.record import PointRecord
 from lrcompress.report.trials import SearchRecord, TrialRecord
@@ -124,6 +125,7 @@ class KeepSearch:
         Raises:
             ObservationError: if there is no validation.
             NoMatchError: if validation does not log the metric.
+            SettingError: if all of it may be lost, whatever it will be.
         """
         figures = trainer_state.run_validation(trainer, 1)
         if not figures:
@@ -133,6 +135,9 @@ class KeepSearch:
                 "self.log, and leave limit_val_batches=0 and barebones out"
             )
         self._check_logged(figures)
+        most = trainer_state.greatest_value(trainer, self.monitor)
+        if self.target is None and most is not None:
+            check_leaves_some(self.drop, self.monitor, self.mode, most)
         value = abs(figures[self.monitor])
         if self.target is None and self.mode == "max" and self.drop.amount(value) >= value > 0:
             rank_zero_warn(
@@ -195,21 +200,22 @@ class KeepSearch:
         solved = solve(*seen)
         given = figures, allowed, {} if stuck else self.tried
         sizes, after, record = self._search(run, solved, *given, stuck=stuck)
-        done = self._install(run, solved, sizes, record, {"before": figures, "after": after}, notes)
+        metrics = {"before": figures, "after": after}
+        done = self._install(run, solved, sizes, record, metrics, notes, stuck=stuck)
         if sizes is not None:
             self.changed = (self.target.lost(after[self.monitor]), run.step)
         return done
 
-    def end_(self, run: "Run", solve: Solve, record: PointRecord) -> PointRecord | None:
+    def end_(self, run: "Run", solve: Solve) -> tuple[PointRecord | None, Figures] | None:
         """Judge the end of training, and go back where it is not within the drop.
 
         Args:
             run: as it is after its last step.
             solve: the model that was gone back to.
-            record: of the last point, which gets the verdict if the run does not go back.
 
         Returns:
-            What was done where the run went back, else None.
+            What was done where the run went back, else None, and the figures that it ends with;
+            None where it was judged before.
         """
         if self.target is None or self.judged == run.step:
             return None
@@ -220,14 +226,12 @@ class KeepSearch:
         if not self.target.is_within(lost):
             back = self._go_back(run, lost)
         if back is None:
-            self._tell_end(record, figures)
-            return None
+            return None, figures
         seen, figures, note = back
         solved = solve(*seen)
         sizes, after, found = self._search(run, solved, figures, self.target.drop, self.tried)
         done = self._install(run, solved, sizes, found, {"before": figures, "after": after}, [note])
-        self._tell_end(done, after)
-        return done
+        return done, after
 
     def discard(self, processes: Processes) -> None:
         """Remove kept states, at the end of a run."""
@@ -349,11 +353,18 @@ class KeepSearch:
         record: SearchRecord,
         metrics: dict[str, Figures],
         notes: list[str],
+        *,
+        stuck: bool = False,
     ) -> PointRecord:
+        standing = solved.standing
         done = solved.install_(sizes, run.trainer.optimizers, run.step)
         run.sync()
         done.search, done.metrics = record, metrics
-        said = "" if sizes is not None else f"nothing smaller was found: {_best(record)}"
+        said = (
+            ""
+            if sizes is not None
+            else f"nothing smaller was found: {why(record, standing, stuck=stuck)}"
+        )
         if said and self.verbose:
             rank_zero_info(f"lrcompress, step {run.step}: {said}")
         done.note = "; ".join(filter(None, (*notes, done.note, said)))
@@ -377,26 +388,32 @@ class KeepSearch:
         if self.verbose:
             on = "" if trial.share == 1 else f" on {trial.share:g} of the validation data"
             rank_zero_info(
-                f"lrcompress: keep={trial.keep:g}: {self.monitor} {_number(trial.value)}{on}, "
-                f"{_number(trial.lost)} lost of {allowed:.6g} allowed: "
+                f"lrcompress: keep={trial.keep:g}: {self.monitor} {number(trial.value)}{on}, "
+                f"{number(trial.lost)} lost of {allowed:.6g} allowed: "
                 + ("within" if trial.within else "too much")
             )
 
-    def _tell_end(self, record: PointRecord, figures: Figures) -> None:
-        """Say what the run ends with, in the record of its last point too."""
+    def tell_end(self, record: PointRecord, figures: Figures) -> None:
+        """Say what the run ends with: in the record of its last point, and so in its last table.
+
+        Where there is no table, it is said here; what was hardly meant is always warned of.
+        """
         assert self.target is not None
         value = figures[self.monitor]
         lost = self.target.lost(value)
         ends = "ends within" if self.target.is_within(lost) else "does NOT end within"
-        said = (
-            f"the run {ends} drop={self.target.drop:.6g} of {self.monitor}: {value:.6g} against "
-            f"{self.target.reference:.6g} of the dense model before the first point, {NO_TEST}"
-        )
+        said = f"the run {ends} drop={self.target.drop:.6g} of {self.monitor}"
         if record.keep == 1:
             said = f"no smaller model was found, all layers are dense; {said}"
-        record.note = "; ".join(filter(None, (record.note, said)))
-        told = record.keep == 1 or not self.target.is_within(lost)
-        (rank_zero_warn if told else rank_zero_info)(f"lrcompress: {said}")
+        whole = (
+            f"{said}: {value:.6g} against {self.target.reference:.6g} of the dense model before "
+            f"the first point, {NO_TEST}"
+        )
+        record.note = "; ".join(filter(None, (record.note, whole)))
+        if record.keep == 1 or not self.target.is_within(lost):
+            rank_zero_warn(f"lrcompress: {said if self.verbose else whole}")
+        elif not self.verbose:
+            rank_zero_info(f"lrcompress: {whole}")
 
 
 @dataclass
@@ -423,19 +440,3 @@ class Run:
 
 
 BETTER = {"max": "higher", "min": "lower"}
-
-
-def _best(record: SearchRecord) -> str:
-    """Return in words the trial that lost least."""
-    known = [x for x in record.trials if x.lost is not None]
-    if not known:
-        return "no other keep was possible or gave a finite figure"
-    best = min(known, key=lambda x: x.lost or 0.0)
-    return (
-        f"the best of {len(record.trials)} tried, keep={best.keep:g}, loses {_number(best.lost)} "
-        f"of {record.monitor}, and {record.allowed:.6g} is allowed"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.6g}"

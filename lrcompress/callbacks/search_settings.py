@@ -10,8 +10,8 @@ from lrcompress.callbacks.search import BETTER, KeepSearch
 from lrcompress.distributed import Processes
 from lrcompress.engine.candidates import candidates
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import PlatformError, SettingError, share_hint
-from lrcompress.keep_search import Drop, better_direction, check_monitor
+from lrcompress.errors import PlatformError, SettingError, nearest_hint, share_hint
+from lrcompress.keep_search import Drop, better_direction, check_leaves_some, check_monitor
 from lrcompress.schedules import Point, parse_points
 
 AUTO = "auto"
@@ -61,10 +61,12 @@ def search_of(
             f"to 1, got {trial_share!r}"
         )
     _check_settings(settings)
+    parsed, mode = Drop.parse(drop), check_monitor(monitor, monitor_mode)
+    check_leaves_some(parsed, monitor, mode)
     search = KeepSearch(
-        Drop.parse(drop),
+        parsed,
         monitor,
-        check_monitor(monitor, monitor_mode),
+        mode,
         max_trials,
         trial_share,
         verbose,
@@ -119,7 +121,7 @@ def points_and_keeps(
     if isinstance(keep, str):
         raise SettingError(
             "keep is a share such as 0.3, a list of them, or 'auto'; got "
-            f"{keep!r}{share_hint(keep)}"
+            f"{keep!r}{share_hint(keep) or nearest_hint(keep, [AUTO])}"
         )
     return parse_points(at, keep)  # type: ignore[arg-type]
 

@@ -136,6 +136,18 @@ def run_validation(trainer: pl.Trainer, batches: float | None = None) -> dict[st
     return {name: float(value) for figures in logged for name, value in figures.items()}
 
 
+def greatest_value(trainer: pl.Trainer, name: str) -> float | None:
+    """Return the most that a metric of the latest :func:`run_validation` can ever be.
+
+    It is known of objects of ``torchmetrics`` alone; None for other metrics, and without a bound.
+    """
+    logged = (trainer.validate_loop._results or {}).values()
+    own = name.partition("/dataloader_idx_")[0]
+    bounds = [getattr(x.value, "plot_upper_bound", None) for x in logged if x.meta.name == own]
+    known = [float(one) for one in bounds if one is not None]
+    return max(known) if known and len(known) == len(bounds) else None
+
+
 def validation_batches(trainer: pl.Trainer, share: float) -> int | None:
     """Return how many batches of each loader are a share of the longest, from 1; None for all.
 

@@ -210,7 +210,9 @@ class Distillation:
                 batch = source
                 break
         check = required and self.teacher is None  # in the dry run, for no step may wait
-        mask, complaint = batch_mask(batch, self.mask, "Distilled", check_values=check)
+        mask, complaint = batch_mask(
+            batch, self.mask, "Distilled", check_values=check, check_shape=required
+        )
         if complaint is not None and required:
             raise ObservationError(complaint)
         return mask

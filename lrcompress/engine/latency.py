@@ -5,6 +5,7 @@ the place of parameters in the budget. What the layers may take together follows
 the whole model; it is measured with the sizes in place, and put right by what that shows.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from lrcompress.statistics.batches import batch_shape, resized_batch
 from lrcompress.statistics.views import view
 
 _AIM = 0.985  # of the time asked for, which noise is to leave within it
-_NEAR = 0.96  # of the time asked for, that is near enough
+_NEAR = 0.96  # of the time asked for, that is near enough; what is asked for is, of a near miss
 _TRIALS = 6
 _ROUNDS = 9
 _HALVINGS = 12  # of a share of time, until it is possible or small enough
@@ -50,11 +51,15 @@ def choose_and_install_(
 ) -> PointRecord:
     """Choose sizes by the settings' ``keep``, ``latency`` or both, and replace the layers.
 
+    Where ``latency`` cannot be reached, the layers stay as they are, with a warning.
+
     Arguments and errors are those of :meth:`SolvedModel.install_` and :func:`choose_by_latency`.
     """
     if solved.settings.latency is None:
         return solved.install_(solved.choose(), optimizers, step, passes)
     sizes, found = choose_by_latency(solved, passes, tell)
+    if sizes is None and solved.processes.index == 0:
+        warnings.warn(f"lrcompress: {found.note}", stacklevel=2)
     record = solved.install_(sizes, optimizers, step, passes)
     record.latency = found
     record.note = "; ".join(filter(None, (found.note, record.note)))
@@ -64,7 +69,7 @@ def choose_and_install_(
 @torch.no_grad()
 def choose_by_latency(
     solved: SolvedModel, passes: Passes | None, tell: Tell = str
-) -> tuple[Sizes, LatencyRecord]:
+) -> tuple[Sizes | None, LatencyRecord]:
     """Return the sizes with which the whole model takes ``latency`` of the time it takes now.
 
     They minimise the predicted loss, or keep the same share of every layer's time where the
@@ -78,14 +83,15 @@ def choose_by_latency(
         tell: is told of each trial.
 
     Returns:
-        The sizes, and what was measured; missed if even the least possible take longer.
+        The sizes, and what was measured. Where even the least that are possible take longer, those
+        that are fastest, if the miss is small; else None, for the layers to stay as they are.
 
     Raises:
         SettingError: if there are no passes, parameters are sharded, or ``keep`` cannot be met.
         ObservationError: if there is no batch, or no tensor in it.
 
     Cost:
-        Up to seven trials of 20 passes of the model; of each size of layer some 40 passes.
+        Up to eight trials of 20 passes of the model; of each size of layer some 40 passes.
     """
     if passes is None:
         raise SettingError("latency is measured on a batch that the model reads, and there is none")
@@ -94,7 +100,7 @@ def choose_by_latency(
         return _chosen(solved, passes, tell)
 
 
-def _chosen(solved: SolvedModel, passes: Passes, tell: Tell) -> tuple[Sizes, LatencyRecord]:
+def _chosen(solved: SolvedModel, passes: Passes, tell: Tell) -> tuple[Sizes | None, LatencyRecord]:
     whole = _Whole(replace(solved, train_balanced=False), passes)
     asked = solved.settings.latency
     assert asked is not None
@@ -117,13 +123,17 @@ def _chosen(solved: SolvedModel, passes: Passes, tell: Tell) -> tuple[Sizes, Lat
     fastest = min(trials, key=lambda x: x[1].measured)
     sizes, best = max(within, key=lambda x: x[1].measured) if within else fastest
     given = best.measured, whole.shape, whole.seconds, tuple(one for _, one in trials)
-    return sizes, LatencyRecord(asked, *given)
+    taken = best.measured * _NEAR <= asked
+    return sizes if taken else None, LatencyRecord(asked, *given, taken=taken)
 
 
 def _search(
     solved: SolvedModel, budget: "_Budget", asked: float, tried: Callable[[Sizes], float]
 ) -> None:
-    """Try shares of the layers' time until the whole model takes nearly what was asked."""
+    """Try shares of the layers' time until the whole model takes nearly what was asked.
+
+    Where none takes as little as that, the least sizes are tried at last.
+    """
     low, high = 0.0, 1.0  # shares that are known to be too small, and too large
     share = budget.share_for(_AIM * asked)
     known: dict[object, float] = {}
@@ -131,7 +141,7 @@ def _search(
         sizes, share, capped = budget.sizes(solved, share)
         if sizes.key not in known:
             if len(known) == _TRIALS:
-                return
+                break
             known[sizes.key] = tried(sizes)
         measured = known[sizes.key]
         if _NEAR * asked <= measured <= asked or (capped and measured <= asked):
@@ -143,6 +153,9 @@ def _search(
         share += (_AIM * asked - measured) / budget.part
         if not low < share < high:
             share = (low + high) / 2
+    least, *_ = budget.sizes(solved, 0.0)
+    if min(known.values()) > asked and least.key not in known:
+        tried(least)
 
 
 def check_unsharded(processes: Processes) -> None:

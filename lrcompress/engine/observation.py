@@ -134,7 +134,8 @@ def _observe_batch(
     found, missing = batch_mask(batch, mask, "compress")
     decoder = None if mask is None else batch_decoder_mask(batch, "compress")
     blocks = None
-    with recorder.step(found, decoder_mask=decoder, missing=missing, keep_outputs=True):
+    told: dict[str, Any] = {"decoder_mask": decoder, "missing": missing, "source": mask}
+    with recorder.step(found, **told, keep_outputs=True):
         listening = fisher[0].listening() if fisher else nullcontext()
         with trace.forward() if trace else nullcontext(), listening:
             value = loss(model, batch)

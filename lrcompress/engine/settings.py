@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lrcompress.budget import ALLOCATIONS, check_keep
-from lrcompress.errors import PlatformError, SettingError
+from lrcompress.errors import PlatformError, SettingError, nearest_hint, share_hint
 from lrcompress.objective import COMPARABLE, METHODS, method_named
 from lrcompress.solvers.kronecker import are_sizes
 from lrcompress.structure.selection import Selection, select
@@ -50,7 +50,8 @@ class Settings:
             have read, on average, in an observed step.
         solve_device: where layers are solved; None is where each lies.
         latency: greatest time of a pass of the whole model / that before, without gradients. Beside
-            ``keep`` both hold; alone it takes its place.
+            ``keep`` both hold; alone it takes its place. Layers stay as they are, with a warning,
+            where even their least sizes take longer.
         latency_shape: examples and length of the batch it is measured on; None is those of the
             batch that is given.
 
@@ -91,6 +92,7 @@ class Settings:
         if self.allocation not in (None, *ALLOCATIONS):
             raise SettingError(
                 f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
+                f"{nearest_hint(self.allocation, ALLOCATIONS)}"
             )
         if self.allocation == "global" and not method.comparable:
             raise SettingError(
@@ -115,6 +117,7 @@ class Settings:
         if self.narrow_blocks not in (True, LOW_RANK):
             raise SettingError(
                 f"narrow_blocks must be True, False or {LOW_RANK!r}, got {self.narrow_blocks!r}"
+                f"{nearest_hint(self.narrow_blocks, [LOW_RANK])}"
             )
         reason = ""
         if not METHODS[self.method].comparable:
@@ -150,6 +153,7 @@ class Settings:
         if self.storage not in STORAGES:
             raise SettingError(
                 f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}"
+                f"{nearest_hint(self.storage, STORAGES)}"
             )
         if self.storage == "pivoted" and form != "low_rank":
             raise SettingError(
@@ -197,7 +201,7 @@ class Settings:
         if not number or not 0 < share < 1:
             raise SettingError(
                 "latency must be above 0 and below 1 (time of the model / its time before), such "
-                f"as 0.5, got {share!r}"
+                f"as 0.5, got {share!r}{share_hint(share)}"
             )
         if shape is not None and not are_sizes(shape):
             raise SettingError(

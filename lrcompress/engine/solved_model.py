@@ -195,7 +195,7 @@ class SolvedModel:
         replaced before it stay so.
 
         Args:
-            sizes: of the layers; None leaves all of them alone.
+            sizes: of the layers; None leaves all of them alone, and refits none.
             optimizers: whose parameters and state follow.
             step: for the record.
             passes: of the model, for ``settings.refit``.
@@ -205,7 +205,7 @@ class SolvedModel:
         """
         started, model = time.perf_counter(), self.model
         alone = self.settings.select(model).note
-        chosen = {} if sizes is None else self._factored(sizes)
+        chosen, alike = ({}, True) if sizes is None else (self._factored(sizes), False)
         sizes = sizes or self.standing
         ranks = self._ranks(sizes)
         later = self._stored_later(sizes)
@@ -214,7 +214,8 @@ class SolvedModel:
         stood = replaced_sizes(model, self.names)
         stood |= {name: stood[name] - fewer for name, (fewer, _) in saved.items()}
         held = tuple(optimizers)
-        refit = Refit.before(model, self.names, self.settings, passes, self.processes, self.track)
+        asked = replace(self.settings, refit=None) if alike else self.settings
+        refit = Refit.before(model, self.names, asked, passes, self.processes, self.track)
         with (
             all_or_nothing(model, self.names, held) if refit else nullcontext(),
             self._narrowed_(sizes, held) as records,

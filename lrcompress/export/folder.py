@@ -30,6 +30,7 @@ _SIZE = re.compile(
     r"num_|(^|_)n_|_size|_dim|dim$|length|positions|ratio|factor|size$|depth|layers|channels|hidden"
 )
 _COUNT = re.compile(r"layers?$|blocks?$|depths?$")
+_CHECKPOINTS = (".ckpt", ".pt", ".pth")
 _LEAST = 2**20  # sizes up to it are harmless, however small the file
 _LEAST_COUNT = 2**7  # and so are counts
 
@@ -53,6 +54,20 @@ class Contents:
     nbytes: int
 
 
+def _of_a_file(path: Path) -> str:
+    """Return what is wrong with a file in place of a folder, and the way out."""
+    if path.suffix in _CHECKPOINTS:
+        return (
+            f"{path} is a checkpoint, and what is read here is a folder of "
+            f"lrcompress.save_pretrained; make one of it: lrcompress export {path} FOLDER "
+            "--config RECIPE"
+        )
+    within = (path.parent / CONFIG).is_file()
+    return f"{path} is a file, and what is read here is a folder of lrcompress.save_pretrained" + (
+        f"; nearest: the folder {path.parent}" if within else ""
+    )
+
+
 def read_folder(folder: str | Path) -> Contents:
     """Return the contents of an exported folder; all is checked, no tensor is loaded.
 
@@ -60,6 +75,8 @@ def read_folder(folder: str | Path) -> Contents:
         CheckpointError: if it is no such folder, or anything in it does not fit together.
     """
     path = Path(folder).expanduser()
+    if path.is_file():
+        raise CheckpointError(_of_a_file(path))
     if not path.is_dir():
         raise CheckpointError(
             f"there is no folder {path}; for a repository on the hub: import lrcompress.export, "

@@ -171,6 +171,13 @@ class PointRecord:
         return sum(x.after for x in self.layers) / sum(x.before for x in self.layers)
 
     @property
+    def left_alone(self) -> bool:
+        """Whether the layers stay as they were, for nothing that was tried would do."""
+        if self.search is not None:
+            return self.search.chosen is None
+        return self.latency is not None and not self.latency.taken
+
+    @property
     def predicted_loss(self) -> float | None:
         """Predicted increase of the loss, summed over layers; None if that of one is unknown."""
         return sum_or_none(layer.predicted_loss for layer in self.layers)

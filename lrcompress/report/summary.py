@@ -50,7 +50,7 @@ def summary(report: Report) -> Summary:
         notes.append("not validated after the last point")
     dense = sum(layer.dense for layer in report.layers_after(len(points)))
     if dense:
-        notes.append(f"{dense} of the targeted layers are left dense")
+        notes.append(f"{dense} of the targeted layers {'is' if dense == 1 else 'are'} left dense")
     notes += [point.note for point in report.points if point.note]
     if any(label == PREDICTED for label, _ in found.rows):
         notes.append(PREDICTED_NOTE)
@@ -165,9 +165,9 @@ def measured_change(point: PointRecord, name: str) -> float | None:
 
 
 def trials(point: PointRecord) -> Summary | None:
-    """Return what was tried at a point to find its ``keep``; None where that was given."""
+    """Return what was tried at a point to find its ``keep``; None where nothing was."""
     found = point.search
-    if found is None:
+    if found is None or not found.trials:
         return None
     rows = [
         (

@@ -1,5 +1,6 @@
 """Records of sizes that were tried at a point, by what they lose and by their time."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,10 +73,12 @@ class LatencyRecord:
 
     Attributes:
         asked: greatest time of the model / that just before the point.
-        measured: the same of the sizes that were taken.
+        measured: the same of the sizes that were taken, or of the fastest if none was.
         shape: leading sizes of the batch it was measured on: examples, and length if it has one.
         seconds: that the model took just before the point.
         trials: in their order.
+        taken: whether sizes were taken; if not, the least take longer, and the layers stay as
+            they were.
     """
 
     asked: float
@@ -83,12 +86,21 @@ class LatencyRecord:
     shape: tuple[int, ...]
     seconds: float
     trials: tuple[LatencyTrial, ...] = ()
+    taken: bool = True
 
     @property
     def note(self) -> str:
         """What came of it, in words."""
         at = " × ".join(map(str, self.shape))
         said = f"{self.measured:.2f} of its time before, measured on a batch of {at}"
+        if not self.taken:
+            kept = next((x.kept for x in self.trials if x.measured == self.measured), 0.0)
+            near = math.ceil(100 * self.measured + 1) / 100
+            return (
+                f"latency={self.asked:g} cannot be reached, and the layers stay as they were: with "
+                f"the least sizes, {kept:.3f} of the parameters, the model takes {said}; "
+                + (f"nearest: latency={near:g}" if near < 1 else "give keep= in place of it")
+            )
         if self.measured > self.asked:
             return f"latency={self.asked:g} is missed: the model takes {said}"
         return f"the model takes {said}, for latency={self.asked:g}"

@@ -19,13 +19,14 @@ from lrcompress.errors import ObservationError
 from lrcompress.statistics.eager import EAGER
 from lrcompress.statistics.masks import (
     Mask,
-    PaddingCheck,
+    MaskSource,
     Tokens,
     by_example,
     joined,
     sequence_first,
 )
 from lrcompress.statistics.moments import INPUT_KINDS, TABLE_KINDS, Statistics, Sums, shapes
+from lrcompress.statistics.padding_check import PaddingCheck
 from lrcompress.statistics.views import is_embedding, view
 
 _FISHER = frozenset({"input_fisher", "output_fisher"})
@@ -140,6 +141,7 @@ class Recorder:
         *,
         decoder_mask: Tensor | None = None,
         missing: str | None = None,
+        source: MaskSource = None,
         trial: bool = False,
         keep_outputs: bool = False,
     ) -> Iterator[None]:
@@ -155,6 +157,7 @@ class Recorder:
             decoder_mask: the same for a decoder's own input, to which ``mask`` does not apply.
                 A decoder is called with ``encoder_hidden_states=``, which have that of ``mask``.
             missing: without a mask, the error to raise when a layer reads sequences.
+            source: what the mask was found by, for messages.
             trial: add nothing, and raise what observing such a step would.
             keep_outputs: for :attr:`outputs`; under checkpointing nothing else holds them.
 
@@ -180,7 +183,7 @@ class Recorder:
             if self._pass.pending and not self._pass.committed:
                 self.commit()
             self._add_gradients(*self._pass.parts)
-            self._padding.check(self.owner)
+            self._padding.check(self.owner, source)
 
     def commit(
         self,

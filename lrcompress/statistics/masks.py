@@ -15,7 +15,9 @@ LABELS = "labels"
 IGNORED = -100  # the label of what is not predicted
 # A key (also of a mapping within: "text.attention_mask"), an index, or a function of the batch.
 MaskSource = str | int | Callable[[Any], Tensor] | None
-_INVERTED = "~"  # before a key: nonzero marks padding, as in torch's key_padding_mask
+_AXES = (2, 3)
+_LAYOUTS = "mask must be (examples, length) or (examples, choices, length)"
+INVERTED = "~"  # before a key: nonzero marks padding, as in torch's key_padding_mask
 
 
 def check_mask(mask: object) -> None:
@@ -34,7 +36,12 @@ def check_mask(mask: object) -> None:
 
 
 def batch_mask(
-    batch: Any, mask: MaskSource, owner: str, *, check_values: bool = True
+    batch: Any,
+    mask: MaskSource,
+    owner: str,
+    *,
+    check_values: bool = True,
+    check_shape: bool = True,
 ) -> tuple[Tensor | None, str | None]:
     """Return a batch's padding mask, or the reason why an expected one is missing.
 
@@ -47,11 +54,13 @@ def batch_mask(
         owner: for the reason.
         check_values: whether to check that the mask holds zeros and ones. An accelerator is waited
             for then.
+        check_shape: whether to check that it has the axes that :class:`Mask` takes.
 
     Returns:
         The mask, nonzero where there is a token, and None; or None and the reason.
 
     Raises:
+        ShapeError: if it has another number of axes.
         ObservationError: if what is found is no tensor, or holds other values.
         SettingError: if ``mask`` is none of these.
 
@@ -62,8 +71,8 @@ def batch_mask(
     check_mask(mask)
     if mask is None:
         return None, None
-    inverted = isinstance(mask, str) and mask.startswith(_INVERTED)
-    key = mask[len(_INVERTED) :] if isinstance(mask, str) and inverted else mask
+    inverted = isinstance(mask, str) and mask.startswith(INVERTED)
+    key = mask[len(INVERTED) :] if isinstance(mask, str) and inverted else mask
     try:
         found = key if callable(key) else _looked_up(batch, key)
     except LookupError:
@@ -78,11 +87,52 @@ def batch_mask(
             f"{owner} expected a tensor as the padding mask (mask={mask!r}), got "
             f"{type(found).__name__}; the batch has {_contents(batch)}"
         )
+    if check_shape:
+        _check_axes(found, mask, batch, owner)
     if isinstance(key, str) and key.split(".")[-1] == LABELS:
         found = found != IGNORED
     if check_values:
         _check_values(found, mask, batch, owner)
     return (found == 0 if inverted else found), None
+
+
+def _check_axes(
+    found: Tensor, mask: MaskSource, batch: Any, owner: str, way_out: str | None = None
+) -> None:
+    """Check that what was found has the axes of a mask.
+
+    Raises:
+        ShapeError: if it has not; with the entries of the batch that could be one.
+    """
+    if found.ndim in _AXES:
+        return
+    like = _like_masks(batch)
+    way_out = way_out or (
+        f"nearest: {' or '.join(like)}"
+        if like
+        else f"give a function such as lambda batch: {_example(batch)} != 0, or mask=None if "
+        "nothing is padded"
+    )
+    raise ShapeError(
+        f"{owner}: {_LAYOUTS}, and mask={mask!r} gives {_kind(found)}; the batch has "
+        f"{_contents(batch)}; {way_out}"
+    )
+
+
+def _like_masks(batch: Any) -> list[str]:
+    """Return in code the entries of a batch that have the axes and the values of a mask."""
+    if isinstance(batch, Mapping):
+        entries = list(batch.items())
+    else:
+        listed = isinstance(batch, Sequence) and not isinstance(batch, str)
+        entries = list(enumerate(batch)) if listed else []
+    return [
+        f"mask={key!r}"
+        for key, entry in entries
+        if isinstance(entry, Tensor)
+        and entry.ndim in _AXES
+        and bool(((entry == 0) | (entry == 1)).all())
+    ]
 
 
 def _check_values(
@@ -98,7 +148,7 @@ def _check_values(
     odd = found[(found != 0) & (found != 1)]
     if not len(odd):
         return
-    inverted = isinstance(mask, str) and mask.startswith(_INVERTED)
+    inverted = isinstance(mask, str) and mask.startswith(INVERTED)
     added = found.is_floating_point() and bool((found <= 0).all())
     if inverted and added:
         return
@@ -157,7 +207,8 @@ def batch_decoder_mask(batch: Any, owner: str, *, check_values: bool = True) -> 
     :func:`batch_mask`.
 
     Raises:
-        ObservationError: if the mask holds other values than zeros and ones.
+        ShapeError: if the mask has other axes than :class:`Mask` takes.
+        ObservationError: if it holds other values than zeros and ones.
 
     Example:
         >>> batch_decoder_mask({"labels": torch.tensor([[7, 8], [9, -100]])}, "observe").tolist()
@@ -167,8 +218,10 @@ def batch_decoder_mask(batch: Any, owner: str, *, check_values: bool = True) -> 
         return None
     mask, labels = batch.get(DECODER_MASK), batch.get("labels")
     if isinstance(mask, Tensor):
+        given = mask, DECODER_MASK, batch, owner, "a decoder's mask goes by this name"
+        _check_axes(*given)
         if check_values:
-            _check_values(mask, DECODER_MASK, batch, owner, "a decoder's mask goes by this name")
+            _check_values(*given)
         return mask
     return labels != IGNORED if isinstance(labels, Tensor) and labels.ndim == 2 else None
 
@@ -219,11 +272,8 @@ class Mask:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        if mask.ndim not in (2, 3):
-            raise ShapeError(
-                "mask must be (examples, length) or (examples, choices, length), got shape "
-                f"{tuple(mask.shape)}"
-            )
+        if mask.ndim not in _AXES:
+            raise ShapeError(f"{_LAYOUTS}, got shape {tuple(mask.shape)}")
         self.groups = mask.shape[1] if mask.ndim == 3 else 1
         self.grid = mask.reshape(-1, mask.shape[-1]) != 0
         self._fitted: dict[object, Tokens | None] = {}
@@ -337,46 +387,6 @@ def sequence_first(model: nn.Module) -> tuple[str, ...]:
     blocks = {name: x for name, x in model.named_modules() if isinstance(x, kinds)}
     found = (name for name, block in blocks.items() if not block.self_attn.batch_first)
     return tuple(f"{name}." if name else "" for name in found)
-
-
-class PaddingCheck:
-    """Checks once that gradients do not all lie where a mask says that there is padding."""
-
-    def __init__(self) -> None:
-        self._done = False
-        self._sums: list[Tensor] = []  # of gradients' sizes, at tokens and everywhere
-
-    def wants(self, tokens: Tokens) -> bool:
-        """Return whether it has to see gradients of these tokens."""
-        return tokens.real is not None and not self._done
-
-    def add(self, tokens: Tokens, gradient: Tensor) -> None:
-        """Add the gradient at a layer's output, ``(..., out)``, if it has to be seen."""
-        if self.wants(tokens):
-            both = tokens.of(gradient).float().abs().sum(), gradient.float().abs().sum()
-            self._sums.append(torch.stack(both))
-
-    def drop(self) -> None:
-        """Discard what was added in a step that was interrupted."""
-        self._sums.clear()
-
-    def check(self, owner: str) -> None:
-        """Check what was added in a step.
-
-        Raises:
-            ObservationError: if there are gradients, and none of them at a token.
-        """
-        if not self._sums:
-            return
-        at_tokens, everywhere = torch.stack([x.cpu() for x in self._sums]).sum(0).tolist()
-        self._sums.clear()
-        self._done = self._done or everywhere > 0
-        if everywhere > 0 and at_tokens == 0:
-            raise ObservationError(
-                f"{owner}: all gradients lie where the mask says that there is padding, and none "
-                "at its tokens. A mask is nonzero at tokens; torch's key_padding_mask is nonzero "
-                "at padding: name such a one as mask='~key'"
-            )
 
 
 def joined(parts: Iterable[tuple[Tensor, Tokens]]) -> Tensor:

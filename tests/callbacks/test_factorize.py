@@ -640,6 +640,7 @@ def test_refuses_callbacks_that_hold_dense_weights(
         ({"fisher": "true"}, SettingError, r"'labels' or 'model', got 'true'"),
         ({"also_observe": ["moment"]}, SettingError, r"got 'moment', nearest: \w+_moment"),
         ({"every_n_steps": 0}, SettingError, r"every_n_steps must be a whole number from 1"),
+        ({"window": 3}, SettingError, r"window is a fraction .*, got 3; did you mean 'epoch:3'\?"),
         ({"restart_steps": -1}, SettingError, r"restart_steps must not be negative, got -1"),
         ({"restart_scale": 0}, SettingError, r"restart_scale must be above 0 .* got 0"),
         ({"method": "drone", "allocation": "global"}, SettingError, r"'drone' does not know"),

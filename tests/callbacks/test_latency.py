@@ -20,6 +20,7 @@ from .test_factorize import factorize, hooks
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks"),
+    pytest.mark.filterwarnings("ignore:lrcompress. latency=0.[7-9]"),  # on a busy machine
 ]
 Make = Callable[..., Any]
 RUN = """
@@ -49,12 +50,29 @@ def test_a_fine_tune_is_made_as_fast_as_asked(
     (point,) = callback.report.points
     assert point.latency is not None
     assert point.latency.shape == (16, 64)
-    assert 0.4 < point.latency.measured <= 0.7 or "is missed" in point.note
+    missed = "is missed" in point.note or "cannot be reached" in point.note
+    assert 0.4 < point.latency.measured <= 0.7 or missed
     assert point.note.startswith(point.latency.note)
     assert Report.load(path).points[0].latency == point.latency
     assert not hooks(model)
     assert "latency: 0." in caplog.text
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_time_that_cannot_be_reached_leaves_the_run_as_it_was_with_a_warning(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    callback = factorize(keep=None, latency=0.001, restart_steps=4, restart_scale=0.1)
+    model = tagger(width=64)
+    with pytest.warns(UserWarning, match=r"lrcompress: latency=0.001 cannot be reached, .* stay"):
+        trainer(callback).fit(model, loader(), loader())
+    dense = tagger(width=64)
+    trainer().fit(dense, loader(), loader())
+    (point,) = callback.report.points
+    assert point.keep == 1
+    assert point.note.startswith("latency=0.001 cannot be reached")
+    for key, value in dense.state_dict().items():  # nor did the learning rate rise anew
+        assert torch.equal(value, model.state_dict()[key]), key
 
 
 def test_a_run_that_is_resumed_in_the_window_has_its_batch(

@@ -426,6 +426,8 @@ def test_preview_changes_nothing(tagger: Make) -> None:
         ({"beta1": 1.0}, r"beta1 must be from 0 to below 1, got 1.0"),
         ({"beta2": -0.1}, r"beta2 must be from 0 to 1 \(no uncertainty\), got -0.1"),
         ({"init": "kfca"}, r"method must be one of .*got 'kfca', nearest: kfac"),
+        ({"window": 2}, r"window is a fraction .* did you mean 'epoch:2'"),
+        ({"fix_at": "x"}, r"fix_at is a fraction .* got 'x'"),
         ({"at": 2}, r"a point is a fraction .* did you mean 'epoch:2'"),
     ],
 )

@@ -107,7 +107,7 @@ class Steps(L.Callback):
     [
         ("attention_maks", r"the batch's 'attention_maks', which this batch does not have"),
         (lambda batch: batch["attention_mask"][:, :3], r"and the padding mask is for \(8, 3\)"),
-        ("~attention_mask", r"all gradients lie where the mask says .*mask='~key'"),
+        ("~attention_mask", r"all gradients lie .*: leave the ~ out, mask='attention_mask'"),
         (lambda batch: batch["attention_mask"].tolist(), r"expected a tensor as the padding mask"),
         ("input_ids", r"mask='input_ids' gives int64 \(8, \d\) with \d"),
     ],

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor, nn
+from torchmetrics.classification import BinaryAccuracy
 
 import lrcompress
 from lrcompress.budget import allocate, kept_share
@@ -313,6 +314,54 @@ def test_a_search_that_finds_nothing_says_so_and_leaves_the_model_dense(
     assert same(model, plain)  # trained as if nothing had been
 
 
+def test_a_point_at_which_nothing_smaller_is_possible_says_so(
+    loader: Make, trainer: Make, capsys: Any, caplog: Any
+) -> None:
+    model = steered(lambda *_: 0.0)
+    callback = searching(
+        at=[0.3, 0.6], drop=0.1, monitor="quality", monitor_mode="max", verbose=True
+    )
+    with caplog.at_level("INFO"):
+        trainer(callback).fit(model, loader(), loader())
+    one, two = callback.report.points
+    assert {layer.rank for layer in one.layers} == {1}
+    assert two.search is not None
+    assert two.search.trials == ()
+    said = "nothing smaller was found: none is possible, for all layers are at their least rank"
+    assert said in two.note
+    shown = capsys.readouterr().out
+    assert "0 trials" not in shown
+    assert shown.count("trials to find keep") == 1
+    assert said in caplog.text
+
+
+def test_layers_that_may_not_be_smaller_are_told_from_those_that_cannot(
+    loader: Make, trainer: Make
+) -> None:
+    callback = searching(keep_range=(0.999, 1.0), allocation="global", drop=0.1)
+    with pytest.warns(UserWarning, match="no smaller model was found"):
+        trainer(callback).fit(steered(lambda *_: 0.0), loader(), loader())
+    (point,) = callback.report.points
+    assert "none is possible, with the ranks=, keeps= and keep_range= that layers" in point.note
+
+
+@pytest.mark.parametrize("drop", [0.1, 0.0])
+@pytest.mark.parametrize("verbose", [True, False])
+def test_what_a_run_ends_with_is_said_once(
+    drop: float, verbose: bool, loader: Make, trainer: Make, capsys: Any, caplog: Any
+) -> None:
+    model = steered(lambda share, _: 0.001 * (1 - share) if drop else float(share < 1))
+    given = {"monitor": "quality", "monitor_mode": "max", "verbose": verbose}
+    with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        trainer(searching(drop=drop, **given)).fit(model, loader(), loader())
+    told = [capsys.readouterr().out, caplog.text, *(str(one.message) for one in warned)]
+    whole = f"the run ends within drop={drop:g} of quality: "
+    assert sum(" ".join(text.split()).count(whole) for text in told) == 1
+    endings = [text for text in told[2:] if "no smaller model was found" in text]
+    assert [whole in text for text in endings] == ([] if drop else [not verbose])
+
+
 def test_figures_that_are_not_finite_are_not_within(loader: Make, trainer: Make) -> None:
     model = steered(lambda share, _: float("nan") if share < 0.6 else 0.0)
     callback = searching(drop=0.1, monitor="quality", monitor_mode="max")
@@ -507,7 +556,12 @@ def test_a_second_fit_goes_on_with_what_the_first_has_found(loader: Make, traine
         ),
         ({"keep": 0.5}, r"drop= is what keep='auto' is chosen by, got keep=0.5"),
         ({"keep": [0.5, 0.3], "at": [0.2, 0.4], "drop": None}, r"monitor= is what keep='auto'"),
+        (
+            {"drop": "100%", "monitor": "val_accuracy"},
+            "drop='100%' allows all of val_accuracy to be lost; give drop='1%'",
+        ),
         ({"keep": "car"}, r"keep is a share such as 0.3, a list of them, or 'auto'; got 'car'"),
+        ({"keep": "Auto"}, r"or 'auto'; got 'Auto'; nearest: 'auto'"),
         ({"keep": "30%"}, r"or 'auto'; got '30%'; did you mean 0.3\?"),
         ({"method": "kronecker"}, r"method='kronecker' would solve anew for each"),
         ({"keep_measured": True}, r"leave keep_measured out"),
@@ -593,6 +647,31 @@ def test_a_drop_of_the_whole_figure_is_said_before_training(loader: Make, traine
     with pytest.warns(UserWarning, match=told), pytest.raises(SettingError, match="for the dense"):
         trainer(callback).fit(model, loader(), loader())
     assert model.global_step == 0 or callback.report.points == []
+
+
+class Rated(Tagger):
+    """Logs an accuracy as an object, whose greatest value is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = BinaryAccuracy()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.accuracy(torch.tensor([0.9, 0.1]), torch.tensor([1, 0]))
+        self.log("val_accuracy", self.accuracy)
+
+
+def test_a_drop_of_all_that_there_can_be_is_refused_before_training(
+    loader: Make, trainer: Make
+) -> None:
+    model = Rated()
+    callback = searching(drop=1, monitor="val_accuracy")
+    told = r"drop=1 allows all of val_accuracy to be lost, which is at most 1; give drop='1%'"
+    with pytest.raises(SettingError, match=told):
+        trainer(callback).fit(model, loader(), loader())
+    assert model.trainer.global_step == 0
+    trainer(searching(drop=0.9, monitor="val_accuracy")).fit(Rated(), loader(), loader())
 
 
 def test_it_is_said_why_more_may_be_lost_at_a_point_than_in_the_end(

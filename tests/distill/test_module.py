@@ -432,6 +432,11 @@ def test_a_name_of_no_submodule_is_an_error(argument: str, loader: Make, trainer
         ),
         ({"losses": [HiddenStates()], "mask": "maks"}, ObservationError, "leaves padding out by"),
         ({"losses": [HiddenStates()], "mask": "input_ids"}, ObservationError, "'input_ids' gives"),
+        (
+            {"losses": [HiddenStates()], "mask": "labels"},
+            ShapeError,
+            r"Distilled: mask must be .*mask='labels' gives .*; nearest: mask='attention_mask'",
+        ),
         ({"losses": [Relations(heads=3)]}, ShapeError, "8 features cannot be 3 heads"),
         ({"call": "modle"}, NoMatchError, "call='modle' names no submodule .*nearest: model"),
     ],

@@ -126,12 +126,49 @@ def test_a_budget_of_time_that_takes_too_many_parameters_is_cut() -> None:
     assert all(trial.kept <= 0.3 + 1e-9 for trial in found.trials)
 
 
-def test_what_cannot_be_reached_is_said_and_the_fastest_taken() -> None:
-    record = compress(Network(), batches(), loss, mask=None, latency=0.01)
+@pytest.mark.parametrize("settings", [{}, {"keep": 0.5}, {"refit": 0.5}], ids=str)
+def test_what_cannot_be_reached_is_said_and_the_layers_stay(settings: dict[str, Any]) -> None:
+    model, dense = Network(), Network()
+    told = r"latency=0.01 cannot be reached, and the layers stay as they were: .*; nearest: latency"
+    with pytest.warns(UserWarning, match=told):
+        record = compress(model, batches(), loss, mask=None, latency=0.01, **settings)
     assert record.latency is not None
-    assert record.note.startswith("latency=0.01 is missed: the model takes 0.")
-    assert record.latency.measured == min(x.measured for x in record.latency.trials)
-    assert record.keep < 0.2
+    assert not record.latency.taken
+    assert record.note.startswith(record.latency.note)
+    fastest = min(record.latency.trials, key=lambda x: x.measured)
+    assert record.latency.measured == fastest.measured
+    assert f"{fastest.kept:.3f} of the parameters, the model takes 0." in record.note
+    assert min(x.kept for x in record.latency.trials) < 0.05  # all layers at their least rank
+    assert record.keep == 1
+    assert record.left_alone
+    assert all(layer.dense for layer in record.layers)
+    for (name, one), other in zip(
+        model.state_dict().items(), dense.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_layers_that_are_factored_already_stay_so_where_it_cannot_be_reached() -> None:
+    model = Network()
+    compress(model, batches(), loss, mask=None, keep=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"latency=0.01 cannot be reached"):
+        record = compress(model, batches(), loss, mask=None, latency=0.01)
+    assert record.keep == pytest.approx(0.5, abs=0.02)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(("measured", "taken"), [(0.49, True), (0.515, True), (0.53, False)])
+def test_a_miss_by_less_than_noise_is_taken(
+    measured: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrcompress.engine.latency.ratio", lambda *_: measured)
+    sizes, found = choose_by_latency(solved(latency=0.5), passes())
+    assert (sizes is not None, found.taken) == (taken, taken)
+    assert ("is missed" in found.note) == (taken and measured > 0.5)
+    assert ("cannot be reached" in found.note) != taken
 
 
 def test_ranks_and_keeps_of_their_own_stay() -> None:
@@ -200,6 +237,8 @@ def test_the_batch_has_the_shape_that_is_asked_for() -> None:
         ({"latency": 0}, r"latency must be above 0 and below 1 .* such as 0.5, got 0"),
         ({"latency": 1}, "latency must be above 0 and below 1"),
         ({"latency": True}, "latency must be above 0 and below 1"),
+        ({"latency": 50}, r"such as 0.5, got 50; did you mean 0.5\?"),
+        ({"latency": "50%"}, r"got '50%'; did you mean 0.5\?"),
         ({"latency": "half"}, "latency must be above 0 and below 1"),
         ({"latency_shape": (1, 2)}, "give latency=, or leave latency_shape out"),
         ({"latency": 0.5, "latency_shape": 3}, r"latency_shape must be two whole numbers from 1"),

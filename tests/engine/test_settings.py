@@ -25,6 +25,12 @@ def test_a_storage_is_known_and_fits_the_method() -> None:
     assert Settings(storage="pivoted").storage == "pivoted"
     with pytest.raises(SettingError, match="storage must be one of balanced, pivoted, got 'rows'"):
         Settings(storage="rows")
+    with pytest.raises(SettingError, match="got 'pivot'; nearest: 'pivoted'"):
+        Settings(storage="pivot")
+    with pytest.raises(SettingError, match="got 'Global'; nearest: 'global'"):
+        Settings(allocation="Global")
+    with pytest.raises(SettingError, match="got 'lowrank'; nearest: 'low_rank'"):
+        Settings(narrow_blocks="lowrank")
     with pytest.raises(SettingError, match=r"storage='pivoted' .* which method 'kronecker' does"):
         Settings(method="kronecker", storage="pivoted")
 

@@ -63,6 +63,23 @@ def test_a_folder_that_is_none_of_ours_is_refused(folder: Path, tmp_path: Path) 
         read_folder(folder)
 
 
+def test_a_file_in_place_of_a_folder_is_told_from_one_that_is_missing(
+    folder: Path, tmp_path: Path
+) -> None:
+    checkpoint, other = tmp_path / "last.ckpt", tmp_path / "notes.txt"
+    for path in (checkpoint, other):
+        path.touch()
+    told = rf"{checkpoint} is a checkpoint, .*: lrcompress export {checkpoint} FOLDER --config"
+    with pytest.raises(CheckpointError, match=told):
+        read_folder(checkpoint)
+    with pytest.raises(CheckpointError, match=rf"nearest: the folder {folder}$"):
+        read_folder(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{other} is a file, .*\.save_pretrained$"):
+        read_folder(other)
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        read_folder(tmp_path / "none.ckpt")
+
+
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor model\.safe"):

@@ -57,7 +57,9 @@ def test_a_run_that_was_not_validated_after_its_last_point_says_so() -> None:
 def test_layers_left_dense_are_counted_apart_from_the_model_before() -> None:
     point = pruned()
     point.layers.append(LayerRecord("model.layer.2.out", 10, 20, None, 0.0, 0.0))
-    assert "1 of the targeted layers are left dense" in summary(Report([point])).notes
+    assert "1 of the targeted layers is left dense" in summary(Report([point])).notes
+    point.layers.append(LayerRecord("model.layer.3.out", 10, 20, None, 0.0, 0.0))
+    assert "2 of the targeted layers are left dense" in summary(Report([point])).notes
 
 
 def test_a_second_fit_counts_from_the_model_that_it_began_with() -> None:

@@ -34,3 +34,18 @@ def test_a_latency_is_said_to_be_met_or_missed() -> None:
     assert missed.note == (
         "latency=0.2 is missed: the model takes 0.31 of its time before, measured on a batch of 4"
     )
+
+
+def test_a_latency_that_cannot_be_reached_is_said_with_the_nearest() -> None:
+    trials = LatencyTrial(0.6, 0.7), LatencyTrial(0.05, 0.31)
+    left = LatencyRecord(0.2, 0.31, (4,), 0.2, trials, taken=False)
+    assert left.note == (
+        "latency=0.2 cannot be reached, and the layers stay as they were: with the least sizes, "
+        "0.050 of the parameters, the model takes 0.31 of its time before, measured on a batch of "
+        "4; nearest: latency=0.32"
+    )
+    slower = LatencyRecord(0.2, 1.1, (4,), 0.2, (LatencyTrial(0.05, 1.1),), taken=False)
+    assert slower.note.endswith("measured on a batch of 4; give keep= in place of it")
+    data = asdict(MET)
+    del data["taken"]  # as reports of before have it
+    assert latency_from(data) == MET

@@ -14,7 +14,6 @@ from lrcompress.engine.observation import observe
 from lrcompress.errors import ObservationError, SettingError, ShapeError
 from lrcompress.statistics.masks import (
     Mask,
-    PaddingCheck,
     Tokens,
     batch_decoder_mask,
     batch_mask,
@@ -140,6 +139,47 @@ def test_token_ids_are_no_mask_though_padding_is_0() -> None:
         batch_mask({"ids": IDS}, lambda batch: batch["ids"], "Owner")
     with pytest.raises(ObservationError, match=r"gives float32 \(2, 3\) with 0\.5"):
         batch_mask({"weights": REAL / 2}, "weights", "Owner")
+
+
+LABELS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("batch", "mask", "told"),
+    [
+        (
+            (IDS, REAL, LABELS),
+            2,
+            r"mask=2 gives int64 \(2,\); the batch has a tuple of mask=0: int64 \(2, 3\), mask=1: "
+            r"int64 \(2, 3\), mask=2: int64 \(2,\); nearest: mask=1",
+        ),
+        (
+            {"ids": IDS, "real": REAL, "causal": REAL[:, None, None]},
+            "causal",
+            r"mask='causal' gives int64 \(2, 1, 1, 3\); the batch has keys are ids, real, causal; "
+            "nearest: mask='real'",
+        ),
+        (
+            (IDS, LABELS),
+            "~1",
+            r"mask='~1' gives .*; give a function such as lambda .*\[0\] != 0, or mask=None",
+        ),
+    ],
+)
+def test_a_mask_of_other_axes_is_told_with_the_nearest_entry(
+    batch: Any, mask: Any, told: str
+) -> None:
+    axes = r"Owner: mask must be \(examples, length\) or \(examples, choices, length\), and "
+    with pytest.raises(ShapeError, match=axes + told):
+        batch_mask(batch, mask, "Owner")
+    assert batch_mask(batch, mask, "Owner", check_values=False, check_shape=False)[0] is not None
+
+
+def test_a_decoders_mask_of_other_axes_is_told_by_its_name() -> None:
+    batch = {"labels": IDS, "decoder_attention_mask": LABELS}
+    told = r"Owner: mask must be .*mask='decoder_attention_mask' gives int64 \(2,\); .*by this name"
+    with pytest.raises(ShapeError, match=told):
+        batch_decoder_mask(batch, "Owner", check_values=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16])
@@ -363,18 +403,10 @@ def test_a_mask_with_padding_and_tokens_the_wrong_way_is_told_by_gradients() -> 
     told = r"all gradients lie where the mask says .* name such a one as mask='~key'"
     with pytest.raises(ObservationError, match=told):
         compress(model, batches, loss_of, mask="padding", **options)
+    wrongly = r"at its tokens \(mask='~mask'\).* at tokens: leave the ~ out, mask='mask'"
+    with pytest.raises(ObservationError, match=wrongly):
+        compress(model, batches, loss_of, mask="~mask", **options)
     compress(model, batches, loss_of, mask="~padding", **options)
-
-
-def test_gradients_are_looked_at_once_and_none_say_nothing() -> None:
-    check, tokens = PaddingCheck(), Mask(RAGGED).fit(numbered(4, 6))
-    check.add(tokens, torch.zeros(4, 6, 2))
-    check.check("Owner")
-    assert check.wants(tokens)
-    check.add(tokens, torch.ones(4, 6, 2))
-    check.check("Owner")
-    assert not check.wants(tokens)
-    assert not check.wants(Tokens())
 
 
 def test_choices_of_a_question_are_understood() -> None:

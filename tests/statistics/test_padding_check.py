@@ -1,0 +1,37 @@
+"""Padding and tokens the wrong way: when gradients are looked at, and what is said."""
+
+import pytest
+import torch
+
+from lrcompress.errors import ObservationError
+from lrcompress.statistics.masks import Mask, MaskSource, Tokens
+from lrcompress.statistics.padding_check import PaddingCheck
+
+RAGGED = torch.arange(6) < torch.tensor([[6], [2], [3], [5]])
+
+
+def test_gradients_are_looked_at_once_and_none_say_nothing() -> None:
+    check, tokens = PaddingCheck(), Mask(RAGGED).fit(torch.zeros(4, 6, 2))
+    check.add(tokens, torch.zeros(4, 6, 2))
+    check.check("Owner")
+    assert check.wants(tokens)
+    check.add(tokens, torch.ones(4, 6, 2))
+    check.check("Owner")
+    assert not check.wants(tokens)
+    assert not check.wants(Tokens())
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("real", r"at its tokens \(mask='real'\).* name such a one as mask='~key'"),
+        (1, r"\(mask=1\).* name such a one as mask='~key'"),
+        (None, r"at its tokens\. A mask is nonzero at tokens; .* as mask='~key'"),
+        ("~1", r"\(mask='~1'\)\. With ~ .* nonzero at tokens: leave the ~ out, mask='1'"),
+    ],
+)
+def test_the_way_out_is_one_that_was_not_taken(source: MaskSource, told: str) -> None:
+    check, tokens = PaddingCheck(), Mask(RAGGED).fit(torch.zeros(4, 6, 2))
+    check.add(tokens, torch.where(RAGGED, 0.0, 1.0)[..., None])
+    with pytest.raises(ObservationError, match="Owner: all gradients lie where .*" + told):
+        check.check("Owner", source)
