@@ -270,8 +270,11 @@ def test_python_dash_m_says_nothing_unasked(recipe: Path) -> None:
     command = [sys.executable, "-m", "lrcompress", "fit", "--config", "recipe.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
-    # what torchao says when transformers imports it, of libraries for GPUs and of its own types
-    theirs = re.compile(r"Failed to load .*torchao|.*torch/utils/_pytree.py.*register_constant")
+    # what torchao says when transformers imports it, of libraries for GPUs and of its own types,
+    # and bitsandbytes where the CPU could do more than it has kernels for
+    theirs = re.compile(
+        r"Failed to load (.*torchao|CPU gemm)|.*torch/utils/_pytree.py.*register_constant"
+    )
     said = [line for line in done.stderr.splitlines() if not theirs.match(line)]
     assert said == ["`Trainer.fit` stopped: `max_steps=2` reached."]
 
