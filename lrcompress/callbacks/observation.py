@@ -291,7 +291,7 @@ class Observation:
         self._step.enter_context(watching)
         if self._trace is not None:
             self._step.enter_context(self._trace.forward())
-        if self._tap is not None and tapped:
+        if self._tap is not None:
             self._step.enter_context(self._tap.listening())
 
     def before_backward(self, loss: Tensor, factor: float) -> None:
@@ -308,6 +308,8 @@ class Observation:
         if self._trace is not None:
             self.blocks, self._trace = self._trace.blocks(loss), None
         if self._trial:
+            if self._tap is not None and finite:
+                self._tap.take()  # which says if there are none
             self._watching.commit(finite=finite)
             return
         assert self._recorder is not None
