@@ -9,7 +9,8 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from lrcompress.cli.export import _checked as check_export
 from lrcompress.cli.guide import FOLDER
 from lrcompress.cli.report import _parser as report_parser
 from lrcompress.errors import SettingError, ShapeError
+from lrcompress.nn import KINDS
+from lrcompress.objective import METHODS
 from lrcompress.schedules import Point
 from lrcompress.statistics.masks import batch_mask
 from lrcompress.tasks import TextClassification, TextData
@@ -103,9 +106,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 def test_python_blocks_run_one_after_the_other(page: Path, here: Path, tiny_bert: Path) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks(page, "python"):
-        names |= given(tiny_bert, here / "train.tsv")
-        exec(compile(block, name_of(page), "exec"), names)
+    with patch.dict(METHODS), patch.dict(cast("dict[str, Any]", KINDS)):  # examples add to them
+        for block in blocks(page, "python"):
+            names |= given(tiny_bert, here / "train.tsv")
+            exec(compile(block, name_of(page), "exec"), names)
 
 
 @with_blocks("yaml")
