@@ -17,7 +17,9 @@ from lrcompress.report.formatting import duration
 _SOURCES = ("name", "config", "train")  # arguments of a data module that say where it is from
 
 
-def describe_run(trainer: pl.Trainer, module: nn.Module, started: float) -> dict[str, str]:
+def describe_run(
+    trainer: pl.Trainer, module: nn.Module, started: float, first: int = 0
+) -> dict[str, str]:
     """Return what was run, where, by which versions, and how long it took.
 
     What cannot be told is left out, with a warning: it is only shown.
@@ -26,15 +28,23 @@ def describe_run(trainer: pl.Trainer, module: nn.Module, started: float) -> dict
         trainer: at the end of its fit.
         module: that was trained.
         started: when the fit began, in seconds of ``time.time``.
+        first: optimizer steps before it, where it was resumed.
     """
     found: dict[str, str] = {}
     with warning_if_fails("describe the run in its report"):
-        found |= _described(trainer, module, started)
+        found |= _described(trainer, module, started, first)
     return found
 
 
-def _described(trainer: pl.Trainer, module: nn.Module, started: float) -> dict[str, str]:
-    steps = f"{trainer.global_step:,} steps in {duration(time.time() - started)}"
+def _described(
+    trainer: pl.Trainer, module: nn.Module, started: float, first: int
+) -> dict[str, str]:
+    spent = duration(time.time() - started)
+    steps = f"{trainer.global_step:,} steps in {spent}"
+    if first:  # of a run that was resumed
+        steps = (
+            f"{trainer.global_step:,} steps, the last {trainer.global_step - first:,} in {spent}"
+        )
     where = f"{trainer.world_size} × {trainer.accelerator.__class__.__name__}"
     found = {
         "model": _model(module),

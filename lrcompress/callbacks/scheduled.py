@@ -237,6 +237,7 @@ class CompressionCallback(pl.Callback, ABC):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ddp.check_same_lengths(trainer, self._processes)
+        self._timer.first = trainer.global_step
         self._total, self._per_epoch = trainer_state.run_lengths(trainer)
         self._point_steps = self._place_points()
         compatibility.check_rising(self.points, self._point_steps)
@@ -408,7 +409,7 @@ class CompressionCallback(pl.Callback, ABC):
         self.report.seconds_per_step |= self._timer.seconds_per_step()
         self.report.cpu_seconds = self._timer.of_cpu
         self.report.finish(trainer_state.steps_done(trainer))
-        self.report.about = describe_run(trainer, pl_module, self._timer.started)
+        self.report.about = describe_run(trainer, pl_module, self._timer.started, self._timer.first)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -21,6 +21,7 @@ class StepTimer:
     Attributes:
         spent: phase to its steps and the seconds they took together.
         started: when it was made, in seconds of ``time.time``.
+        first: optimizer steps before it, where a run was resumed.
         of_cpu: whether the seconds are a CPU's own.
     """
 
@@ -28,6 +29,7 @@ class StepTimer:
         self.started = time.time()
         self.spent = {phase: list(both) for phase, both in (spent or {}).items()}
         self._started: Any = None
+        self.first = 0
         self.of_cpu = False
         self._passing: deque[tuple[str, Any, Any]] = deque()
 

@@ -64,6 +64,19 @@ def test_a_model_of_transformers_is_named_with_its_source(trainer: Make, loader:
     assert "data" not in found
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_run_says_which_steps_took_the_time(
+    tagger: Make, loader: Make, trainer: Make, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"verbose": False, "validate": False, "report_path": None}
+    made = [lrcompress.Factorize(0.5, at="step:8", every_n_steps=2, **options) for _ in range(2)]
+    trainer(made[0], every_step=True).fit(tagger(), loader())
+    checkpoint = (tmp_path / "step=13.ckpt").rename(tmp_path / "kept.ckpt")
+    trainer(made[1], every_step=True).fit(tagger(), loader(), ckpt_path=checkpoint)
+    assert made[0].report.about["training"].startswith("18 steps in ")
+    assert made[1].report.about["training"].startswith("18 steps, the last 5 in ")
+
+
 def test_what_cannot_be_told_ends_no_run(tagger: Make, loader: Make, trainer: Make) -> None:
     class Strange(torch.nn.Module):
         @property
