@@ -182,6 +182,16 @@ class PointRecord:
         """Predicted increase of the loss, summed over layers; None if that of one is unknown."""
         return sum_or_none(layer.predicted_loss for layer in self.layers)
 
+    def __str__(self) -> str:
+        """Return what was done in a line; ``repr`` has every layer."""
+        told = [
+            f"{self.method}: {len(self.layers)} layers keep {self.keep:.3f} of their parameters, "
+            f"the model {self.model_after / self.model_before:.3f}"
+        ]
+        if self.predicted_loss is not None:
+            told.append(f"predicted change of the loss {self.predicted_loss:+.4f}")
+        return "; ".join([*told, *filter(None, [self.note])])
+
     def figures(self, whole: int | None = None) -> dict[str, float]:
         """Return name to number, for a logger.
 

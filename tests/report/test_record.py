@@ -28,6 +28,19 @@ def test_keep_is_what_remains_of_all_targeted_layers() -> None:
     assert point(FACTORED, DENSE).keep == 320 / 400
 
 
+def test_a_point_is_printed_in_a_line() -> None:
+    one = point(FACTORED, DENSE)
+    said = (
+        "kfac: 2 layers keep 0.800 of their parameters, the model 0.700; predicted change of the "
+        "loss +0.1250"
+    )
+    assert str(one) == said
+    one.note = "as asked"
+    assert str(one) == f"{said}; as asked"
+    unknown = str(point(LayerRecord("c", 2, 2, 1, 0.5, None)))
+    assert "predicted" not in unknown
+
+
 def test_the_predicted_loss_is_the_sum_unless_a_part_is_unknown() -> None:
     assert point(FACTORED, FACTORED, DENSE).predicted_loss == 0.25
     assert point(FACTORED, LayerRecord("c", 2, 2, 1, 0.5, None)).predicted_loss is None
