@@ -137,9 +137,12 @@ def _matching(argument: str, patterns: Sequence[str], linear: dict[str, nn.Modul
     for pattern in patterns:
         hits = [name for name in linear if fnmatchcase(name, pattern)]
         if not hits:
+            wider = f"*{pattern}*"
+            within = sum(fnmatchcase(name, wider) for name in linear)
+            hint = f"; patterns match whole names: {wider!r} matches {within}" if within else ""
             raise NoMatchError(
                 f"{argument}: pattern {pattern!r} matches none of the {len(linear)} linear layers; "
-                f"nearest names: {nearest(pattern, linear)}"
+                f"nearest names: {nearest(pattern, linear)}{hint}"
             )
         found.update(hits)
     return [name for name in linear if name in found]

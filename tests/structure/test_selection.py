@@ -62,6 +62,7 @@ def test_a_name_alone_is_one_pattern_and_not_its_letters() -> None:
     [
         ({"targets": ["*.upp"]}, r"targets: pattern '\*.upp' matches none of the 6 .*: .*\.up"),
         ({"targets": ["haed"]}, r"targets: pattern 'haed' matches none .* names: head"),
+        ({"targets": ["up"]}, r"patterns match whole names: '\*up\*' matches 2$"),
         ({"exclude": ["poler"]}, r"exclude: pattern 'poler' matches none .* names: pooler"),
         ({"targets": ["head"], "exclude": ["head"]}, "no layer is left to factor of 1 that were"),
         ({"targets": []}, "no layer is left to factor of 0 that were chosen"),
