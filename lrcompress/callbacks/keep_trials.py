@@ -107,7 +107,7 @@ class KeepTrials:
         return self.tried[keep]
 
 
-def why(record: SearchRecord, standing: Sizes, *, stuck: bool) -> str:
+def why_none(record: SearchRecord, standing: Sizes, *, stuck: bool) -> str:
     """Return in words why nothing smaller was found: what lost least, or that none was possible.
 
     Args:

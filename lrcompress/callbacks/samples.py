@@ -36,9 +36,9 @@ def sample_after(
 def _texts(
     trainer: pl.Trainer, module: pl.LightningModule, processes: Processes
 ) -> Mapping[str, str]:
-    """Return prompts and what the model writes, in the first process; "" elsewhere and in trials.
+    """Return prompts and what the model writes, in the first process; nothing elsewhere.
 
-    Nothing is asked where each process has a part of the model alone.
+    Nothing is asked in trial runs, nor where each process has a part of the model alone.
     """
     texts: dict[str, str] = {}
     ask = getattr(module, "sample_texts", None)

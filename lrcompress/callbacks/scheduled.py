@@ -352,7 +352,8 @@ class CompressionCallback(pl.Callback, ABC):
         ddp.check_layers(module, names, self._processes, type(self).__name__)
         if not self._stage:
             trainer_state.notify_compression_start(module)
-            sample_before(self.report, trainer, module, self._processes)
+            if not any(x.report.samples for x in self._compression_callbacks(trainer)):
+                sample_before(self.report, trainer, module, self._processes)
         told, lost = len(self.report.points), reporting.dropped_state(trainer, module, names)
         with structure_change(trainer, module):
             self._change_model(trainer, module, now)

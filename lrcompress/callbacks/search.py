@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lrcompress.callbacks import trainer_state
 from lrcompress.callbacks.compiled import keep_compiled
-from lrcompress.callbacks.keep_trials import KeepTrials, finite, number, why
+from lrcompress.callbacks.keep_trials import KeepTrials, finite, number, why_none
 from lrcompress.callbacks.kept_state import KeptState, keep_state, read_state, restore_state_
 from lrcompress.callbacks.observation import Observation
 from lrcompress.distributed import Processes
@@ -360,11 +360,9 @@ class KeepSearch:
         done = solved.install_(sizes, run.trainer.optimizers, run.step)
         run.sync()
         done.search, done.metrics = record, metrics
-        said = (
-            ""
-            if sizes is not None
-            else f"nothing smaller was found: {why(record, standing, stuck=stuck)}"
-        )
+        said = ""
+        if sizes is None:
+            said = f"nothing smaller was found: {why_none(record, standing, stuck=stuck)}"
         if said and self.verbose:
             rank_zero_info(f"lrcompress, step {run.step}: {said}")
         done.note = "; ".join(filter(None, (*notes, done.note, said)))

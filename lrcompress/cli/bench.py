@@ -137,8 +137,8 @@ def _measure(given: argparse.Namespace) -> None:
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
     if busy > 1 and not one_thread() and given.devices == ["cpu"]:
         _tell(
-            f"other work runs on this machine (load {busy:.1f}): ratios of several threads mean "
-            "little then; --threads 1 counts the thread's own time"
+            f"this machine was busy in the last minute (load {busy:.1f}): beside other work "
+            "ratios of several threads mean little; --threads 1 counts the thread's own time"
         )
     subjects: Sequence[BenchModel]
     runs: list[Run] | list[Decoding]

@@ -1,6 +1,6 @@
 """Compression of a bare ``nn.Module``: observe, allocate ranks, solve, replace layers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lrcompress.bench.latency_ranks import Context
-from lrcompress.budget import Candidate, allocate
+from lrcompress.budget import allocate
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.candidates import candidates, parameters_of
 from lrcompress.engine.factored_layers import keep_lower_ranks
@@ -43,7 +43,15 @@ def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Se
     """
     selection = settings.select(model)
     check_layers(model, selection.names, settings)
-    asked, firsts = _asked(model, selection.names, settings)
+    firsts: dict[str, Sizes | None] = {}
+    if METHODS[settings.method].form == "kronecker":
+        firsts = KroneckerShapes(model, selection.names, settings).previewed(model)
+    asked = [
+        replace(c, unit=term_parameters(firsts[c.name], (c.out_features, c.in_features)))
+        if firsts
+        else c
+        for c in candidates(model, selection.names, settings, {})
+    ]
     ranks = allocate(asked, settings.keep, "uniform", settings.align)
     stood = replaced_sizes(model, selection.names)
     keep_lower_ranks(model, ranks)
@@ -63,28 +71,16 @@ def preview(model: nn.Module, settings: Settings) -> tuple[list[LayerRecord], Se
 def check_budget(model: nn.Module, settings: Settings) -> None:
     """Check that the targeted layers can be as small as ``keep`` asks.
 
-    Narrowed blocks may be smaller than their layers' least ranks: of them nothing is known yet.
+    Narrowed blocks may be smaller than their layers' least ranks, and what a Kronecker product
+    takes is known once its sizes are found, which takes long: of both nothing is known yet.
 
     Raises:
         SettingError: if they cannot.
     """
-    if settings.keep is not None and not settings.narrow_blocks:
-        asked, _ = _asked(model, settings.select(model).names, settings)
+    unknown = settings.narrow_blocks or METHODS[settings.method].form == "kronecker"
+    if settings.keep is not None and not unknown:
+        asked = candidates(model, settings.select(model).names, settings, {})
         allocate(asked, settings.keep, "uniform", settings.align)
-
-
-def _asked(
-    model: nn.Module, names: Sequence[str], settings: Settings
-) -> tuple[list[Candidate], dict[str, Sizes | None]]:
-    """Return what is asked of layers, and the sizes of the first of Kronecker factors."""
-    found = candidates(model, names, settings, {})
-    if METHODS[settings.method].form != "kronecker":
-        return found, {}
-    firsts = KroneckerShapes(model, names, settings).previewed(model)
-    sized = {
-        c.name: term_parameters(firsts[c.name], (c.out_features, c.in_features)) for c in found
-    }
-    return [replace(c, unit=sized[c.name]) for c in found], firsts
 
 
 @torch.no_grad()

@@ -205,7 +205,8 @@ class SolvedModel:
         """
         started, model = time.perf_counter(), self.model
         alone = self.settings.select(model).note
-        chosen, alike = ({}, True) if sizes is None else (self._factored(sizes), False)
+        chosen = {} if sizes is None else self._factored(sizes)
+        asked = replace(self.settings, refit=None) if sizes is None else self.settings
         sizes = sizes or self.standing
         ranks = self._ranks(sizes)
         later = self._stored_later(sizes)
@@ -214,7 +215,6 @@ class SolvedModel:
         stood = replaced_sizes(model, self.names)
         stood |= {name: stood[name] - fewer for name, (fewer, _) in saved.items()}
         held = tuple(optimizers)
-        asked = replace(self.settings, refit=None) if alike else self.settings
         refit = Refit.before(model, self.names, asked, passes, self.processes, self.track)
         with (
             all_or_nothing(model, self.names, held) if refit else nullcontext(),

@@ -259,9 +259,9 @@ class Report:
     def joined(cls, reports: Iterable["Report"]) -> "Report":
         """Return the one report of a run in which several callbacks replaced layers.
 
-        Reports without points are left out. Final figures, history and samples are those of the
-        callback with the first point. Steps are timed as dense until the first point of all, as
-        factored after the last.
+        Reports without points are left out. Final figures and history are those of the callback
+        with the first point, samples those of the one that took them. Steps are timed as dense
+        until the first point of all, as factored after the last.
 
         Args:
             reports: in the order of the callbacks, which is that of their points at one step: the
@@ -275,8 +275,9 @@ class Report:
         seconds = {k: v for k, v in first.seconds_per_step.items() if k != "factored"}
         seconds |= {k: v for k, v in last.seconds_per_step.items() if k != "dense"}
         points = sorted((p for one in held for p in one.points), key=lambda p: p.step or 0)
-        own = dict(first.final), seconds, dict(first.history), dict(first.about), first.samples
-        return cls(points, *own, first.cpu_seconds)
+        own = dict(first.final), seconds, dict(first.history), dict(first.about)
+        samples = next((one.samples for one in held if one.samples), [])
+        return cls(points, *own, samples, first.cpu_seconds)
 
     @property
     def clock(self) -> str:

@@ -79,3 +79,22 @@ def test_a_trial_run_asks_nothing(tagger: Make, loader: Make, trainer: Make) -> 
     trainer(callback, fast_dev_run=True).fit(model, loader())
     assert callback.report.points
     assert not callback.report.samples
+
+
+def test_several_callbacks_ask_once_of_the_dense_model(
+    tagger: Make, loader: Make, trainer: Make
+) -> None:
+    asked: list[str] = []
+
+    def answer(model: Any) -> dict[str, str]:
+        asked.append(layer_of(model))
+        return {"a": asked[-1]}
+
+    made = [
+        lrcompress.Factorize(0.5, at=at, targets=[f"*.{part}"], report_path=None, **OPTIONS)
+        for at, part in (("step:6", "up"), ("step:12", "down"))
+    ]
+    trainer(*made).fit(writing(tagger, answer), loader())
+    assert asked == ["Linear", "LowRankLinear"]
+    joined = Report.joined(one.report for one in made)
+    assert joined.samples == [SampleText("a", "Linear", "LowRankLinear")]

@@ -67,7 +67,7 @@ def test_a_busy_machine_is_told(
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
     assert bench(folder, "--shapes=1x8", f"--threads={threads}") == 0
     said = capsys.readouterr().err
-    assert ("other work runs on this machine (load 3.2)" in said) == told
+    assert ("this machine was busy in the last minute (load 3.2)" in said) == told
 
 
 def test_another_model_of_its_kind_is_given_the_same_head(
