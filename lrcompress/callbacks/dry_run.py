@@ -147,35 +147,38 @@ def measure_curve(
     settings: Settings,
     sampling: Sampling,
     num_batches: int,
+    methods: Sequence[str],
     keeps: Sequence[float],
     **fit: Any,
 ) -> list[MeasuredKeep]:
     """Return what a validation gives at several ``keep`` without retraining.
 
-    Layers are solved once, from the first training batches; each ``keep`` is installed for one
-    validation and taken back. The model is as it was afterwards.
+    Layers are solved once a method, all from the same first training batches; each ``keep`` is
+    installed for one validation and taken back. The model is as it was afterwards.
 
     Args:
         trainer: whose callbacks are left out.
         module: as for ``trainer.fit``.
         settings: what is done; their ``keep`` is left out.
-        sampling: what to observe.
+        sampling: what to observe, for all the methods.
         num_batches: how many batches to observe; fewer if the fit is shorter.
+        methods: that are measured, low-rank ones; each allocates ranks as it does by default, that
+            of the settings as they request.
         keeps: shares of the targeted layers' parameters; what layers cannot meet is left out.
         **fit: as for ``trainer.fit``.
 
     Returns:
-        The model as it was, and every ``keep`` that can be met.
+        The model as it was, and of each method every ``keep`` that can be met.
 
     Raises:
         ObservationError: if no batch had a finite loss, or there is nothing to validate.
 
     Cost:
-        That of solving all layers once, and a validation a ``keep``.
+        A method, that of solving all layers once, and a validation a ``keep``.
     """
     found: list[MeasuredKeep] = []
 
-    def measured(keep: float, kept: float, predicted: float | None) -> None:
+    def measured(method: str, keep: float, kept: float, predicted: float | None) -> None:
         started = time.perf_counter()
         figures = trainer_state.run_validation(trainer)
         if not figures:
@@ -184,20 +187,24 @@ def measure_curve(
             )
         seconds = time.perf_counter() - started
         count = sum(p.numel() for p in module.parameters())
-        found.append(MeasuredKeep(keep, kept, count, predicted, figures, seconds))
+        found.append(MeasuredKeep(method, keep, kept, count, predicted, figures, seconds))
 
     def measure(_: pl.Trainer, module: pl.LightningModule, seen: Observation) -> None:
         trainer_state.drop_gradients(module)
-        solved = solve_model(module, seen.statistics, settings, blocks=seen.blocks)
         trainer_state.run_validation(trainer)  # which warms up what is timed
-        measured(1.0, solved.kept(solved.standing), 0.0)
-        for keep in keeps:
-            try:
-                sizes = solved.choose(keep)
-            except SettingError:  # less than the layers' least ranks take
-                continue
-            with solved.on_trial(sizes):
-                measured(keep, solved.kept(sizes), solved.predicted_loss(sizes))
+        for method in methods:
+            own = settings.of_method(method)
+            blocks = seen.blocks if own.narrow_blocks else None
+            solved = solve_model(module, seen.statistics, own, blocks=blocks)
+            if not found:
+                measured(method, 1.0, solved.kept(solved.standing), 0.0)
+            for keep in keeps:
+                try:
+                    sizes = solved.choose(keep)
+                except SettingError:  # less than the layers' least ranks take
+                    continue
+                with solved.on_trial(sizes):
+                    measured(method, keep, solved.kept(sizes), solved.predicted_loss(sizes))
 
     _fit_with(trainer, module, [_ObserveOnly(settings, sampling, num_batches, measure)], fit)
     return found

@@ -13,7 +13,7 @@ from lrcompress.callbacks.dry_run import dry_run, measure_curve, observe_batches
 from lrcompress.callbacks.scheduled import CompressionCallback
 from lrcompress.engine.loss_curves import KEEPS, loss_curves
 from lrcompress.engine.settings import Settings
-from lrcompress.errors import RecipeError
+from lrcompress.errors import RecipeError, nearest_hint
 from lrcompress.objective import LOW_RANK, METHODS
 from lrcompress.report.plots import loss_curves_figure, measured_curve_figure
 from lrcompress.report.tables import loss_curves_table, measured_curve_table
@@ -28,7 +28,7 @@ def print_plan(
     ckpt_path: str | None = None,
     curve: int | None = None,
     plot: str | None = None,
-    measure: bool = False,
+    measure: bool | Sequence[str] = False,
 ) -> None:
     """Print which layers each callback of the recipe would replace.
 
@@ -42,8 +42,8 @@ def print_plan(
         ckpt_path: checkpoint whose weights the model gets.
         curve: training batches to observe.
         plot: file for a figure of the curve, of any type that matplotlib writes.
-        measure: measure the method of the recipe on the validation data at every ``keep``, in
-            place of predicting for all methods.
+        measure: measure the method of the recipe, or those that are named, on the validation data
+            at every ``keep``, in place of predicting for all methods.
 
     Raises:
         RecipeError: if no callback has a ``preview``, or none that could be given a curve.
@@ -57,7 +57,7 @@ def print_plan(
             f"trainer.callbacks: expected one that replaces layers, such as lrcompress.Factorize, "
             f"found {found or 'none'}"
         )
-    _check_curve(compressing, curve, measure=measure)
+    _check_curve(compressing, curve, measure)
     if ckpt_path is not None:
         load_weights_(model, read_lightning_checkpoint(Path(ckpt_path)), str(ckpt_path))
     for callback in compressing:  # before any data is read
@@ -68,12 +68,15 @@ def print_plan(
         rich.print(callback.preview(model))
     for callback in compressing if curve is not None else ():
         assert curve is not None
-        show = _print_measured if measure else _print_curve
-        show(trainer, model, datamodule, callback, curve, plot)
+        if measure:
+            methods = () if measure is True else tuple(measure)
+            _print_measured(trainer, model, datamodule, callback, curve, plot, methods)
+        else:
+            _print_curve(trainer, model, datamodule, callback, curve, plot)
 
 
 def _check_curve(
-    compressing: Sequence[CompressionCallback], curve: int | None, *, measure: bool
+    compressing: Sequence[CompressionCallback], curve: int | None, measure: bool | Sequence[str]
 ) -> None:
     if curve is not None and (curve < 1 or not compressing):
         raise RecipeError(
@@ -86,6 +89,12 @@ def _check_curve(
             "such as --curve=16, and an lrcompress.Factorize in the recipe of a method of "
             f"{', '.join(LOW_RANK)}"
         )
+    for method in () if isinstance(measure, bool) else measure:
+        if method not in LOW_RANK:
+            raise RecipeError(
+                f"measure: expected true, or methods of {', '.join(LOW_RANK)}; got {method!r}"
+                f"{nearest_hint(method, LOW_RANK)}"
+            )
 
 
 def _print_curve(
@@ -119,14 +128,19 @@ def _print_measured(
     callback: CompressionCallback,
     curve: int,
     plot: str | None,
+    methods: Sequence[str],
 ) -> None:
     if not _is_measurable(callback):
         return
     settings = callback.settings_at(0)
     assert isinstance(settings, Settings)
-    sampling = replace(callback.sampling, max_tokens=None, turns=1)
-    given = (settings, sampling, curve, KEEPS)
+    methods = tuple(dict.fromkeys(methods)) or (settings.method,)
+    kinds = [*callback.sampling.kinds, *(x for name in methods for x in METHODS[name].kinds)]
+    sampling = replace(
+        callback.sampling, kinds=tuple(dict.fromkeys(kinds)), max_tokens=None, turns=1
+    )
+    given = (settings, sampling, curve, methods, KEEPS)
     found = measure_curve(trainer, model, *given, datamodule=datamodule)
-    rich.print(measured_curve_table(found, f"{settings.method}, solved from {curve} batches"))
+    rich.print(measured_curve_table(found, f"{', '.join(methods)}, from {curve} batches"))
     if plot is not None:
         measured_curve_figure(found).savefig(plot)

@@ -105,7 +105,7 @@ class _Trainer(Trainer):
         weights_only: bool | None = None,  # noqa: ARG002  the files that fit writes have it
         curve: int | None = None,
         plot: str | None = None,
-        measure: bool = False,
+        measure: bool | list[str] = False,
     ) -> None:
         """Print which layers the recipe would replace, without training, after a fit's checks.
 
@@ -117,8 +117,8 @@ class _Trainer(Trainer):
             curve: Training batches from which to predict the loss of every method at several
                 keeps.
             plot: A file for a figure of that.
-            measure: Measure the recipe's method on the validation data at every keep, without
-                retraining, in place of predicting; solved from the curve's training batches.
+            measure: Measure the recipe's method, or the methods that are named, on the validation
+                data at every keep, without retraining; solved from the curve's training batches.
         """
         given = {"ckpt_path": ckpt_path, "curve": curve, "plot": plot, "measure": measure}
         print_plan(self, model, datamodule, **given)  # type: ignore[arg-type]

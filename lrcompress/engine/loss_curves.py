@@ -62,15 +62,9 @@ def loss_curves(
         measured = solve_layers(
             model, names, statistics, method, refit_bias=refit, shrink=shrink, most=least
         ).measured
-        spread = settings.allocation if method == settings.method else None
-        own = replace(
-            settings,
-            method=method,
-            allocation=spread,
-            shapes={},
-            keep_measured=False,
-            narrow_blocks=False,
-        )  # what layers gain on this machine is measured at a point, of the method's own ranks
+        # what layers gain on this machine is measured at a point, of the method's own ranks
+        ranks_alone = replace(settings, shapes={}, keep_measured=False, narrow_blocks=False)
+        own = ranks_alone.of_method(method)
         asked = candidates(model, names, own, measured)
         for keep in keeps:
             try:

@@ -1,7 +1,7 @@
 """Settings of a compression, validated."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -112,6 +112,16 @@ class Settings:
         self._check_refit(method.form)
         if self.narrow_blocks:
             self._check_narrow()
+
+    def of_method(self, method: str) -> "Settings":
+        """Return the same of another method, which allocates ranks as it does by default.
+
+        Feed-forward blocks are narrowed by methods alone that know the predicted loss.
+        """
+        if method == self.method:
+            return self
+        narrow = self.narrow_blocks and method_named(method).comparable
+        return replace(self, method=method, allocation=None, narrow_blocks=narrow)
 
     def _check_narrow(self) -> None:
         if self.narrow_blocks not in (True, LOW_RANK):

@@ -26,6 +26,7 @@ class MeasuredKeep:
     """What a model gives at one ``keep`` without retraining.
 
     Attributes:
+        method: a key of :data:`lrcompress.objective.METHODS`.
         keep: that was asked for; 1.0 is the model as it was.
         kept: parameters that remain / parameters before, over the targeted layers.
         parameters: of the whole model.
@@ -34,6 +35,7 @@ class MeasuredKeep:
         seconds: that the validation took.
     """
 
+    method: str
     keep: float
     kept: float
     parameters: int

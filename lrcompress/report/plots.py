@@ -164,13 +164,22 @@ def measured_curve_figure(found: Sequence[MeasuredKeep]) -> Figure:
     """Return a figure of a validation's figures over ``keep``, one below the other."""
     with rc_context(STYLE):
         names = list(dict.fromkeys(name for one in found for name in one.figures))
+        methods = list(dict.fromkeys(x.method for x in found))
         figure = Figure(figsize=(5.0, 2.4 * len(names) + 0.4), layout="constrained")
         every = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
         for number, (name, axes) in enumerate(zip(names, every, strict=True)):
-            pairs = [(x.keep, x.figures[name]) for x in found if name in x.figures]
-            axes.plot(*_columns(pairs), **look(number))
-            axes.axhline(pairs[0][1], color=COLOURS["ink"], linewidth=1, linestyle=":")
+            known = [x for x in found if name in x.figures]
+            for place, method in enumerate(methods):
+                seen = [x for x in known if x.method == method or x.keep == 1]
+                series = look(place if len(methods) > 1 else number)
+                axes.plot(
+                    *_columns([(x.keep, x.figures[name]) for x in seen]), label=method, **series
+                )
+            dense = known[0].figures[name]
+            axes.axhline(dense, color=COLOURS["ink"], linewidth=1, linestyle=":")
             axes.set_ylabel(name)
+        if len(methods) > 1:
+            name_series(figure, every[0])
         every[-1].set_xlabel("keep, without retraining; dotted: the model as it is")
         figure.set_facecolor("white")
     return figure

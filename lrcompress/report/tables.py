@@ -120,26 +120,33 @@ def loss_curves_table(found: Sequence[PredictedLoss], title: str) -> RenderableT
 
 
 def measured_curve_table(found: Sequence[MeasuredKeep], title: str) -> RenderableType:
-    """Return a table of what validation gives at each ``keep``; the first is the whole model."""
+    """Return a table of what validation gives at each ``keep``; the first is the whole model.
+
+    Of several methods those of one ``keep`` stand below each other.
+    """
     dense = found[0]
+    methods = list(dict.fromkeys(one.method for one in found))
     names = list(dict.fromkeys(name for one in found for name in one.figures))
     rows = [
         (
             f"{one.keep:g}",
             [
+                *([one.method if one.keep < 1 else ""] if len(methods) > 1 else []),
                 *(count(one.parameters), share(one.kept)),
                 *(number(one.figures.get(name)) for name in names),
                 change(one.predicted_loss),
                 f"{one.seconds / dense.seconds:.2f} ×",
             ],
         )
-        for one in found
+        for one in sorted(found, key=lambda one: -one.keep)
     ]
     headings = ["parameters", "kept of targeted", *names, "predicted", "time of a validation"]
+    headings = [*(["method"] if len(methods) > 1 else []), *headings]
     table = columns_table(f"lrcompress: measured without retraining, {title}", headings, rows)
     note = (
         "keep 1 is the model as it is; training after a point brings part of the loss back. "
         "Write the one you choose into the recipe, under the callback's init_args:  keep: 0.5"
+        + (f", method: {methods[-1]}" if len(methods) > 1 else "")
     )
     return Group(table, Text(note))
 

@@ -95,6 +95,11 @@ def contestants(keep: float) -> dict[str, tuple[str | None, Options, list[Option
         "factorize, mostly distilled": ("Factorize", factorize, [MOSTLY, HIDDEN]),
         "narrowed, distilled": ("Factorize", factorize | NARROWED, [LOGITS, HIDDEN]),
         "auto, distilled": ("Factorize", factorize | NARROWED | AUTO, [LOGITS, HIDDEN]),
+        "auto in steps, distilled": (
+            "Factorize",
+            factorize | NARROWED | AUTO | {"at": ["epoch:2", "epoch:3"]},
+            [LOGITS, HIDDEN],
+        ),
         "lora": ("DSEE", {"keep": 1.0, "entries": 0}, []),
         "dsee": ("DSEE", {"keep": keep}, []),
         "dsee, heads": ("DSEE", {"keep": keep, "structure": "heads"}, []),
@@ -196,7 +201,9 @@ FIRST = {
 def dense_phase(task: str, seed: int, keep: float, name: str) -> Path | None:
     """The checkpoint after the dense epochs, if this contestant has them and another ran them."""
     callback, options, _ = contestants(keep)[name]
-    if callback and (options.get("at") != "epoch:2" or "embedding" in options):
+    first = options.get("at")
+    first = first[0] if isinstance(first, list) else first
+    if callback and (first != "epoch:2" or "embedding" in options):
         return None  # tokens are counted in the second epoch
     kind = callback if callback and "narrow_blocks" not in options else "narrowed"
     for other in (0.05, 0.1, 0.2):

@@ -133,6 +133,32 @@ def test_a_curve_may_be_measured_on_the_validation_data(
     assert re.sub(strip, "", again) == re.sub(strip, "", shown)
 
 
+def test_several_methods_are_measured_side_by_side(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the same batches; what a method loses is what it loses when it is measured alone."""
+    shown = {}
+    for methods in ("[drone,asvd]", "[drone]", "[asvd]"):
+        options = ["--curve=2", f"--measure={methods}", f"--plot={methods}.svg"]
+        assert main(["plan", *arguments, *options]) == 0
+        shown[methods] = capsys.readouterr().out
+    both = re.findall(r"^ (0\.\d+) +(drone|asvd) +(.*?) +\d+\.\d\d ×", shown["[drone,asvd]"], re.M)
+    alone = {
+        name: re.findall(r"^ (0\.\d+) +(.*?) +\d+\.\d\d ×", shown[methods], re.M)
+        for name, methods in (("drone", "[drone]"), ("asvd", "[asvd]"))
+    }
+    for name, rows in alone.items():
+        assert len(rows) > 3
+        beside = [(keep, row) for keep, one, row in both if one == name]
+        assert [(keep, row.split()) for keep, row in beside] == [
+            (keep, row.split()) for keep, row in rows
+        ]
+    assert [keep for keep, *_ in both] == sorted((keep for keep, *_ in both), reverse=True)
+    assert "keep: 0.5, method: asvd" in " ".join(shown["[drone,asvd]"].split())
+    drawn = Path("[drone,asvd].svg").read_text(encoding="utf-8")
+    assert drawn.count("<!-- drone -->") == drawn.count("<!-- asvd -->") == 1
+
+
 def test_a_curve_is_of_the_weights_of_a_checkpoint_and_leaves_them_alone(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -159,6 +185,11 @@ def test_a_curve_is_of_the_weights_of_a_checkpoint_and_leaves_them_alone(
     [
         (["--curve=0"], "curve: expected a number of training batches from 1"),
         (["--measure=true"], "measure: expected --curve beside it, the number of training bat"),
+        (
+            ["--curve=1", "--measure=[kfac,dron]"],
+            "measure: expected true, or methods of svd, fwsvd, asvd, drone, row_fisher, kfac, "
+            "weighted_kfac; got 'dron'; nearest: 'drone'",
+        ),
         (["--ckpt_path=none.ckpt"], "none.ckpt cannot be read as a checkpoint"),
     ],
 )

@@ -83,3 +83,14 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_observed() -> 
     settings = {"targets": ["*"], "keep": 0.5, "solve_device": "xpu:7"}
     with pytest.raises(PlatformError, match=r"solve_device='xpu:7': torch finds no such device"):
         compress(model, [], lambda *_: torch.zeros(()), **settings)
+
+
+def test_another_method_shares_ranks_out_as_it_does_by_default() -> None:
+    narrowed = Settings(allocation="global", narrow_blocks=True, keep=0.5)
+    assert narrowed.of_method("kfac") is narrowed
+    other = narrowed.of_method("row_fisher")
+    assert (other.method, other.spread, other.narrow_blocks) == ("row_fisher", "global", True)
+    plain = narrowed.of_method("drone")  # which knows no predicted loss
+    assert (plain.method, plain.spread, plain.narrow_blocks) == ("drone", "uniform", False)
+    with pytest.raises(SettingError, match="drone"):
+        narrowed.of_method("dron")

@@ -7,9 +7,9 @@ from lrcompress.report.plots import measured_curve_figure
 from lrcompress.report.tables import loss_curves_table, measured_curve_table
 
 FOUND = [
-    MeasuredKeep(1.0, 1.0, 22_715_526, 0.0, {"val_loss": 0.5, "acc": 0.9}, 2.0),
-    MeasuredKeep(0.5, 0.496, 17_400_000, 0.02, {"val_loss": 0.55, "acc": 0.88}, 1.0),
-    MeasuredKeep(0.1, 0.098, 13_200_000, None, {"val_loss": 0.9}, 0.5),
+    MeasuredKeep("kfac", 1.0, 1.0, 22_715_526, 0.0, {"val_loss": 0.5, "acc": 0.9}, 2.0),
+    MeasuredKeep("kfac", 0.5, 0.496, 17_400_000, 0.02, {"val_loss": 0.55, "acc": 0.88}, 1.0),
+    MeasuredKeep("kfac", 0.1, 0.098, 13_200_000, None, {"val_loss": 0.9}, 0.5),
 ]
 
 
@@ -36,6 +36,18 @@ def test_each_figure_is_drawn_over_keep_beside_the_model_as_it_is() -> None:
     assert list(curve.get_ydata()) == [0.5, 0.55, 0.9]  # type: ignore[arg-type]
     assert list(dense.get_ydata()) == [0.5, 0.5]  # type: ignore[arg-type]
     assert list(accuracy.lines[0].get_xdata()) == [1.0, 0.5]  # type: ignore[arg-type]
+
+
+def test_several_methods_stand_below_each_other_and_in_one_picture() -> None:
+    other = [MeasuredKeep("svd", 0.5, 0.5, 17_400_000, None, {"val_loss": 0.7, "acc": 0.6}, 1.0)]
+    lines = shown(measured_curve_table([*FOUND, *other], "kfac, svd"))
+    rows = [line.split()[:2] for line in lines if line.startswith((" 1 ", " 0."))]
+    assert rows == [["1", "22.7"], ["0.5", "kfac"], ["0.5", "svd"], ["0.1", "kfac"]]
+    loss, _ = measured_curve_figure([*FOUND, *other]).axes
+    kfac, svd, _ = loss.lines
+    assert list(kfac.get_ydata()) == [0.5, 0.55, 0.9]  # type: ignore[arg-type]
+    assert list(svd.get_ydata()) == [0.5, 0.7]  # type: ignore[arg-type]
+    assert {kfac.get_label(), svd.get_label()} == {"kfac", "svd"}
 
 
 def test_what_is_not_predicted_shows_its_error() -> None:
