@@ -33,7 +33,8 @@ class ShardedProcesses(Processes):
     """Processes that each hold some rows of every parameter.
 
     A layer is gathered by all and worked on by its owner. While layers are solved no process
-    holds more than two full weights; while they are replaced, one with its optimizer state.
+    holds more than two full weights; while they are replaced, one with its optimizer state, or the
+    two or three of a feed-forward block that is narrowed.
     """
 
     sharded: ClassVar[bool] = True
@@ -95,6 +96,7 @@ class _UnshardedLayer:
     def __init__(self, layer: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         self.layer, self.optimizers = layer, optimizers
         self.group: Any = None
+        self.policy: Any = None
         self.place = 0
         self.parts: list[tuple[nn.Module, str, DTensor]] = []
 
@@ -103,6 +105,7 @@ class _UnshardedLayer:
             group, manager = owners[id(parameter)]
             if self.group is None:
                 self.group, self.place = group, group.fsdp_params.index(manager)
+            self.policy = self.policy or manager.mp_policy
             group.fsdp_params.remove(manager)
             manager._post_load_hook_handle.remove()  # which would keep the old layer alive
             self.parts.append((module, key, parameter))
@@ -118,7 +121,7 @@ class _UnshardedLayer:
             for key, whole in list(module._parameters.items()):
                 if whole is None or isinstance(whole, DTensor):
                     continue
-                manager = _make_fsdp_param(self.group, module, key, whole)
+                manager = _make_fsdp_param(self.group, self.policy, module, key, whole)
                 manager._param_fqn = f"{path}.{key}"
                 made.append(manager)
                 sharded = _state_sharder(manager)
@@ -131,7 +134,7 @@ class _UnshardedLayer:
                 module._parameters[key] = parameter  # type: ignore[assignment]
         if made:
             self.group.fsdp_params[self.place : self.place] = made
-            _renew_state_dict_hooks(self.group)
+            _renew(self.group)
 
 
 def _sharded_in(
@@ -313,25 +316,26 @@ def _fsdp_params(model: nn.Module) -> FSDPParams:
     }
 
 
-def _make_fsdp_param(group: Any, module: nn.Module, key: str, whole: Tensor) -> Any:
+def _make_fsdp_param(group: Any, policy: Any, module: nn.Module, key: str, whole: Tensor) -> Any:
     """Shard a parameter in place, as one of a unit."""
-    manager = FSDPParam(
+    return FSDPParam(
         whole,  # type: ignore[arg-type]
         ParamModuleInfo(module, key),
         group.mesh_info,
         group.post_forward_mesh_info,
         group.device,
         None,
-        group.mp_policy,
+        policy,
         group.offload_policy,
     )
-    if group._reset_sharded_params:  # the group is initialised, and will not be again
-        manager.init_dtype_attrs(group.mp_policy)
-    return manager
 
 
-def _renew_state_dict_hooks(group: Any) -> None:
-    """Register a unit's state-dict hooks, which reshard it, at the modules it now has."""
+def _renew(group: Any) -> None:
+    """Let a unit work out anew what follows from its parameters and the modules that hold them.
+
+    Its data types, the order in which gradients are reduced (torch 2.15 on), and the state-dict
+    hooks, which reshard it.
+    """
     every = (
         group._module_to_pre_save_state_dict_hook_handle,
         group._module_to_pre_load_state_dict_hook_handle,
@@ -341,7 +345,7 @@ def _renew_state_dict_hooks(group: Any) -> None:
             handle.remove()
         handles.clear()
     if group._reset_sharded_params:
-        group._register_state_dict_hooks()
+        group.lazy_init()
 
 
 # Checks

@@ -175,7 +175,10 @@ class Swish2(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("inner", "why"),
     [
-        (lambda n, x: n.down(nn.functional.relu_(n.up(x))), "an operation in place, by which"),
+        (
+            lambda n, x: n.down(nn.functional.relu_(n.up(x).view(-1, 10))),
+            "an operation in place, by which",
+        ),
         (lambda n, x: n.down(Swish2.apply(n.up(x))), "Swish2, by which its inputs are made"),
         (lambda n, x: n.down(n.up(x).softmax(-1)), "Softmax, by which its inputs are made"),
         (lambda n, x: n.down(n.norm(n.up(x)).relu()), "NativeLayerNorm, by which its inputs"),
