@@ -35,6 +35,7 @@ def docstring_splits(
 ) -> dict[str, list[tuple[str, str]]]:
     """Return pairs ``(text, library)`` for every split, equally many of each library.
 
+    Where a library has fewer in one split, but at least half of its part, the others give more.
     The files are parsed, never imported. A folder's files all go to one split, and no text
     occurs twice, so that a text says little about those of other splits. The outcome depends
     on the installed versions only.
@@ -45,7 +46,8 @@ def docstring_splits(
 
     Raises:
         NoMatchError: if a library is not installed.
-        SettingError: if a library has too few docstrings.
+        SettingError: if a library has less than half of its part of a split, or all of them
+            together have too few.
 
     Cost:
         A few seconds for some thousand texts: no more files are parsed than needed.
@@ -53,6 +55,7 @@ def docstring_splits(
     mask = mask_pattern(libraries)
     seen: set[str] = set()
     splits: dict[str, list[tuple[str, str]]] = {split: [] for split in sizes}
+    rest: dict[str, dict[str, Iterator[str]]] = {split: {} for split in sizes}
     for i, library in enumerate(libraries):
         root = package_root(library)
         if root is None:
@@ -62,14 +65,37 @@ def docstring_splits(
             )
         for split, files in _share_out(root, sizes).items():
             wanted = sizes[split] // len(libraries) + (i < sizes[split] % len(libraries))
-            texts = list(islice(_fresh_texts(files, mask, seen), wanted))
-            if len(texts) < wanted:
-                raise SettingError(
-                    f"library {library!r} gave {len(texts)} of {wanted} docstrings to {split}: "
-                    f"lower {split}_size, or leave the library out of `libraries`"
-                )
+            every = rest[split][library] = _fresh_texts(files, mask, seen)
+            texts = list(islice(every, wanted))
+            if len(texts) < wanted / 2:
+                found = f"library {library!r} gave {len(texts)} of {wanted}"
+                raise SettingError(_too_few(split, found))
             splits[split] += [(text, library) for text in texts]
+    for split, size in sizes.items():
+        _fill_(splits[split], rest[split], size, split)
     return splits
+
+
+def _fill_(
+    texts: list[tuple[str, str]], rest: Mapping[str, Iterator[str]], size: int, split: str
+) -> None:
+    """Add what is missing, in turns from the libraries that have more.
+
+    Raises:
+        SettingError: if none has.
+    """
+    while missing := size - len(texts):
+        more = [(text, library) for library, every in rest.items() for text in islice(every, 1)]
+        if not more:
+            raise SettingError(_too_few(split, f"all libraries gave {len(texts)} of {size}"))
+        texts += more[:missing]
+
+
+def _too_few(split: str, found: str) -> str:
+    return (
+        f"{found} docstrings to {split}: lower {split}_size, or leave the library out of "
+        "`libraries`"
+    )
 
 
 def mask_pattern(libraries: Iterable[str]) -> re.Pattern[str]:

@@ -85,6 +85,19 @@ def test_says_which_library_has_too_little(libraries: list[str]) -> None:
         docstring_splits(libraries, {"train": 100, "val": 2, "test": 2})
 
 
+def test_what_one_library_lacks_the_others_give(libraries: list[str], tmp_path: Path) -> None:
+    sizes = {"train": 36, "val": 12, "test": 12}
+    make_library(tmp_path, "gammalib", folders=40)
+    rows = docstring_splits(["alphalib", "gammalib"], sizes)
+    assert {split: len(found) for split, found in rows.items()} == sizes
+    labels = [label for _, label in rows["train"]]
+    assert 9 <= labels.count("alphalib") < 18 < labels.count("gammalib")
+    assert len({text for text, _ in rows["train"]}) == 36
+    make_library(tmp_path, "deltalib", folders=12)
+    with pytest.raises(SettingError, match=r"all libraries gave \d+ of 36 docstrings to train"):
+        docstring_splits(["alphalib", "deltalib"], sizes)
+
+
 def test_finds_docstrings_of_modules_classes_and_methods() -> None:
     found = docstrings(MODULE.format(number=1, name="x", folder="y"))
     assert [text.split()[0] for text in found] == ["Module", "Shape", "Short."]
