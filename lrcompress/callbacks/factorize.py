@@ -23,7 +23,6 @@ from lrcompress.engine.compress import check_budget
 from lrcompress.engine.factored_layers import store_pivoted_
 from lrcompress.engine.kronecker_shapes import check_layers
 from lrcompress.engine.latency import check_unsharded, choose_and_install_
-from lrcompress.engine.narrow_blocks import check_sharding
 from lrcompress.engine.refit import check_whole
 from lrcompress.engine.settings import Settings, check_present
 from lrcompress.errors import PlatformError, SettingError
@@ -73,7 +72,7 @@ class Factorize(AutoKeepCallback):
         narrow_blocks: Let feed-forward blocks keep some of their inner features in place of ranks,
             where that is predicted to lose less: their layers become narrower dense ones, and
             what reads the features is solved anew. Blocks are found in the graph of the first
-            step that is looked at; for methods that know the predicted loss, and not under FSDP2.
+            step that is looked at; for methods that know the predicted loss.
             With ``"low_rank"`` what is left of their layers may have low rank besides.
         storage: What a low-rank matrix ends as: ``balanced`` factors of ``rank·(out + in)``
             parameters, or ``pivoted`` rows: ``rank`` rows and how the others follow from them,
@@ -357,8 +356,6 @@ class Factorize(AutoKeepCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if any(one.narrow_blocks for one in self.settings):
-            check_sharding(self._processes)
         latency = self.settings[0].latency
         if self.sampling.refit_tokens:
             (check_whole if latency is None else check_unsharded)(self._processes)

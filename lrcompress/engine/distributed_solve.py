@@ -225,17 +225,35 @@ def solve_layers(
             own[name] = one if kept else replace(one, truncation=None)
         return solved
 
-    # rounds wait for each other: only where layers have to be gathered, one of each process
-    for turn in processes.rounds(owner) if processes.sharded else [names]:
-        for part in processes.run_on_all(partial(work, _weights(model, turn, owner, processes))):
+    for turn in turns({name: owner[name] for name in names}, processes):
+        weights = own_weights(model, turn, owner, processes)
+        for part in processes.run_on_all(partial(work, weights)):
             found |= part
     return Solutions(processes, owner, own, {name: found[name] for name in names}, of_layer)
 
 
-def _weights(
+def turns(owner: Mapping[str, int], processes: Processes) -> list[list[str]]:
+    """Return layers in the turns in which they are solved, from the process of each.
+
+    All at once where parameters are whole. Where layers have to be gathered, round by round, since
+    rounds wait for each other: one layer of each process.
+    """
+    return processes.rounds(owner) if processes.sharded else [[*owner]]
+
+
+def own_weights(
     model: nn.Module, turn: Sequence[str], owner: Mapping[str, int], processes: Processes
 ) -> dict[str, Callable[[], Tensor]]:
-    """Return what gives the weights of this process's layers; of factored ones, multiplied out."""
+    """Return what gives the weights of this process's layers; of factored ones, multiplied out.
+
+    A collective call where parameters are sharded; then the weights are whole, and are held.
+
+    Args:
+        model: whose layers they are.
+        turn: names of layers.
+        owner: which process solves a layer.
+        processes: the processes.
+    """
     found: dict[str, Callable[[], Tensor]] = {}
     for name in turn:
         with processes.gathered(model, name):
@@ -351,7 +369,7 @@ def _install_(
     reached: dict[str, tuple[float, float]] = {}
     for turn in solutions.rounds(ranks):
         again = [name for name in turn if solutions.measured[name].first]
-        weights = _weights(model, again, solutions.owner, processes)
+        weights = own_weights(model, again, solutions.owner, processes)
         found: dict[str, Found] = {}
         work = partial(_cut, solutions, turn, ranks, weights, found)
         for part_reached in processes.run_on_all(work):

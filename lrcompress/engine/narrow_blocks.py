@@ -1,8 +1,8 @@
 """Narrow feed-forward blocks: solve, and replace their layers by narrower ones."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lrcompress.budget import Candidate, match_bounds
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.block_budget import RankedWidth
-from lrcompress.engine.distributed_solve import broadcast_layers_
+from lrcompress.engine.distributed_solve import broadcast_layers_, own_weights, turns
 from lrcompress.engine.narrow_low_rank import NarrowedRanks, Problems, solve_ranks
 from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.settings import LOW_RANK, Settings
@@ -200,7 +200,9 @@ class SolvedBlocks:
         if not records:
             yield records
             return
-        with all_or_nothing(self.model, records, optimizers):
+        # where parameters are sharded, a block that was open cannot be put back
+        sharded = self.processes.sharded
+        with nullcontext() if sharded else all_or_nothing(self.model, records, optimizers):
             asked = {down: k for down, k in widths.items() if k is not None}
             kept = self._narrow_(asked, optimizers)
             inner = self.low_rank(asked, ranks)
@@ -237,10 +239,22 @@ class SolvedBlocks:
     ) -> dict[str, Tensor]:
         """Narrow blocks, and return which of the features that there were are left."""
         left: dict[str, Tensor] = {}
+        fewer = [down for down, k in asked.items() if k < self.features(down)[0]]
+        for turn in [[down] for down in fewer] if self.processes.sharded else [fewer]:
+            layers = [name for down in turn for name in self.blocks[down].names]
+            with self.processes.unsharded(self.model, layers, optimizers):
+                left |= self._narrow_whole_({down: asked[down] for down in turn}, optimizers)
+        return left
+
+    def _narrow_whole_(
+        self, asked: Mapping[str, int], optimizers: Sequence[Optimizer]
+    ) -> dict[str, Tensor]:
+        """Narrow blocks whose parameters are whole."""
+        left: dict[str, Tensor] = {}
         found: dict[str, tuple[Narrowed, Tensor | None]] = {}
 
         def solve() -> dict[str, list[int]]:
-            for down in (x for x, k in asked.items() if x in self.own and k < self.features(x)[0]):
+            for down in (name for name in asked if name in self.own):
                 weight, metric = self.ranks.problems.of(down)
                 one = self.own[down].solved(weight, metric.input, asked[down])
                 found[down] = one, metric.mean
@@ -339,7 +353,7 @@ def solve_blocks(
         track: yields the blocks of this process while they are solved.
 
     Raises:
-        SettingError: if parameters are sharded, or no blocks were looked for.
+        SettingError: if no blocks were looked for.
         LayerError: if a layer is narrower already and in none of the blocks.
         ObservationError: if a statistic that the method needs is missing.
         NotFiniteError: if a weight or a statistic holds a NaN or an infinity.
@@ -349,7 +363,6 @@ def solve_blocks(
     """
     if not settings.narrow_blocks:
         return SolvedBlocks(model, NarrowedRanks(Problems(model, statistics, settings)))
-    check_sharding(processes)
     blocks = processes.run_on_first(lambda: blocks)
     if blocks is None:
         raise SettingError(
@@ -367,10 +380,10 @@ def solve_blocks(
     problems = Problems(model, statistics, settings)
     own: dict[str, Narrowings] = {}
 
-    def work() -> dict[str, BlockSummary]:
+    def work(weights: dict[str, Callable[[], Tensor]]) -> dict[str, BlockSummary]:
         told = {}
-        for down in track([x for x in chosen if whose[x] == processes.index], "solving"):
-            weight, one = problems.of(down)
+        for down in track(list(weights), "solving"):
+            weight, one = problems.of(down, weight=weights.pop(down)())
             with noted_retries() as retries:
                 own[down] = narrowings(weight, one.output, one.input)
             note = "; ".join(filter(None, (one.note, *retries)))
@@ -380,8 +393,10 @@ def solve_blocks(
         return told
 
     measured: dict[str, BlockSummary] = {}
-    for part in processes.run_on_all(work):
-        measured |= part
+    for turn in turns({down: whose[down] for down in chosen}, processes):
+        weights = own_weights(model, turn, whose, processes)
+        for part in processes.run_on_all(partial(work, weights)):
+            measured |= part
     low_rank = settings.narrow_blocks == LOW_RANK
     ranks = solve_ranks(problems, chosen if low_rank else {}, own, whose, processes)
     alone = {name: f"its block is not narrowed: {why}" for name, why in blocks.left_alone.items()}
@@ -394,19 +409,6 @@ def _is_alike(model: nn.Module, block: Block) -> bool:
     replaced = [isinstance(model.get_submodule(x), Replacement) for x in block.names]
     narrow = [isinstance(model.get_submodule(x), PrunedLinear) for x in block.names]
     return not any(replaced) or all(narrow)
-
-
-def check_sharding(processes: Processes) -> None:
-    """Check that parameters are whole.
-
-    Raises:
-        SettingError: if each process has only a part of them.
-    """
-    if processes.sharded:
-        raise SettingError(
-            "narrow_blocks takes blocks apart, of whose layers each process has only a part under "
-            "FSDP2; leave it out, or use strategy='ddp'"
-        )
 
 
 @torch.no_grad()

@@ -1,14 +1,21 @@
 """Low rank on top of narrowed blocks: what it would lose, and the layers that have it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrcompress.budget import Candidate, cost, match_bounds, pivoted_costs
 from lrcompress.distributed import Processes
-from lrcompress.engine.distributed_solve import Found, install_factors_, solve_layers
+from lrcompress.engine.distributed_solve import (
+    Found,
+    install_factors_,
+    own_weights,
+    solve_layers,
+    turns,
+)
 from lrcompress.engine.factored_layers import is_pivoted, put_factors
 from lrcompress.engine.settings import Settings
 from lrcompress.linalg import double, whitening
@@ -56,19 +63,23 @@ class Problems:
     statistics: Statistics
     settings: Settings
 
-    def of(self, name: str, statistics: Statistics | None = None) -> tuple[Tensor, Metric]:
+    def of(
+        self, name: str, statistics: Statistics | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor, Metric]:
         """Return the weight and the metric of a layer.
 
         Args:
             name: of the layer.
             statistics: of what is left of it; by default of all.
+            weight: of the layer, in full; by default as it has it.
 
         Raises:
             ObservationError: if a statistic that the method needs is missing.
             NotFiniteError: if a statistic holds a NaN or an infinity.
         """
         layer = view(self.model.get_submodule(name))
-        weight, settings = layer.weight.to(self.settings.solve_device), self.settings
+        settings = self.settings
+        weight = (layer.weight if weight is None else weight).to(settings.solve_device)
         return weight, metric_of(
             settings.method,
             statistics or self.statistics,
@@ -80,7 +91,11 @@ class Problems:
 
 
 def rank_curves(
-    problems: Problems, name: str, kept: Mapping[int, Tensor], reads: Narrowings | None
+    problems: Problems,
+    name: str,
+    kept: Mapping[int, Tensor],
+    reads: Narrowings | None,
+    weight: Tensor | None = None,
 ) -> dict[int, Tensor]:
     """Return what each rank saves of a layer whose block is narrowed, by the width of the block.
 
@@ -89,6 +104,7 @@ def rank_curves(
         name: of one of them.
         kept: the inner features that are left, by their number.
         reads: the narrowings of the layer, if it is the one that reads the features.
+        weight: of the layer, in full; by default as it has it.
 
     Returns:
         ``(min(out, in),)`` falling, in predicted loss as far as the metric knows it.
@@ -97,14 +113,14 @@ def rank_curves(
         For every width that of solving for it, and the eigenvalues of a square matrix of what the
         layer's side that stays has; one root of the metric of that side.
     """
-    weight, metric = problems.of(name)
+    weight, metric = problems.of(name, weight=weight)
     apply, _ = whitening(metric.input if reads is None else metric.output, FLOOR)
     whole = apply(double(weight).mT) if reads is None else None  # (W Q)ᵀ
     found = {}
     for k, features in kept.items():
         rows, columns = ({name: features}, {}) if reads is None else ({}, {name: features})
         own = NarrowedStatistics(whole=problems.statistics, rows=rows, columns=columns)
-        _, left = problems.of(name, own)
+        _, left = problems.of(name, own, weight)
         if whole is not None:
             curve = rank_energies(whole[:, features.to(whole.device)], left.output)
         else:
@@ -242,17 +258,21 @@ def solve_ranks(
     for part in processes.run_on_all(told) if blocks else ():
         kept |= part
 
-    def work() -> dict[str, dict[int, Tensor]]:
-        names = {name: down for down, block in blocks.items() for name in block.names}
-        mine = {name: down for name, down in names.items() if owner[name] == processes.index}
-        return {
-            name: rank_curves(problems, name, kept[down], own[down] if name == down else None)
-            for name, down in mine.items()
-        }
+    block_of = {name: down for down, block in blocks.items() for name in block.names}
+
+    def work(weights: dict[str, Callable[[], Tensor]]) -> dict[str, dict[int, Tensor]]:
+        found = {}
+        for name, weight in weights.items():
+            down = block_of[name]
+            reads = own[down] if name == down else None
+            found[name] = rank_curves(problems, name, kept[down], reads, weight())
+        return found
 
     found: dict[str, dict[int, Tensor]] = {}
-    for part in processes.run_on_all(work) if blocks else ():
-        found |= part
+    for turn in turns({name: owner[name] for name in block_of}, processes):
+        weights = own_weights(problems.model, turn, owner, processes)
+        for part in processes.run_on_all(partial(work, weights)):
+            found |= part
     curves = {
         down: {k: {name: found[name][k] for name in block.names} for k in kept[down]}
         for down, block in blocks.items()

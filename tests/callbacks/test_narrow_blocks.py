@@ -159,13 +159,6 @@ def test_two_processes_end_alike_and_as_one_would(
             torch.testing.assert_close(one["model"][key], value, rtol=5e-3, atol=5e-4)
 
 
-def test_sharded_parameters_are_refused_before_the_first_step(
-    tagger: Make, loader: Make, trainer: Make, sharding: Any
-) -> None:
-    with pytest.raises(SettingError, match="narrow_blocks takes blocks apart, of whose layers"):
-        trainer(eval(MADE), strategy=sharding).fit(tagger(), loader())
-
-
 def test_layers_cannot_be_measured_alone() -> None:
     with pytest.raises(SettingError, match="measure_layers=True puts dense layers back one by one"):
         lrcompress.Factorize(keep=0.5, narrow_blocks=True, measure_layers=True)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lrcompress.engine.narrow_blocks
-from lrcompress.distributed import Processes
 from lrcompress.engine.compress import compress, factor_, preview
-from lrcompress.engine.narrow_blocks import BlockSummary, check_sharding, put_pruned_
+from lrcompress.engine.narrow_blocks import BlockSummary, put_pruned_
 from lrcompress.engine.observation import observe
 from lrcompress.engine.settings import Settings
 from lrcompress.errors import LayerError, SettingError
@@ -321,14 +320,6 @@ def test_pivoted_rows_and_narrow_blocks_share_one_budget(keep: float) -> None:
 def test_settings_that_exclude_it_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Settings(keep=0.5, narrow_blocks=True, **settings)
-
-
-def test_sharded_parameters_are_refused() -> None:
-    class Sharded(Processes):
-        sharded = True
-
-    with pytest.raises(SettingError, match=r"under FSDP2; leave it out, or use strategy='ddp'"):
-        check_sharding(Sharded())
 
 
 def test_blocks_have_to_be_given() -> None:
