@@ -201,9 +201,7 @@ FIRST = {
 def dense_phase(task: str, seed: int, keep: float, name: str) -> Path | None:
     """The checkpoint after the dense epochs, if this contestant has them and another ran them."""
     callback, options, _ = contestants(keep)[name]
-    first = options.get("at")
-    first = first[0] if isinstance(first, list) else first
-    if callback and (first != "epoch:2" or "embedding" in options):
+    if callback and (options.get("at") != "epoch:2" or "embedding" in options):
         return None  # tokens are counted in the second epoch
     kind = callback if callback and "narrow_blocks" not in options else "narrowed"
     for other in (0.05, 0.1, 0.2):
