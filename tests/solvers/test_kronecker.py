@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
 from lrcompress.solvers import alternating
@@ -292,6 +293,42 @@ def test_no_shape_takes_more_than_the_budget_and_none_is_of_rank_one(metric: boo
         assert torch.linalg.matrix_rank(torch.kron(a, b)) > 1
     assert nearest_shape(weight, 20) is None
     assert nearest_shape(weight, 200, terms=30) is None
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_the_shape_is_the_best_of_those_that_fit_with_so_many_terms(
+    terms: int, scale: float
+) -> None:
+    weight = scale * randn(12, 18)
+    for budget in range(60, 200, 20):
+        ends = {}
+        for m1, n1 in product(divisors(12), divisors(18)):
+            other = 12 // m1, 18 // n1
+            work = terms * min(multiply_adds((m1, n1), other))
+            fits = terms * (m1 * n1 + other[0] * other[1]) <= budget
+            fits &= terms <= min(m1 * n1, other[0] * other[1]) and work <= min(216, 1.5 * budget)
+            if fits and torch.linalg.matrix_rank(torch.kron(randn(m1, n1), randn(*other))) > 1:
+                ends[m1, n1] = kronecker_sums(weight, (m1, n1)).factors(terms).error, work
+        found = nearest_shape(weight, budget, terms=terms)
+        assert (found is None) == (not ends)
+        if found is not None:
+            assert ends[found][0] == pytest.approx(min(ends.values())[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((2, 4), (3, 5)), ((7, 1), (2, 3)), ((1, 5), (4, 2))]
+)
+def test_multiply_adds_are_those_of_both_orders(
+    first: tuple[int, int], second: tuple[int, int]
+) -> None:
+    a, b, x = randn(*first), randn(*second), randn(first[1], second[1])
+    counted = []
+    for apply in (lambda: (a @ x) @ b.mT, lambda: a @ (x @ b.mT)):
+        with FlopCounterMode(display=False) as flops:
+            apply()
+        counted.append(flops.get_total_flops() // 2)
+    assert multiply_adds(first, second) == tuple(counted)
 
 
 def test_bad_input_is_told() -> None:
