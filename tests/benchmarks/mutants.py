@@ -29,9 +29,11 @@ from mutmut.runners.harness import PytestRunner
 from mutmut.state import state
 from mutmut.stats import status_by_exit_code
 from mutmut.utils.file_utils import change_cwd
+from mutmut.workers.isolation import ForkRunner
 
 skips = file_mutation.MutationVisitor._skip_node_and_children
 arrangement = file_mutation.function_trampoline_arrangement
+startup, shutdown = ForkRunner.startup, ForkRunner.shutdown
 TIMEOUT = 36  # what mutmut reads an exit code as
 
 
@@ -94,7 +96,7 @@ class Impatience:
 
 def collected(runner: Any) -> Any:
     """Return a session of pytest with all tests; each change is tried in a fork of it."""
-    called = ["--rootdir=.", "-q", "-o", "tmp_path_retention_policy=none"]
+    called = ["--rootdir=.", "-q", "-o", "tmp_path_retention_policy=none", "--basetemp=temporary"]
     called += [*runner._pytest_add_cli_args, *runner._pytest_add_cli_args_test_selection]
     with redirect_stdout(Path(os.devnull).open("w")):
         settings = _prepareconfig(called, [Impatience()])
@@ -123,11 +125,30 @@ def run_collected(runner: Any, *, mutant_name: str | None, tests: Any) -> int:
     return 0
 
 
+def check(runner: Any) -> None:
+    """Check that all tests pass in a fork without a change: some libraries do not outlive one."""
+    if not (child := os.fork()):
+        with Path(os.devnull).open("w") as sys.stdout:
+            os._exit(runner.test_runner.run_tests(mutant_name="", tests=[]))
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit("a test fails in a fork of this process, without a change")
+
+
+def start(runner: Any) -> None:
+    startup(runner)
+    check(runner)
+
+
+def end(runner: Any) -> None:
+    shutdown(runner)
+    check(runner)
+
+
 def main(module: str, *more: str) -> None:
     below = Path(module).relative_to("lrcompress")
     mirror = Path("tests") / below.with_name(f"test_{below.name}")
     config().only_mutate = [module]
-    config().pytest_add_cli_args_test_selection = [str(mirror), *more]
+    config().pytest_add_cli_args_test_selection = [str(mirror)] * mirror.exists() + [*more]
     shutil.rmtree("mutants", ignore_errors=True)
     mutmut._run((), max_children=1)
     results = json.loads((Path("mutants") / f"{module}.meta").read_text())["exit_code_by_key"]
@@ -142,6 +163,7 @@ if __name__ == "__main__":
     file_mutation.MutationVisitor._skip_node_and_children = skips_fewer
     file_mutation.function_trampoline_arrangement = decorated_arrangement
     PytestRunner.run_tests = run_collected
+    ForkRunner.startup, ForkRunner.shutdown = start, end
     at = next(
         i for i, (_, operator) in enumerate(mutation_operators) if operator is operator_string
     )
