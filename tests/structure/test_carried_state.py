@@ -86,7 +86,7 @@ def test_second_moments_are_no_less_than_squares_of_first_ones(
 ) -> None:
     """Of averages without their bias: divided by one less a power of the group's own beta."""
     first, second = names
-    betas = (0.9, 0.99)
+    betas = (0.9, 0.999)
     state: dict[str, Any] = {first: FIRST.clone(), second: SECOND.to(dtype)}
     state |= {} if step is None else {"step": torch.tensor(float(step))}
     least = FIRST.square()
@@ -109,7 +109,7 @@ def test_the_greatest_second_moments_are_raised_too() -> None:
 
 @pytest.mark.parametrize("alone", ["exp_avg", "exp_avg_sq", "square_avg"])
 def test_a_moment_alone_stays_as_it_is(alone: str) -> None:
-    for found in swapped({alone: SECOND}, {"betas": (0.9, 0.99)}):
+    for found in swapped({alone: SECOND}, {"betas": (0.9, 0.999)}):
         assert found[alone].equal(SECOND)
 
 
