@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.solvers.narrowing import narrowings
+from lrcompress.solvers.narrowing import _inverse, narrowings
 
 
 def problem(out: int, n: int, seed: int = 0, tokens: int = 200) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +116,20 @@ def test_features_that_are_one_another_share_what_they_tell(alike: int) -> None:
         )
         told = (one.weight - weight[:, one.kept]) * x[0, one.kept]
         torch.testing.assert_close(told, told[:, :1].expand(-1, k), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_moment_that_rounding_made_indefinite_is_inverted_above_a_floor(seed: int) -> None:
+    torch.manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    c = basis * torch.tensor([4.0, 2.0, 1.0, 0.5, 0.1, -1e-3]) @ basis.mT
+    inverse, scale = _inverse(c)
+    torch.testing.assert_close(scale, c.diagonal().rsqrt())
+    energies, directions = torch.linalg.eigh(c * scale * scale[:, None])
+    wanted = directions / energies.clamp(min=1e-6) @ directions.mT
+    torch.testing.assert_close(inverse, wanted, rtol=1e-3, atol=1e-3)
+    found = narrowings(torch.randn(4, 6), None, c)
+    assert found.losses.isfinite().all()
 
 
 def test_errors_are_relative_however_small_the_metric_is() -> None:

@@ -6,8 +6,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lrcompress.errors import LayerError
-from lrcompress.nn import LowRankLinear
-from lrcompress.statistics.views import is_linear, register, view
+from lrcompress.nn import LowRankEmbedding, LowRankLinear
+from lrcompress.statistics.views import (
+    is_embedding,
+    is_linear,
+    register,
+    stacked_matrices,
+    view,
+)
 
 
 def conv1d(in_features: int, out_features: int) -> nn.Module:
@@ -72,3 +78,31 @@ def test_a_type_that_is_registered_is_known(monkeypatch: pytest.MonkeyPatch) -> 
     register(Wrapped, lambda layer: view(nn.Linear(2, 3)))
     assert is_linear(Wrapped(2, 2))
     assert not is_linear(nn.Linear(2, 2))
+
+
+def test_a_table_that_is_registered_is_known_as_an_embedding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lrcompress.statistics.views._TABLES", {})
+    layer, other = LowRankEmbedding.in_place_of(nn.Embedding(5, 4), 2), nn.Embedding(5, 4)
+    assert not is_embedding(layer)
+    register(LowRankEmbedding, lambda _: view(other, table=True), table=True)
+    assert is_embedding(layer)
+    assert not is_linear(layer)
+    assert view(layer, table=True).parameters == (other.weight,)
+    assert view(other, table=True).weight.equal(other.weight)
+    with pytest.raises(LayerError, match="layer is a LowRankEmbedding; known"):
+        view(layer)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.zeros(3, n, 9 - n)) for n in (4, 5))
+        self.scale, self.gate = nn.Parameter(torch.zeros(3, 4)), nn.Linear(4, 3)
+
+
+def test_matrices_of_experts_are_told_with_the_reason_why_they_stay() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv1d(2, 2, 3), "moe": Experts(), "up": nn.Linear(2, 2)})
+    why = "it holds experts' matrices in 3-D parameters (up, down), not in layers"
+    assert stacked_matrices(model) == dict.fromkeys(("moe", "moe.up", "moe.down"), why)
