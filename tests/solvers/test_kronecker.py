@@ -12,6 +12,7 @@ from lrcompress.solvers import alternating
 from lrcompress.solvers.kronecker import (
     KroneckerFactors,
     KroneckerSums,
+    are_sizes,
     check_divides,
     divisors,
     kronecker_sums,
@@ -295,6 +296,32 @@ def test_no_shape_takes_more_than_the_budget_and_none_is_of_rank_one(metric: boo
     assert nearest_shape(weight, 200, terms=30) is None
 
 
+@pytest.mark.parametrize("sides", ["input", "output", "both"])
+@pytest.mark.parametrize("shape", [(6, 12), (12, 6), (8, 8)])
+def test_of_every_shape_what_is_lost_is_what_the_definition_says(
+    shape: tuple[int, int], sides: str
+) -> None:
+    weight = randn(*shape)
+    g = moment(shape[0]) if sides != "input" else None
+    c = moment(shape[1]) if sides != "output" else None
+    for first in product(*map(divisors, shape)):
+        found = kronecker_sums(weight, first, g, c)
+        for terms in {1, min(2, len(found.energies))}:
+            factors = found.factors(terms)
+            left = float(lost(weight - whole(factors), g, c))
+            assert factors.lost == pytest.approx(left, rel=1e-6, abs=1e-9), first
+            assert factors.error == pytest.approx(
+                (left / float(lost(weight, g, c))) ** 0.5, abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_a_metric_is_separable_whatever_its_scale(scale: float) -> None:
+    weight, near = randn(6, 12), torch.kron(moment(3), moment(4))
+    assert kronecker_sums(weight, (2, 3), None, scale * near).exact
+    assert not kronecker_sums(weight, (2, 3), None, scale * moment(12)).exact
+
+
 @pytest.mark.parametrize("terms", [1, 2, 3])
 @pytest.mark.parametrize("scale", [1e-3, 1.0])
 def test_the_shape_is_the_best_of_those_that_fit_with_so_many_terms(
@@ -343,6 +370,12 @@ def test_bad_input_is_told() -> None:
         kronecker_sums(weight, (0, 2))
     with pytest.raises(ShapeError, match=r"input metric must be \(12,\) or \(12, 12\)"):
         kronecker_sums(weight, (2, 3), None, torch.ones(6))
+    with pytest.raises(ShapeError, match=r"output metric must be \(6,\) or \(6, 6\)"):
+        kronecker_sums(weight, (2, 3), torch.ones(12))
+    with pytest.raises(ShapeError, match=r"^the first factor needs two whole sizes"):
+        check_divides("23", (6, 12))  # type: ignore[arg-type]
+    assert not any(map(are_sizes, (None, 6, "23", (2,), (2, 3, 1), (2, 0.5), (True, 2))))
+    assert all(map(are_sizes, ((2, 3), [1, 1])))
     with pytest.raises(NotFiniteError, match=r"weight holds 72 non-finite of 72"):
         kronecker_sums(weight / 0, (2, 3))
     for terms in (0, 7):

@@ -69,6 +69,7 @@ def test_another_type_is_named_with_those_that_are_known(layer: nn.Module) -> No
     known = "known layer types are Linear, LowRankLinear, NonDynamicallyQuantizableLinear, Conv1D"
     with pytest.raises(LayerError, match=f"net.0 is a {type(layer).__name__}; known") as caught:
         view(layer, "net.0")
+    assert "." not in str(caught.value).partition("known layer types are ")[2]
     for name in known.removeprefix("known layer types are ").split(", "):
         assert name in str(caught.value)
 
@@ -104,5 +105,19 @@ class Experts(nn.Module):
 
 def test_matrices_of_experts_are_told_with_the_reason_why_they_stay() -> None:
     model = nn.ModuleDict({"conv": nn.Conv1d(2, 2, 3), "moe": Experts(), "up": nn.Linear(2, 2)})
+    model["block"] = Wrapped(2, 2)  # it is in a module, which has none of its own
+    model["block"].inner = Experts()
     why = "it holds experts' matrices in 3-D parameters (up, down), not in layers"
-    assert stacked_matrices(model) == dict.fromkeys(("moe", "moe.up", "moe.down"), why)
+    paths = [f"{name}{end}" for name in ("moe", "block.inner") for end in ("", ".up", ".down")]
+    assert stacked_matrices(model) == dict.fromkeys(paths, why)
+
+
+class FSDPModule:
+    """Named as the class that FSDP2 puts before a layer's own."""
+
+
+def test_a_unit_of_fsdp2_answers_as_what_it_was() -> None:
+    unit = type("FSDPLinear", (FSDPModule, nn.Linear), {})(3, 2)
+    assert is_linear(unit)
+    assert view(unit).shape == (2, 3)
+    assert not is_linear(type("Other", (Wrapped, nn.Linear), {})(3, 2))
