@@ -126,7 +126,7 @@ def together(work: Callable[[Processes], Any], size: int = 3) -> list[Any]:
 
 def seen_by(number: int, layers: str) -> Statistics:
     """Layers of which each reads the tensor of the first of its letter's case."""
-    torch.manual_seed(number)
+    own = torch.Generator().manual_seed(number)  # threads share the other one
     found = Statistics(steps=number + 1, skipped=number, tokens=10 * number)
     for name in layers:
         found.source[name] = "a" if name.islower() else "A"
@@ -136,7 +136,7 @@ def seen_by(number: int, layers: str) -> Statistics:
         ):
             held[key] = Sums.zeros(shapes(kinds, 9, 5))
             for value in held[key].named_tensors().values():
-                value.copy_(torch.randint(0, 99, value.shape))
+                value.copy_(torch.randint(0, 99, value.shape, generator=own))
     return found
 
 
