@@ -181,6 +181,7 @@ def test_where_nothing_was_seen_only_steps_are_told() -> None:
         return mine
 
     assert together(work) == [Statistics(steps=2, tokens=6)] * 3
+    assert together(work, 2) == [Statistics(steps=1, tokens=4)] * 2
 
 
 def test_the_first_process_gets_all_and_the_others_nothing_is_left() -> None:
