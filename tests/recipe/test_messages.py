@@ -1,7 +1,9 @@
 """What messages about recipes say of values, types and names."""
 
+import sys
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Optional, Union
 
 import lightning as L
@@ -66,14 +68,21 @@ def test_subclasses_are_all_that_have_a_public_name() -> None:
     assert list(subclasses_of([])) == []
 
 
-def test_the_nearest_class_is_given_by_the_shortest_path_it_can_be_imported_by() -> None:
+def test_the_nearest_class_is_given_by_the_shortest_path_it_can_be_imported_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     here = KeepRanks.__module__
     assert nearest_class("some.where.KeepRank", (Base,)) == f"; nearest valid: {here}.KeepRanks"
     assert nearest_class("KeepRanks", (KeepRanks,)) == ""
-    near = nearest_class("torch.optim.Adamm", (torch.optim.Optimizer,))
-    assert "torch.optim.Adam" in near.removeprefix("; nearest valid: ").split(", ")
-    near = nearest_class("lightning.callbacks.EarlyStoping", (L.Callback,))
-    assert near.startswith("; nearest valid: lightning.pytorch.callbacks.EarlyStopping")
+    root, own = type("Root", (), {}), "outer.inner.deep"
+    made = type("Made", (root,), {"__module__": own})
+    for name in ("outer", "outer.inner", own):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for holder in (own, "outer.inner"):
+        setattr(sys.modules[holder], "Made", made)  # noqa: B010
+        assert nearest_class("outer.Mode", (root,)) == f"; nearest valid: {holder}.Made"
+    setattr(sys.modules["outer"], "Made", root)  # noqa: B010
+    assert nearest_class("outer.Mode", (root,)) == "; nearest valid: outer.inner.Made"
 
 
 @pytest.mark.parametrize(
