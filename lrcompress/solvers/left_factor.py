@@ -28,11 +28,11 @@ class Normal:
         weight: ``(out, in)`` of the dense layer.
         reader: ``R (rank, in)``, or ``(rank,)`` int64: which of the inputs are read.
         anchor: ``β``, how much of the target comes from the dense model's inputs.
-    X
-        cross: ``Σ t zᵀ`` ``(in, rank)``.
-        read: ``Σ z`` ``(rank,)``.
-        wanted: ``Σ t`` ``(in,)``.
-        count: tokens, ``(1,)``.
+        gram: ``Σ z zᵀ`` ``(2, rank, rank)``, of even and of odd batches, as all that follows.
+        cross: ``Σ t zᵀ`` ``(2, in, rank)``.
+        read: ``Σ z`` ``(2, rank)``.
+        wanted: ``Σ t`` ``(2, in)``.
+        count: tokens, ``(2,)``.
     """
 
     weight: Tensor
@@ -109,7 +109,7 @@ class Normal:
             raise NotFiniteError("what it reads holds a NaN or an infinity")
         whole, before = double(self.weight), double(left).to(double(self.weight))
         halves = [self._residual(part, whole, before, bias) for part in (slice(1), slice(1, 2))]
-        ridge = _best_ridge(halves, self._rounding) if bool((self.count > 0).all()) else 0.0
+        ridge = _best_ridge(halves, self._rounding)
         gram, residual = self._residual(slice(None), whole, before, bias)
         scale, energies, basis = _scaled(gram, self._rounding)
         step = (residual * scale) @ (basis * _damped(energies, ridge)) @ (basis.mT * scale)
@@ -163,7 +163,10 @@ def _damped(energies: Tensor, ridge: float) -> Tensor:
 
 
 def _best_ridge(halves: Sequence[tuple[Tensor, Tensor]], rounding: float) -> float:
-    """Return the ridge by which a step that one half gives loses least on the other."""
+    """Return the ridge by which a step that one half gives loses least on the other.
+
+    Where one is empty all lose nothing, and it is the first.
+    """
     lost = torch.zeros(len(RIDGES), dtype=torch.float64)
     for (gram, residual), (other, its) in (halves, halves[::-1]):
         scale, energies, basis = _scaled(gram, rounding)

@@ -386,7 +386,7 @@ class Statistics:
         """
         read, theirs = (x.source or {name: name for name in x.outputs} for x in (self, other))
         if read and theirs and read != theirs:
-            name = min(set(read.items()) ^ set(theirs.items()), key=str)[0]
+            name = min(set(read.items()) ^ set(theirs.items()))[0]
             raise ObservationError(
                 f"statistics of different layers cannot be merged: {name!r} reads the tensor of "
                 f"{read.get(name)!r} here and of {theirs.get(name)!r} there"

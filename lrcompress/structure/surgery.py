@@ -118,16 +118,13 @@ def _left_behind(layer: nn.Module) -> list[str]:
     added = [key for key in held if key not in own and not key.startswith("_")]
     found = [f"its attribute {key!r}" for key in added]
     hooks = [*held["_state_dict_hooks"].values(), *held["_load_state_dict_pre_hooks"].values()]
-    if any(not _origin(hook).startswith("torch.distributed.") for hook in hooks):  # not FSDP2's
+    origins = [str(getattr(hook, "__module__", None)) for hook in hooks]
+    if any(not origin.startswith("torch.distributed.") for origin in origins):  # not FSDP2's
         found.append("hooks of its state dict")
     weight = view(layer, table=True).parameters[0]
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         found.append("hooks of its weight's gradient")
     return found
-
-
-def _origin(hook: Any) -> str:
-    return getattr(getattr(hook, "hook", hook), "__module__", "") or ""
 
 
 Carry = Callable[[Sequence[Tensor], bool], list[Tensor]]

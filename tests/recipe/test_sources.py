@@ -47,6 +47,64 @@ def merged(old: Any, new: Any) -> Any:
     return new
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_options_may_be_short_apart_from_their_values_and_in_any_order(here: Path) -> None:
+    Path("one.yaml").write_text("a: {b: 1}")
+    assert read("-c", "one.yaml", "--a.c", "x", "--print_config", "--d=y") == {
+        "a": {"b": 1, "c": "x"},
+        "d": "y",
+    }
+    recipe = Recipe(["stray", "--a", "--b=1", "word"])
+    assert plain(recipe.root) == {"b": "1"}
+    assert recipe.faults == [
+        "command line: expected --key=value, found 'stray'",
+        "command line: a: expected a value, found none",
+        "command line: expected --key=value, found 'word'",
+    ]
+
+
+def test_a_section_may_be_a_file_and_a_value_further_in_is_none(here: Path) -> None:
+    Path("part.yml").write_text("b: 1")
+    Path("one.yaml").write_text("a: part.yml\nc: {d: part.yml}")
+    assert read("--config=one.yaml") == {"a": {"b": 1}, "c": {"d": "part.yml"}}
+    assert read("--a=part.yml", "--c.d=part.yml") == {"a": {"b": 1}, "c": {"d": "part.yml"}}
+    recipe = Recipe(["--x=1", "--a=none.yml"])
+    assert plain(recipe.root) == {"x": "1"}
+    assert recipe.complete is False
+    assert recipe.faults[0].startswith("none.yml: expected a file, found none")
+
+
+def test_a_key_written_twice_is_found_wherever_it_stands(here: Path) -> None:
+    Path("one.yaml").write_text("a:\n- x: {y: 1,\n    y: 2}\nb: {c: 1}\nb: 2")
+    assert Recipe(["--config=one.yaml"]).faults == [
+        "one.yaml:3: a[0].x.y: expected once, found again after line 2",
+        "one.yaml:5: b: expected once, found again after line 4",
+    ]
+
+
+def test_what_is_appended_grows_a_list_whatever_was_there() -> None:
+    assert read("--a+=x") == {"a": ["x"]}
+    assert read("--a=x", "--a+=y", "--a+=[u, v]") == {"a": ["x", "y", "u", "v"]}
+    assert read("--a=[{b: 1}, {b: 2}]", "--a.c=3", "--a+={b: 4}") == {
+        "a": [{"b": 1}, {"b": 2, "c": "3"}, {"b": 4}]
+    }
+
+
+def test_a_class_is_given_by_its_path_alone_and_options_below_it_are_its_arguments() -> None:
+    assert read("--a=some.Class", "--a.b=1") == {
+        "a": {"class_path": "some.Class", "init_args": {"b": "1"}}
+    }
+    both = {"class_path": "other.Class", "init_args": {"b": "1", "c": "2"}}
+    assert read("--a=some.Class", "--a.b=1", "--a=other.Class", "--a.c=2") == {"a": both}
+    same = {"class_path": "some.Class", "init_args": {"b": "1"}}
+    assert read("--a={class_path: some.Class}", "--a.b=1", "--a=some.Class") == {"a": same}
+
+
 @given(RECIPES)
 def test_any_recipe_is_read_as_it_was_written(folder: Path, values: dict[str, Any]) -> None:
     option = written(folder, "one.yaml", values)

@@ -52,15 +52,17 @@ def in_turn(target: Tensor, x: Tensor, y: Tensor, metric: Tensor) -> tuple[objec
 
 @pytest.mark.parametrize("solve", [in_halves, in_turn])
 @pytest.mark.parametrize("samples", [40, 9])
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
 def test_it_ends_where_the_gradient_is_zero_and_tells_what_is_lost(
     solve: Callable[..., tuple[Tensor, Tensor, float, float, int]],
     samples: int,
+    scale: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(alternating, "_SWEEPS", 3000)
     monkeypatch.setattr(alternating, "_ENOUGH", 1e-13)
-    target, metric = randn(ROWS, E, H), moment(E * H, samples).view(E, H, E, H)
-    start = randn(ROWS, E, TERMS), randn(H, TERMS)
+    target, metric = scale * randn(ROWS, E, H), moment(E * H, samples).view(E, H, E, H)
+    start = scale * randn(ROWS, E, TERMS), randn(H, TERMS)
     x, y, error, left, sweeps = solve(target, *start, metric)
     assert sweeps > 1
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
@@ -81,9 +83,85 @@ def test_nothing_to_find_and_terms_that_are_one_another_are_no_trouble(
     x, y = randn(ROWS, E, 1).expand(-1, -1, 2), randn(H, 1).expand(-1, 2)
     found = solve(torch.zeros(ROWS, E, H).double(), x, y, metric)
     assert found[2] == 0
+    if solve is in_turn:
+        assert solve(torch.zeros(ROWS, E, H).double(), 0 * x, y, metric)[4] == 0
     assert all(part.isfinite().all() for part in found[:2])
 
     target = torch.einsum("ies,hs->ieh", x[..., :1], y[:, :1])
     x, y, error, *_ = solve(target, x, y, metric)
     assert error < 1e-4
     torch.testing.assert_close(torch.einsum("ies,hs->ieh", x, y), target, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("solve", [in_halves, in_turn])
+def test_each_sweep_is_told_of_and_lowers_what_is_lost(
+    solve: Callable[..., tuple[Tensor, Tensor, float, float, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(alternating, "_ENOUGH", 1e-9)
+    target, metric = randn(ROWS, E, H), moment(E * H).view(E, H, E, H)
+    start = randn(ROWS, E, TERMS), randn(H, TERMS)
+    before = float("inf")
+    for most in range(5):
+        monkeypatch.setattr(alternating, "_SWEEPS", most)
+        *_, left, sweeps = solve(target, *start, metric)
+        assert sweeps == most
+        assert left < before * (1 - 1e-9)
+        before = left
+
+
+@pytest.mark.parametrize("solve", [in_halves, in_turn])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_it_ends_after_a_sweep_that_hardly_helps(
+    solve: Callable[..., tuple[Tensor, Tensor, float, float, int]], scale: float
+) -> None:
+    target, metric = scale * randn(ROWS, E, H), moment(E * H).view(E, H, E, H)
+    x, y, sweeps = randn(ROWS, E, TERMS), randn(H, TERMS), 0
+    first = solve(target, x, y, metric)
+    assert first[4] > 1
+    for _ in range(30):
+        x, y, _, _, sweeps = solve(target, x, y, metric)
+    assert sweeps == 1
+
+
+def test_where_the_metric_is_the_one_it_is_near_to_a_sweep_solves_for_either_factor() -> None:
+    """However large the nearest one is said to be."""
+    near, far = moment(E), moment(H)
+    metric = torch.einsum("ef,gh->egfh", near, far)
+    target, x, y = randn(ROWS, E, H), randn(ROWS, E, TERMS), randn(H, TERMS)
+    root = torch.linalg.inv(torch.linalg.cholesky(far)).mT
+    half = [torch.linalg.cholesky(side).mT for side in (near, far)]
+    rows = torch.einsum("ieh,fe->ifh", target, half[0]).reshape(ROWS * E, H) @ half[1].mT
+
+    def solved() -> tuple[Tensor, Tensor]:
+        """The exact solutions for one factor after the other, in the roots of the metric."""
+        one = torch.linalg.lstsq(half[1] @ y, rows.mT).solution.mT
+        two = torch.linalg.lstsq(one, rows).solution.mT
+        return one, torch.linalg.lstsq(two, rows.mT).solution.mT @ two.mT
+
+    _, wanted = solved()
+    least = (rows - wanted).square().sum()
+    for size in (0.01, 1.0, 100.0):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(alternating, "_SWEEPS", 1)
+            *_, left, sweeps = alternating_least_squares(target, metric, x, y, size * near, root)
+        assert sweeps == 1
+        assert left == pytest.approx(float(least), rel=1e-8)
+
+
+def test_a_factor_that_cannot_be_bettered_stays_and_so_does_one_that_rounding_would_spoil() -> None:
+    target = torch.diag(torch.tensor([2.0, 1.0]))
+    x, y = torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0, 0.0]])
+    found = alternating_minimization(target, x, y, lambda change: change)
+    torch.testing.assert_close(found[0] @ found[1], x @ y)
+    assert found[2:] == (pytest.approx(5**-0.5), pytest.approx(1.0), 1)
+
+    signs = torch.tensor([1.0, -1e-3])  # the second as if rounding had made it of a zero
+    target, x, y = torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0]]), torch.tensor([[0.0, 1.0]])
+    found = alternating_minimization(target, x, y, lambda change: change * signs)
+    assert found[3] <= 9 - 1e-3
+    metric = signs.diag().view(1, 2, 1, 2)
+    halves = alternating_least_squares(
+        target.view(1, 1, 2), metric, x.view(1, 1, 1), y.mT, torch.ones(1, 1), torch.eye(2)
+    )
+    assert all(part.isfinite().all() for part in halves[:2])

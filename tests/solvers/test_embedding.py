@@ -32,6 +32,7 @@ def test_gradient_descent_finds_nothing_better(tied: bool) -> None:
     least = cost(table, best.left, best.right, rows, columns)
     scale = rows.max()  # of the energies: weights count relatively
     torch.testing.assert_close(found.energies[3:].sum() * scale, least)
+    assert best.lost == pytest.approx(float(least / scale))
 
     left, right = (
         torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((40, 3), (3, 10))
@@ -65,6 +66,30 @@ def test_it_is_the_general_optimum(rank: int, monkeypatch: pytest.MonkeyPatch) -
     assert truncate_embedding(table.bfloat16(), rows).factors(rank).left.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("seen", [1, 3])
+def test_directions_that_no_column_metric_sees_do_no_harm(seen: int, scale: float) -> None:
+    table, rows, _ = problem()
+    x = torch.randn(seen, 10, dtype=torch.float64)
+    columns = scale * x.mT @ x
+    found = truncate_embedding(table, rows, columns)
+    whole = cost(table, table[:, :0], table[:0], rows, columns)
+    for rank in (1, 2, 3):
+        best = found.factors(rank)
+        left = cost(table, best.left, best.right, rows, columns) / whole
+        assert left == pytest.approx(found.factors(rank).error ** 2, abs=1e-6)
+        assert (left < 1e-6) == (rank >= seen)
+
+
+def test_metrics_of_less_precision_are_taken() -> None:
+    table, rows, moment = problem()
+    one, other = (
+        truncate_embedding(table, rows, moment),
+        truncate_embedding(table, rows.float(), moment.float()),
+    )
+    torch.testing.assert_close(one.energies, other.energies, rtol=1e-5, atol=1e-5)
+
+
 def test_a_table_that_is_wide_or_of_low_rank_is_exact_at_full_rank() -> None:
     table, rows, moment = problem(5, 10)
     low = torch.cat([table, table])[:, :4] @ table[:4]
@@ -92,7 +117,17 @@ def test_a_vocabulary_of_5000_and_rows_that_do_not_count() -> None:
         ((torch.zeros(3),), ShapeError, r"table must be \(vocabulary, width\), got shape \(3,\)"),
         ((torch.ones(3, 2), torch.ones(2)), ShapeError, r"rows must be \(3,\) to match .*\(3, 2\)"),
         ((torch.ones(3, 2), None, torch.ones(3, 3)), ShapeError, r"columns must be \(2, 2\)"),
-        ((torch.full((3, 2), torch.nan),), NotFiniteError, "table holds 6 non-finite of 6"),
+        ((torch.full((3, 2), torch.nan),), NotFiniteError, "^table holds 6 non-finite of 6"),
+        (
+            (torch.ones(3, 2), torch.tensor([1, torch.inf, 0])),
+            NotFiniteError,
+            "^rows holds 1 non-finite of 3",
+        ),
+        (
+            (torch.ones(3, 2), None, torch.full((2, 2), torch.nan)),
+            NotFiniteError,
+            "^columns holds 4 non-finite of 4",
+        ),
         ((torch.ones(3, 2), -torch.ones(3)), SettingError, "rows must not be negative, got -1"),
     ],
 )

@@ -5,12 +5,14 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
 from lrcompress.solvers import alternating
 from lrcompress.solvers.kronecker import (
     KroneckerFactors,
     KroneckerSums,
+    are_sizes,
     check_divides,
     divisors,
     kronecker_sums,
@@ -294,6 +296,68 @@ def test_no_shape_takes_more_than_the_budget_and_none_is_of_rank_one(metric: boo
     assert nearest_shape(weight, 200, terms=30) is None
 
 
+@pytest.mark.parametrize("sides", ["input", "output", "both"])
+@pytest.mark.parametrize("shape", [(6, 12), (12, 6), (8, 8)])
+def test_of_every_shape_what_is_lost_is_what_the_definition_says(
+    shape: tuple[int, int], sides: str
+) -> None:
+    weight = randn(*shape)
+    g = moment(shape[0]) if sides != "input" else None
+    c = moment(shape[1]) if sides != "output" else None
+    for first in product(*map(divisors, shape)):
+        found = kronecker_sums(weight, first, g, c)
+        for terms in {1, min(2, len(found.energies))}:
+            factors = found.factors(terms)
+            left = float(lost(weight - whole(factors), g, c))
+            assert factors.lost == pytest.approx(left, rel=1e-6, abs=1e-9), first
+            assert factors.error == pytest.approx(
+                (left / float(lost(weight, g, c))) ** 0.5, abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_a_metric_is_separable_whatever_its_scale(scale: float) -> None:
+    weight, near = randn(6, 12), torch.kron(moment(3), moment(4))
+    assert kronecker_sums(weight, (2, 3), None, scale * near).exact
+    assert not kronecker_sums(weight, (2, 3), None, scale * moment(12)).exact
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_the_shape_is_the_best_of_those_that_fit_with_so_many_terms(
+    terms: int, scale: float
+) -> None:
+    weight = scale * randn(12, 18)
+    for budget in range(60, 200, 20):
+        ends = {}
+        for m1, n1 in product(divisors(12), divisors(18)):
+            other = 12 // m1, 18 // n1
+            work = terms * min(multiply_adds((m1, n1), other))
+            fits = terms * (m1 * n1 + other[0] * other[1]) <= budget
+            fits &= terms <= min(m1 * n1, other[0] * other[1]) and work <= min(216, 1.5 * budget)
+            if fits and torch.linalg.matrix_rank(torch.kron(randn(m1, n1), randn(*other))) > 1:
+                ends[m1, n1] = kronecker_sums(weight, (m1, n1)).factors(terms).error, work
+        found = nearest_shape(weight, budget, terms=terms)
+        assert (found is None) == (not ends)
+        if found is not None:
+            assert ends[found][0] == pytest.approx(min(ends.values())[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((2, 4), (3, 5)), ((7, 1), (2, 3)), ((1, 5), (4, 2))]
+)
+def test_multiply_adds_are_those_of_both_orders(
+    first: tuple[int, int], second: tuple[int, int]
+) -> None:
+    a, b, x = randn(*first), randn(*second), randn(first[1], second[1])
+    counted = []
+    for apply in (lambda: (a @ x) @ b.mT, lambda: a @ (x @ b.mT)):
+        with FlopCounterMode(display=False) as flops:
+            apply()
+        counted.append(flops.get_total_flops() // 2)
+    assert multiply_adds(first, second) == tuple(counted)
+
+
 def test_bad_input_is_told() -> None:
     weight = randn(*SHAPE)
     with pytest.raises(
@@ -306,6 +370,12 @@ def test_bad_input_is_told() -> None:
         kronecker_sums(weight, (0, 2))
     with pytest.raises(ShapeError, match=r"input metric must be \(12,\) or \(12, 12\)"):
         kronecker_sums(weight, (2, 3), None, torch.ones(6))
+    with pytest.raises(ShapeError, match=r"output metric must be \(6,\) or \(6, 6\)"):
+        kronecker_sums(weight, (2, 3), torch.ones(12))
+    with pytest.raises(ShapeError, match=r"^the first factor needs two whole sizes"):
+        check_divides("23", (6, 12))  # type: ignore[arg-type]
+    assert not any(map(are_sizes, (None, 6, "23", (2,), (2, 3, 1), (2, 0.5), (True, 2))))
+    assert all(map(are_sizes, ((2, 3), [1, 1])))
     with pytest.raises(NotFiniteError, match=r"weight holds 72 non-finite of 72"):
         kronecker_sums(weight / 0, (2, 3))
     for terms in (0, 7):

@@ -34,8 +34,10 @@ def equations(weight: Tensor, right: Tensor, x: Tensor, own: Tensor, anchor: flo
 
 
 @pytest.mark.parametrize("anchor", [0.0, 0.5, 1.0])
-def test_it_is_the_least_squares_solution(anchor: float) -> None:
+@pytest.mark.parametrize("size", [1e-11, 1.0, 1e11])
+def test_it_is_the_least_squares_solution(anchor: float, size: float) -> None:
     weight, left, right, x, own = a_case()
+    x, own = size * x, size * own
     target = (anchor * x + (1 - anchor) * own) @ weight.mT
 
     found, bias = equations(weight, right, x, own, anchor).solve(left)
@@ -86,6 +88,46 @@ def test_it_never_worsens_what_it_minimises(dtype: torch.dtype, tokens: int, shi
     assert errors[1].norm() <= errors[0].norm() * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("size", [0.01, 10.0])
+def test_what_rounding_would_worsen_stays_as_it_is(seed: int, size: float) -> None:
+    """Of all roundings of the solution the nearest is seldom the best where columns are alike."""
+    torch.manual_seed(seed)
+    weight, _, right, x, _ = a_case(dtype=torch.bfloat16)
+    right[1:] = right[:1] + right[1:] / 4
+    x = size * x
+    target, z = x.double() @ weight.mT.double(), x.double() @ right.mT.double()
+    exact = torch.linalg.lstsq(z, target).solution.mT
+    step = exact.abs() / 256  # both neighbours of a number are within twice this
+    found, below, above = (around.bfloat16() for around in (exact, exact - step, exact + step))
+    choices = torch.cartesian_prod(*[torch.arange(3)] * RANK)
+    rows = torch.stack([found, below, above])[choices, :, range(RANK)].double()  # (27, rank, out)
+    lost = (torch.einsum("tr,cro->cto", z, rows) - target).square().sum(1)
+    pick = torch.randint(len(choices), (OUT,)) if seed % 2 else lost.argmin(0)
+    before, nearest = rows[pick, :, range(OUT)], rows[0].mT
+    stays = lost[pick, range(OUT)].sum() < lost[0].sum()
+
+    again, _ = equations(weight, right, x, x, 1.0).solve(before.bfloat16())
+
+    assert torch.equal(again.double(), before if stays else nearest)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_from_few_tokens_it_takes_the_shortest_step(tokens: int) -> None:
+    """Columns count by what they read; no step is along what no token has."""
+    _, _, _, x, own = a_case(tokens)
+    weight, left, right = (
+        torch.randn(n, dtype=torch.float64) for n in ((OUT, IN), (OUT, 6), (6, IN))
+    )
+    z, target = own @ right.mT, own @ weight.mT
+    scale = 1 / z.norm(dim=0)
+    step = torch.linalg.pinv(z * scale) @ (target - z @ left.mT)
+
+    found, _ = equations(weight, right, x, own, 0.0).solve(left)
+
+    torch.testing.assert_close(found, left + step.mT * scale)
+
+
 def test_what_no_token_has_stays_as_it_is() -> None:
     weight, left, right, x, own = a_case(dtype=torch.float64)
     right[1] = 0  # reads nothing
@@ -116,6 +158,26 @@ def test_beside_a_bias_what_never_changes_stays_as_it_is(tokens: int) -> None:
     wanted = torch.linalg.lstsq(torch.cat([own[:, 4:5], ones], 1).double(), target.double())
     if tokens > 400:  # where halves agree, the ridge is small
         torch.testing.assert_close(again[:, 1].double(), wanted.solution[0], rtol=0.05, atol=0.02)
+
+
+def test_beside_a_bias_what_changes_little_is_solved_for() -> None:
+    weight, left, _, x, _ = a_case(20_000, torch.float32)
+    chosen = torch.tensor([1, 4, 6])
+    x = 0.2 * x + 3  # of its square the variance is 1 in 226
+    found = Normal(weight, chosen, 0.5)
+    for part in x.split(100):
+        found.add_(part, part)
+    again, _ = found.solve(left, torch.zeros(OUT))
+    wanted = torch.linalg.lstsq(
+        (x - x.mean(0))[:, chosen].double(), x.double() @ weight.mT.double()
+    )
+    torch.testing.assert_close(again.mT.double(), wanted.solution, rtol=0.01, atol=0.01)
+
+
+def test_what_processes_add_up_is_two_halves_of_everything() -> None:
+    weight, _, right, _, _ = a_case()
+    sums = Normal(weight, right, 0.5).sums
+    assert sum(x.numel() for x in sums) == 2 * (RANK * RANK + IN * RANK + RANK + IN + 1)
 
 
 def test_nothing_read_changes_nothing() -> None:
@@ -214,4 +276,5 @@ def test_of_a_single_token_the_bias_takes_up_what_is_left(dtype: torch.dtype) ->
     found, shifted = equations(weight, right, x, own, 1.0).solve(left, bias)
     assert shifted is not None
     assert found.dtype == shifted.dtype == dtype
+    assert torch.equal(found, left)
     torch.testing.assert_close(found @ right @ own[0] + shifted, weight @ x[0] + bias)

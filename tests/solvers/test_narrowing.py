@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import NotFiniteError, SettingError, ShapeError
-from lrcompress.solvers.narrowing import narrowings
+from lrcompress.solvers.narrowing import _inverse, narrowings
 
 
 def problem(out: int, n: int, seed: int = 0, tokens: int = 200) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,6 +48,9 @@ def test_greedy_is_near_the_best_of_all_subsets_and_equal_at_both_ends(
         one = found.solved(weight, c, k)
         assert one.lost == pytest.approx(lost(weight, one.weight, one.kept, g, c), rel=1e-6)
         assert one.lost == pytest.approx(best(weight, g, c, one.kept.tolist()), rel=1e-6)
+        assert one.kept.equal(found.kept(k))
+        whole = lost(weight, weight[:, :0], one.kept[:0], g, c)
+        assert one.error == found.error(k) == pytest.approx((one.lost / whole) ** 0.5)
         assert every * (1 - 1e-9) <= one.lost <= 2 * every
         if k in (1, n - 1):
             assert one.lost == pytest.approx(every)
@@ -98,6 +101,42 @@ def test_duplicate_and_dead_features_are_given_up_without_loss() -> None:
         one = found.solved(weight, c, k)
         torch.testing.assert_close(x[:, one.kept] @ one.weight.mT, x @ weight.mT)
     assert not {8, 9} & set(found.solved(weight, c, 8).kept.tolist())
+
+
+@pytest.mark.parametrize("alike", [2, 4, 7])
+def test_features_that_are_one_another_share_what_they_tell(alike: int) -> None:
+    torch.manual_seed(alike)
+    x = (torch.randn(300, 1).expand(-1, alike) * torch.randn(alike)).double()
+    weight, c = torch.randn(6, alike).double(), x.mT @ x / 300
+    found = narrowings(weight, None, c)
+    for k in range(1, alike):
+        one = found.solved(weight, c, k)
+        torch.testing.assert_close(
+            x[:, one.kept] @ one.weight.mT, x @ weight.mT, rtol=1e-6, atol=1e-6
+        )
+        told = (one.weight - weight[:, one.kept]) * x[0, one.kept]
+        torch.testing.assert_close(told, told[:, :1].expand(-1, k), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_moment_that_rounding_made_indefinite_is_inverted_above_a_floor(seed: int) -> None:
+    torch.manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    c = basis * torch.tensor([4.0, 2.0, 1.0, 0.5, 0.1, -1e-3]) @ basis.mT
+    inverse, scale = _inverse(c)
+    torch.testing.assert_close(scale, c.diagonal().rsqrt())
+    energies, directions = torch.linalg.eigh(c * scale * scale[:, None])
+    wanted = directions / energies.clamp(min=1e-6) @ directions.mT
+    torch.testing.assert_close(inverse, wanted, rtol=1e-3, atol=1e-3)
+    found = narrowings(torch.randn(4, 6), None, c)
+    assert found.losses.isfinite().all()
+
+
+def test_errors_are_relative_however_small_the_metric_is() -> None:
+    weight, g, c = problem(5, 8)
+    one, small = narrowings(weight, g, c), narrowings(weight, g, 1e-9 * c)
+    assert one.error(0) == small.error(0) == 1
+    assert small.error(3) == pytest.approx(one.error(3))
 
 
 def test_all_features_give_the_weight_itself() -> None:

@@ -121,6 +121,20 @@ def test_a_batch_of_another_shape_stays_the_tuple_it_was() -> None:
     assert labels["y"][0].tolist() == [7]
 
 
+def test_the_shape_is_that_of_the_largest_table_of_whole_numbers() -> None:
+    small, large = torch.zeros(9, 2, dtype=torch.int64), torch.zeros(4, 5, dtype=torch.int64)
+    cube, wide = torch.zeros(2, 30, 4, dtype=torch.int64), torch.zeros(8, 8)
+    assert batch_shape([small, cube, large, wide]) == (4, 5)
+    assert batch_shape([large, small]) == (4, 5)
+    assert batch_shape([cube]) == (2,)
+
+
+def test_a_loss_of_no_token_is_that_of_one() -> None:
+    logits = torch.randn(3, 7, requires_grad=True)
+    assert loss_terms(F.cross_entropy(logits, torch.full((3,), -100))) == 1
+    assert loss_terms(F.cross_entropy(logits, torch.tensor([-100, 2, -100]))) == 1
+
+
 def test_a_batch_without_tokens_has_examples_alone() -> None:
     images = torch.zeros(2, 3, 8, 8)
     assert batch_shape([images, torch.tensor([0, 1])]) == (2,)

@@ -15,6 +15,7 @@ from lrcompress.statistics.fisher import (
     MOST_CLASSES,
     LogitsCapture,
     add_fisher,
+    check_fisher,
     drawn_loss,
     fisher_losses,
 )
@@ -322,3 +323,51 @@ def test_hooks_are_gone_when_the_block_raises() -> None:
     with pytest.raises(KeyboardInterrupt), tap.listening():
         raise KeyboardInterrupt
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_whose_gradients_is_one_of_two() -> None:
+    check_fisher("labels")
+    check_fisher("model")
+    with pytest.raises(SettingError, match=r"^fisher must be 'labels' or 'model', got 'modell'$"):
+        check_fisher("modell")
+
+
+def test_nothing_is_heard_before_it_listens() -> None:
+    with pytest.raises(ObservationError, match="found no logits"):
+        LogitsCapture(Outer(Inner())).take()
+
+
+def test_a_label_is_drawn_for_every_token_however_they_lie() -> None:
+    logits = torch.randn(2, 5, 3)
+    whole, flat = (
+        drawn_loss(x, torch.Generator().manual_seed(1)) for x in (logits, logits.view(10, 3))
+    )
+    assert whole.equal(flat)
+
+
+@pytest.mark.parametrize("classes", [3, MOST_CLASSES + 1])
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_are_scaled_and_the_graph_is_kept_for_whom_it_is_asked(
+    classes: int, keep: bool
+) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(5, classes), "aside": nn.Linear(5, 2)})
+    found = []
+    for scale in (1.0, 3.0):
+        recorder = Recorder(model, ["used", "aside"], ["output_moment"])
+        torch.manual_seed(0)
+        x = torch.randn(6, 5)
+        with recorder.step(keep_outputs=True):
+            logits, _ = model["used"](x).tanh(), model["aside"](x)
+            recorder.commit(len(x), terms=len(x))
+            own = torch.Generator().manual_seed(2)
+            before = own.get_state()
+            add_fisher(recorder, logits, own, scale, **({"keep_graph": True} if keep else {}))
+            assert own.get_state().equal(before) == (classes <= MOST_CLASSES)
+            loss = logits.square().sum()
+        if keep:
+            loss.backward()
+        else:
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                loss.backward()
+        found.append(recorder.statistics.of("used", ["output_moment"]).moment("output_moment"))
+    torch.testing.assert_close(found[1], 9 * found[0])

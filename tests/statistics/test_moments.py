@@ -6,7 +6,17 @@ from torch import Tensor
 
 from lrcompress.errors import CheckpointError, ObservationError, ShapeError
 from lrcompress.linalg import packed_shape
-from lrcompress.statistics.moments import INPUT_KINDS, KINDS, OUTPUT_KINDS, Statistics, Sums, shapes
+from lrcompress.statistics.moments import (
+    INPUT_KINDS,
+    KINDS,
+    LARGE,
+    OUTPUT_KINDS,
+    TABLE_KINDS,
+    Statistics,
+    Sums,
+    _over_tokens,
+    shapes,
+)
 
 IN, OUT = 5, 4
 
@@ -36,6 +46,54 @@ def test_every_kind_has_a_shape_and_inputs_bring_their_sum() -> None:
     assert "input_sum" not in shapes(OUTPUT_KINDS, IN, OUT)
     weighted = {"output_moment", "weighted_moment", "weighted_sum", "weight"}
     assert shapes(["weighted_moment"], IN, OUT).keys() == weighted
+    assert shapes(["output_moment"], IN, LARGE) == {"output_moment": packed_shape(LARGE)}
+    assert shapes(["output_moment"], IN, LARGE + 1) == {"output_moment": (LARGE + 1,)}
+
+
+def test_symmetric_sums_are_where_they_are_offloaded_to() -> None:
+    beside = Sums.zeros(shapes(KINDS, IN, OUT), "meta")
+    held = Sums.zeros(shapes(KINDS, IN, OUT), "meta", offload="cpu")
+    assert {tensor.device.type for tensor in beside.named_tensors().values()} == {"meta"}
+    away = {name for name, tensor in held.named_tensors().items() if not tensor.is_meta}
+    assert away == {"input_moment", "output_moment", "weighted_moment"}
+
+
+def test_what_came_from_a_file_moves_beside_the_layer_but_for_symmetric_sums() -> None:
+    held = sums(*KINDS)
+    before = held.named_tensors()
+    held.beside_(torch.device("cpu"))
+    assert all(tensor is before[name] for name, tensor in held.named_tensors().items())
+    held.beside_(torch.device("meta"))
+    away = {name for name, tensor in held.named_tensors().items() if not tensor.is_meta}
+    assert away == {"input_moment", "output_moment", "weighted_moment"}
+    assert held.named_tensors().keys() == before.keys()
+
+
+def test_tokens_are_counted_where_float32_would_stall() -> None:
+    held = sums("input_moment")
+    held.tokens += 2**24
+    held.add_inputs_(torch.randn(1, IN))
+    assert held.tokens.item() == 2**24 + 1
+
+
+def test_sums_over_tokens_of_half_precision_are_in_float32() -> None:
+    assert _over_tokens(torch.ones(3001, 1, dtype=torch.bfloat16)).item() == 3001
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_table_are_counted_and_their_gradients_squared(dtype: torch.dtype) -> None:
+    held, rows = Sums.zeros(shapes(TABLE_KINDS, IN, 4)), torch.tensor([[2], [0], [2]])
+    g = torch.randn(3, IN).to(dtype)
+    held.add_rows_(rows)
+    assert (held.tokens, held.examples, held.skipped) == (3, 0, 0)
+    for scale, given in ((1.0, {}), (3.0, {"scale": 3.0})):
+        before = held.moment("token_fisher").clone()
+        held.add_row_gradients_(rows, g, 2, **given)
+        squares = (scale * g.float()).square().sum(1)
+        wanted = torch.stack([squares[1], torch.tensor(0.0), squares[0] + squares[2], before[3]])
+        torch.testing.assert_close(held.moment("token_fisher") - before, wanted)
+    assert held.moment("token_count").tolist() == [1, 0, 2, 0]
+    assert (held.tokens, held.examples, held.skipped) == (9, 4, 0)
 
 
 def test_inputs_are_summed_as_defined() -> None:
@@ -84,6 +142,10 @@ def test_the_fisher_is_the_squared_gradient_of_each_example(length: int) -> None
     torch.testing.assert_close(held.moment("input_fisher"), squares.sum(0))
     torch.testing.assert_close(held.moment("output_fisher"), squares.sum(1))
     assert (held.tokens, held.examples, held.skipped) == (3 * length, 3, 0)
+    held.add_fisher_(x, g, examples=2)
+    torch.testing.assert_close(held.moment("input_fisher"), 2 * squares.sum(0))
+    torch.testing.assert_close(held.moment("output_fisher"), 2 * squares.sum(1))
+    assert (held.tokens, held.examples, held.skipped) == (6 * length, 5, 0)
 
 
 def test_one_side_of_the_fisher_can_be_had_alone() -> None:
@@ -116,8 +178,9 @@ def test_inputs_that_are_not_finite_add_nothing_and_are_counted(value: float) ->
     held, x = sums(*INPUT_KINDS), torch.randn(7, IN)
     x[3, 2] = value
     held.add_inputs_(x)
+    held.add_inputs_(x)
     assert all(not total.any() for total in held.values.values())
-    assert (held.tokens, held.skipped) == (0, 1)
+    assert (held.tokens, held.skipped) == (0, 2)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -176,6 +239,25 @@ def test_sums_come_back_from_their_state_and_do_not_follow_it() -> None:
     assert again.values["input_sum"].any()
 
 
+def test_sums_come_to_the_device_they_are_asked_for() -> None:
+    held = filled()
+    away = Sums.from_state(held.state_dict(), "meta")
+    assert all(tensor.is_meta for tensor in away.named_tensors().values())
+    away.merge_(held)
+    assert all(held.moment(kind, device="meta").is_meta for kind in KINDS)
+    assert not any(tensor.is_meta for tensor in held.named_tensors().values())
+
+
+@pytest.mark.parametrize("features", [1, 2, 5])
+def test_symmetric_sums_that_were_kept_as_squares_are_taken(features: int) -> None:
+    """As they were before version 0.2."""
+    x = torch.randn(3, features)
+    counts = dict.fromkeys(("tokens", "examples", "skipped"), torch.tensor(3))
+    old = Sums.from_state({"input_moment": x.mT @ x, "input_sum": x.sum(0), **counts}, "cpu")
+    assert old.values["input_moment"].shape == packed_shape(features)
+    torch.testing.assert_close(old.moment("input_moment"), x.mT @ x)
+
+
 def test_bytes_are_those_of_the_values() -> None:
     assert sums("input_moment").nbytes == 4 * (IN * IN + IN)
 
@@ -211,8 +293,24 @@ def test_a_kind_that_was_not_observed_is_named_with_the_nearest_layer(held: Stat
 def test_a_layer_that_was_not_watched_is_named_with_the_nearest(held: Statistics) -> None:
     with pytest.raises(ObservationError, match=r"'queri' .* nearest.*query"):
         held.of("queri", ["input_moment"])
-    with pytest.raises(ObservationError, match=r"'key' .* nearest.*none"):
+    held.inputs["other"] = held.inputs["query"]
+    held.source["other"] = "other"
+    with pytest.raises(ObservationError, match=r"nearest to it: other"):
+        held.of("others", ["input_moment"])
+    with pytest.raises(ObservationError, match=r"'key' .* nearest to it: none$"):
         Statistics().of("key", ["input_moment"])
+
+
+def test_a_layer_that_shares_nothing_is_found_by_its_own_name(held: Statistics) -> None:
+    del held.source["query"]
+    assert held.of("query", INPUT_KINDS).values.keys() >= {*INPUT_KINDS, *OUTPUT_KINDS}
+
+
+def test_where_nothing_is_asked_for_nothing_need_have_been_seen() -> None:
+    found = Statistics().of("never", [])
+    assert found.values == {}
+    counts = (found.tokens, found.examples, found.skipped)
+    assert [(count.item(), count.dtype) for count in counts] == [(0, torch.int64)] * 3
 
 
 @pytest.mark.parametrize(("side", "kind"), [("input", "input_abs"), ("output", "output_moment")])
@@ -229,31 +327,42 @@ def test_a_layer_of_which_no_finite_step_was_seen_is_refused(
 
 
 def test_skipped_steps_are_the_loss_s_and_the_worst_layer_s(held: Statistics) -> None:
-    assert held.num_skipped == 0
+    assert held.num_skipped == Statistics().num_skipped == 0
     held.skipped = 2
     held.outputs["key"].add_gradients_(torch.full((1, OUT), torch.nan), 1)
     assert held.num_skipped == 3
+    figures = {"steps": 2, "tokens": 6, "skipped": 3, "bytes": held.nbytes}
+    assert held.figures() == figures
+
+
+def test_what_is_cleared_was_never_seen(held: Statistics) -> None:
+    held.skipped = 1
+    held.clear_()
+    assert held == Statistics()
 
 
 def test_statistics_merge_counts_and_layers(held: Statistics) -> None:
-    whole = Statistics()
+    whole, held.skipped = Statistics(), 1
     whole.merge_(held)
     whole.merge_(held)
     torch.testing.assert_close(
         whole.of("key", KINDS).moment("output_moment"),
         2 * held.of("key", KINDS).moment("output_moment"),
     )
-    assert (whole.steps, whole.tokens) == (4, 12)
+    assert (whole.steps, whole.tokens, whole.skipped) == (4, 12, 2)
     assert held.steps == 2
     assert held.outputs["key"].examples == 2, "what was merged is left as it was"
 
 
-def test_statistics_of_layers_that_share_otherwise_are_not_merged(held: Statistics) -> None:
+@pytest.mark.parametrize("there", ["key", "first"])
+def test_statistics_of_layers_that_share_otherwise_are_not_merged(
+    held: Statistics, there: str
+) -> None:
     other = Statistics()
     other.merge_(held)
-    other.source["key"] = "key"
+    other.source["key"] = there
     with pytest.raises(
-        ObservationError, match=r"'key' reads the tensor of 'query' here and of 'key' there"
+        ObservationError, match=rf"'key' reads the tensor of 'query' here and of '{there}' there"
     ):
         held.merge_(other)
 
@@ -286,6 +395,8 @@ def test_statistics_come_back_from_their_state(held: Statistics) -> None:
         for kind in KINDS:
             assert again.of(name, KINDS).moment(kind).equal(held.of(name, KINDS).moment(kind))
     assert again.nbytes == held.nbytes > 0
+    again.load_state_dict(held.state_dict(), "meta")
+    assert all(sums.tokens.is_meta for sums in (again.inputs["query"], again.outputs["key"]))
 
 
 @pytest.mark.parametrize("part", ["inputs", "outputs", "source", "counts"])

@@ -5,7 +5,14 @@ import torch
 
 from lrcompress.errors import ObservationError
 from lrcompress.objective import metric_of
-from lrcompress.statistics.moments import Statistics, Sums, shapes
+from lrcompress.statistics.moments import (
+    INPUT_KINDS,
+    KINDS,
+    OUTPUT_KINDS,
+    Statistics,
+    Sums,
+    shapes,
+)
 from lrcompress.statistics.narrowed import NarrowedStatistics
 
 ROWS, COLUMNS = torch.tensor([0, 2, 3]), torch.tensor([1, 4, 5, 6])
@@ -35,6 +42,30 @@ def test_are_those_of_a_layer_with_these_features_alone() -> None:
     assert (own.tokens, own.examples) == (left.tokens, left.examples)
     other = NarrowedStatistics(whole=whole, rows={"b": ROWS}).of("a", kinds)
     assert all(torch.equal(other.values[k], v) for k, v in whole.of("a", kinds).values.items())
+
+
+def test_every_sum_is_cut_along_the_side_it_is_of() -> None:
+    torch.manual_seed(0)
+    x, g = torch.randn(5, 4, 7), torch.randn(5, 4, 4)
+    read, gave = (Sums.zeros(shapes(kinds, 7, 4)) for kinds in (INPUT_KINDS, OUTPUT_KINDS))
+    read.add_inputs_(x.reshape(-1, 7))
+    gave.add_gradients_(g.reshape(-1, 4), 5)
+    gave.add_weighted_(x.reshape(-1, 7), g.reshape(-1, 4))
+    gave.add_fisher_(x, g)
+    whole = Statistics({"a": read}, {"a": gave}, {"a": "a"}, 1, 0, 20)
+    every = whole.of("a", KINDS)
+    own = NarrowedStatistics(whole=whole, rows={"a": ROWS}, columns={"a": COLUMNS}).of("a", KINDS)
+    energy = every.moment("input_moment").diagonal()
+    scale = {"output_fisher": energy[COLUMNS].sum() / energy.sum()}
+    assert own.values.keys() == every.values.keys()
+    for kind in own.values:
+        kept = ROWS if kind in ("output_moment", "output_fisher") else COLUMNS
+        value = every.moment(kind)
+        wanted = (
+            value if not value.ndim else value[kept][:, kept] if value.ndim > 1 else value[kept]
+        )
+        torch.testing.assert_close(own.moment(kind), scale.get(kind, 1.0) * wanted)
+    assert (own.tokens, own.examples, own.skipped) == (20, 5, 0)
 
 
 def test_gradients_are_as_large_whichever_inputs_are_left() -> None:

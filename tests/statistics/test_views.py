@@ -6,8 +6,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lrcompress.errors import LayerError
-from lrcompress.nn import LowRankLinear
-from lrcompress.statistics.views import is_linear, register, view
+from lrcompress.nn import LowRankEmbedding, LowRankLinear
+from lrcompress.statistics.views import (
+    is_embedding,
+    is_linear,
+    register,
+    stacked_matrices,
+    view,
+)
 
 
 def conv1d(in_features: int, out_features: int) -> nn.Module:
@@ -63,6 +69,7 @@ def test_another_type_is_named_with_those_that_are_known(layer: nn.Module) -> No
     known = "known layer types are Linear, LowRankLinear, NonDynamicallyQuantizableLinear, Conv1D"
     with pytest.raises(LayerError, match=f"net.0 is a {type(layer).__name__}; known") as caught:
         view(layer, "net.0")
+    assert "." not in str(caught.value).partition("known layer types are ")[2]
     for name in known.removeprefix("known layer types are ").split(", "):
         assert name in str(caught.value)
 
@@ -72,3 +79,45 @@ def test_a_type_that_is_registered_is_known(monkeypatch: pytest.MonkeyPatch) -> 
     register(Wrapped, lambda layer: view(nn.Linear(2, 3)))
     assert is_linear(Wrapped(2, 2))
     assert not is_linear(nn.Linear(2, 2))
+
+
+def test_a_table_that_is_registered_is_known_as_an_embedding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lrcompress.statistics.views._TABLES", {})
+    layer, other = LowRankEmbedding.in_place_of(nn.Embedding(5, 4), 2), nn.Embedding(5, 4)
+    assert not is_embedding(layer)
+    register(LowRankEmbedding, lambda _: view(other, table=True), table=True)
+    assert is_embedding(layer)
+    assert not is_linear(layer)
+    assert view(layer, table=True).parameters == (other.weight,)
+    assert view(other, table=True).weight.equal(other.weight)
+    with pytest.raises(LayerError, match="layer is a LowRankEmbedding; known"):
+        view(layer)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.zeros(3, n, 9 - n)) for n in (4, 5))
+        self.scale, self.gate = nn.Parameter(torch.zeros(3, 4)), nn.Linear(4, 3)
+
+
+def test_matrices_of_experts_are_told_with_the_reason_why_they_stay() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv1d(2, 2, 3), "moe": Experts(), "up": nn.Linear(2, 2)})
+    model["block"] = Wrapped(2, 2)  # it is in a module, which has none of its own
+    model["block"].inner = Experts()
+    why = "it holds experts' matrices in 3-D parameters (up, down), not in layers"
+    paths = [f"{name}{end}" for name in ("moe", "block.inner") for end in ("", ".up", ".down")]
+    assert stacked_matrices(model) == dict.fromkeys(paths, why)
+
+
+class FSDPModule:
+    """Named as the class that FSDP2 puts before a layer's own."""
+
+
+def test_a_unit_of_fsdp2_answers_as_what_it_was() -> None:
+    unit = type("FSDPLinear", (FSDPModule, nn.Linear), {})(3, 2)
+    assert is_linear(unit)
+    assert view(unit).shape == (2, 3)
+    assert not is_linear(type("Other", (Wrapped, nn.Linear), {})(3, 2))
