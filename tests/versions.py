@@ -21,7 +21,7 @@ def environment(which: str, python: str, extra: list[str]) -> Path:
     """Make the environment and return its folder."""
     folder = ROOT / ".versions" / f"{which}-{Path(python).name}"
     uv("venv", "--quiet", "--allow-existing", "--python", python, str(folder))
-    wanted = ["--editable", f"{ROOT}[test]", *extra]
+    wanted = ["--editable", f"{ROOT}[demo,test]", *extra]
     options = ["--resolution", RESOLUTIONS[which], "--upgrade", "--python", str(folder)]
     uv("pip", "install", *options, *wanted)
     return folder
