@@ -77,9 +77,7 @@ def test_blocks_of_every_architecture_are_found_and_others_named(name: str) -> N
     count, *ends = EXPECTED[name]
     assert len(blocks.found) == count
     for block in blocks.found:
-        if (
-            name != "ViT" or "intermediate" not in block.ups[0]
-        ):  # as transformers named it up to 5.3
+        if name != "ViT" or "intermediate" not in block.ups[0]:  # as older transformers name it
             assert all(one.endswith(end) for one, end in zip(block.names, ends, strict=True))
         inner = {view(model.get_submodule(one)).shape[0] for one in block.ups}
         assert inner == {view(model.get_submodule(block.down)).shape[1]}

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # torch 2.15 cannot record a group of one's own
 REFUSED = {torch.int16, torch.complex64, torch.complex128, torch.uint16, torch.uint32}
 
 
