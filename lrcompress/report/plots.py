@@ -179,7 +179,8 @@ def measured_curve_figure(found: Sequence[MeasuredKeep]) -> Figure:
             axes.axhline(dense, color=COLOURS["ink"], linewidth=1, linestyle=":")
             axes.set_ylabel(name)
         if len(methods) > 1:
-            name_series(figure, every[0])
+            handles, labels = every[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper center", ncols=3)
         every[-1].set_xlabel("keep, without retraining; dotted: the model as it is")
         figure.set_facecolor("white")
     return figure

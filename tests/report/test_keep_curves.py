@@ -43,7 +43,12 @@ def test_several_methods_stand_below_each_other_and_in_one_picture() -> None:
     lines = shown(measured_curve_table([*FOUND, *other], "kfac, svd"))
     rows = [line.split()[:2] for line in lines if line.startswith((" 1 ", " 0."))]
     assert rows == [["1", "22.7"], ["0.5", "kfac"], ["0.5", "svd"], ["0.1", "kfac"]]
-    loss, _ = measured_curve_figure([*FOUND, *other]).axes
+    figure = measured_curve_figure([*FOUND, *other])
+    (legend,) = figure.legends
+    figure.draw_without_rendering()
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert not any(legend.get_window_extent().overlaps(box) for box in boxes)
+    loss, _ = figure.axes
     kfac, svd, _ = loss.lines
     assert list(kfac.get_ydata()) == [0.5, 0.55, 0.9]  # type: ignore[arg-type]
     assert list(svd.get_ydata()) == [0.5, 0.7]  # type: ignore[arg-type]
