@@ -225,15 +225,15 @@ def solve_layers(
             own[name] = one if kept else replace(one, truncation=None)
         return solved
 
-    for turn in turns({name: owner[name] for name in names}, processes):
+    for turn in solving_rounds({name: owner[name] for name in names}, processes):
         weights = own_weights(model, turn, owner, processes)
         for part in processes.run_on_all(partial(work, weights)):
             found |= part
     return Solutions(processes, owner, own, {name: found[name] for name in names}, of_layer)
 
 
-def turns(owner: Mapping[str, int], processes: Processes) -> list[list[str]]:
-    """Return layers in the turns in which they are solved, from the process of each.
+def solving_rounds(owner: Mapping[str, int], processes: Processes) -> list[list[str]]:
+    """Return layers in the rounds in which they are solved, from the process of each.
 
     All at once where parameters are whole. Where layers have to be gathered, round by round, since
     rounds wait for each other: one layer of each process.

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lrcompress.budget import Candidate, match_bounds
 from lrcompress.distributed import ONE_PROCESS, Processes
 from lrcompress.engine.block_budget import RankedWidth
-from lrcompress.engine.distributed_solve import broadcast_layers_, own_weights, turns
+from lrcompress.engine.distributed_solve import broadcast_layers_, own_weights, solving_rounds
 from lrcompress.engine.narrow_low_rank import NarrowedRanks, Problems, solve_ranks
 from lrcompress.engine.progress import Track, untracked
 from lrcompress.engine.settings import LOW_RANK, Settings
@@ -393,7 +393,7 @@ def solve_blocks(
         return told
 
     measured: dict[str, BlockSummary] = {}
-    for turn in turns({down: whose[down] for down in chosen}, processes):
+    for turn in solving_rounds({down: whose[down] for down in chosen}, processes):
         weights = own_weights(model, turn, whose, processes)
         for part in processes.run_on_all(partial(work, weights)):
             measured |= part

@@ -14,7 +14,7 @@ from lrcompress.engine.distributed_solve import (
     install_factors_,
     own_weights,
     solve_layers,
-    turns,
+    solving_rounds,
 )
 from lrcompress.engine.factored_layers import is_pivoted, put_factors
 from lrcompress.engine.settings import Settings
@@ -269,7 +269,7 @@ def solve_ranks(
         return found
 
     found: dict[str, dict[int, Tensor]] = {}
-    for turn in turns({name: owner[name] for name in block_of}, processes):
+    for turn in solving_rounds({name: owner[name] for name in block_of}, processes):
         weights = own_weights(problems.model, turn, owner, processes)
         for part in processes.run_on_all(partial(work, weights)):
             found |= part

@@ -51,6 +51,7 @@ def test_it_is_enough_that_one_layer_has_gradients_at_tokens(first: bool) -> Non
     for gradient in (right, wrong) if first else (wrong, right):
         check.add(tokens, gradient)
     check.check("Owner")
+    assert not check.wants(tokens)
     check.add(tokens, wrong)  # it is no longer looked at
     check.check("Owner")
 

@@ -96,7 +96,8 @@ def test_what_a_layer_has_of_itself_is_not_told_of(layer: nn.Module) -> None:
     kind = LowRankEmbedding if isinstance(layer, nn.Embedding) else LowRankLinear
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        replace_(nn.Sequential(layer), "0", kind.in_place_of(layer, 2))
+        replace_(model := nn.Sequential(layer), "0", kind.in_place_of(layer, 2))
+    assert isinstance(model[0], kind)
 
 
 def test_a_layer_that_is_none_of_this_package_is_put_in_place_without_a_word() -> None:
@@ -104,7 +105,8 @@ def test_a_layer_that_is_none_of_this_package_is_put_in_place_without_a_word() -
     model[0].temperature = 3.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        replace_(model, "0", nn.Linear(4, 4))
+        replace_(model, "0", new := nn.Linear(4, 4))
+    assert model[0] is new
 
 
 def test_hooks_of_an_embeddings_gradient_are_told_of() -> None:
