@@ -18,6 +18,7 @@ _PUBLIC = {
     "Report": "report",
     "StartFrom": "callbacks",
     "compress": "engine.compress",
+    "decoding_layout_": "nn.decoding_layout",
     "load_pretrained": "export",
     "merge_dense": "export",
     "observe": "engine.observation",

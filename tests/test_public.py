@@ -20,6 +20,7 @@ NAMES = [
     "StartFrom",
     "__version__",
     "compress",
+    "decoding_layout_",
     "load_pretrained",
     "merge_dense",
     "observe",

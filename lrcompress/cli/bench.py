@@ -29,6 +29,7 @@ from lrcompress.errors import (
 )
 from lrcompress.export import load_pretrained, merge_dense
 from lrcompress.nn import Replacement
+from lrcompress.nn.decoding_layout import decoding_layout_
 from lrcompress.report.tables import WIDTH
 from lrcompress.tasks.locations import model_folder, named_source
 
@@ -255,7 +256,9 @@ class _Model:
 
     def model_to_decode(self, tokens: int, device: str) -> GeneratingModel:
         assert self.model is not None
-        return GeneratingModel(self.name, self.model.to(device), tokens, self.stored_bytes)
+        model = self.model.to(device)
+        decoding_layout_(model)
+        return GeneratingModel(self.name, model, tokens, self.stored_bytes)
 
     def inputs(self, batch: int, length: int, device: str, more: int = 0) -> dict[str, Tensor]:
         """Return random tokens without padding, where ``more`` follow.

@@ -7,8 +7,11 @@ import pytest
 import torch
 import transformers as tf
 
+from lrcompress.bench.decoding import GeneratingModel
+from lrcompress.bench.models import Batch
 from lrcompress.cli import main
 from lrcompress.export import load_pretrained, save_pretrained
+from lrcompress.nn import FactoredLinear
 from lrcompress.structure.plan import LayerPlan, Plan
 
 
@@ -153,6 +156,23 @@ def test_a_language_model_generates_beside_its_dense_form(
     said = capsys.readouterr().out
     assert "tokens after the first" in said
     assert "its dense form" in said
+
+
+def test_models_decode_with_their_factors_by_columns(
+    writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid_out = []
+
+    class Seen(GeneratingModel):
+        def call(self, batch: Batch) -> tuple[float, float]:
+            factors = [m.factors for m in self.model.modules() if isinstance(m, FactoredLinear)]
+            laid_out.append([factor.stride(0) for pair in factors for factor in pair])
+            return super().call(batch)
+
+    monkeypatch.setattr("lrcompress.cli.bench.GeneratingModel", Seen)
+    assert bench(writer, "--decode=2", "--shapes=1x8") == 0
+    assert next(strides for strides in laid_out if strides) == [1, 1]
+    assert [] in laid_out  # the dense form has no factors
 
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}a film"
