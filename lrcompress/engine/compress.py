@@ -16,6 +16,7 @@ from lrcompress.engine.candidates import candidates, parameters_of
 from lrcompress.engine.factored_layers import keep_lower_ranks
 from lrcompress.engine.kronecker_shapes import KroneckerShapes, check_layers, term_parameters
 from lrcompress.engine.latency import choose_and_install_
+from lrcompress.engine.measured_loss import MeasuredLoss
 from lrcompress.engine.observation import Loss, observe_batches
 from lrcompress.engine.passes import Masks, Passes
 from lrcompress.engine.progress import Track, untracked
@@ -175,8 +176,10 @@ def compress(
     Args:
         model: changed in place; on any device, or spread over several.
         batches: whatever ``loss`` understands, on the model's device; one pass is made over all
-            of them, none where the method needs no statistics (``svd``), and with ``refit`` or
-            ``latency`` some more: an iterator, which can be gone through once, is refused then.
+            of them, none where the method needs no statistics (``svd``). After it the loss is
+            measured once more, without gradients, unless they are an iterator, which can be gone
+            through once. With ``refit`` or ``latency`` there are further passes, and an iterator
+            is refused.
         loss: ``loss(model, batch)`` gives the mean loss over the batch's examples, or over its
             predicted tokens, a scalar.
         mask: where a batch has its padding mask: a key, an index or a function of the batch, as
@@ -191,7 +194,8 @@ def compress(
         **settings: of :class:`~lrcompress.engine.settings.Settings`: ``method``, ``keep``, …
 
     Returns:
-        What was done, layer by layer.
+        What was done, layer by layer; under ``metrics`` the mean loss of the batches before and
+        after, ``observed_loss``.
 
     Raises:
         TypeError: if a setting has an unknown name.
@@ -208,7 +212,8 @@ def compress(
             model is wrapped by Fabric or DDP.
 
     Cost:
-        A pass of the model a batch, as of :func:`observe`; then that of :func:`factor_`.
+        A pass of the model a batch, as of :func:`observe`; then that of :func:`factor_`, and a
+        pass without gradients.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
@@ -245,13 +250,16 @@ def compress(
         forward_only=not method.needs_gradients,
     )
     blocks: Blocks | None = None
+    measured = MeasuredLoss(loss, examples)
     if method.kinds:
         given: dict[str, Any] = {"mask": mask, "examples": examples}
         given["find_blocks"] = bool(chosen.narrow_blocks)
         if fisher == "model" and method.needs_gradients:
             given["logits"] = LogitsCapture(model, logits)
-        blocks = observe_batches(recorder, model, batches, loss, **given)
-    return factor_(model, recorder.statistics, chosen, blocks=blocks, passes=passes)
+        blocks = observe_batches(recorder, model, batches, measured, **given)
+    record = factor_(model, recorder.statistics, chosen, blocks=blocks, passes=passes)
+    measured.put_in(record, model, batches)
+    return record
 
 
 def _check_not_wrapped(model: nn.Module) -> None:

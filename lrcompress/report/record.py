@@ -10,6 +10,7 @@ from lrcompress.errors import ReportError
 from lrcompress.files import atomic_write
 from lrcompress.report.trials import LatencyRecord, SearchRecord, latency_from, search_from
 
+OBSERVED_LOSS = "observed_loss"  # of the batches of compress(), among the figures of its record
 VERSION = 2  # of the JSON; 1 said nothing of it, and had neither curves nor a history
 
 Curve = tuple[tuple[int, float], ...]
@@ -131,7 +132,8 @@ class PointRecord:
         model_after: parameters of the whole model now.
         observed: steps, tokens and skipped steps behind the statistics, and their bytes.
         seconds: that solving and replacing layers took.
-        metrics: ``"before"`` and ``"after"`` to validation figures just then, without retraining.
+        metrics: ``"before"`` and ``"after"`` to validation figures just then, without retraining;
+            of :func:`~lrcompress.compress` the ``observed_loss`` of its batches.
         bytes_before: of the whole model's parameters just before; None in records of version 1.
         bytes_after: of the whole model's parameters now.
         budget: steps of gradual pruning and what was kept of the layers after them.
@@ -188,7 +190,12 @@ class PointRecord:
             f"{self.method}: {len(self.layers)} layers keep {self.keep:.3f} of their parameters, "
             f"the model {self.model_after / self.model_before:.3f}"
         ]
-        if self.predicted_loss is not None:
+        before, after = (
+            self.metrics.get(when, {}).get(OBSERVED_LOSS) for when in ("before", "after")
+        )
+        if before is not None and after is not None:
+            told.append(f"loss of the observed batches {before:.4f} → {after:.4f}")
+        elif self.predicted_loss is not None:
             told.append(f"predicted change of the loss {self.predicted_loss:+.4f}")
         return "; ".join([*told, *filter(None, [self.note])])
 
