@@ -43,7 +43,7 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
 
 def heal(model: nn.Module, teacher: nn.Module, tokens: Tensor, steps: int) -> None:
     """Train the model on the text and, as much, to give the teacher's predictions."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model.train()
     for step in range(steps):
         batch = tokens[step % len(tokens)][None]

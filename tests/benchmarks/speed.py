@@ -1,6 +1,6 @@
 """How much faster MiniLM becomes: time, memory, and the share of the ideal that is reached.
 
-    python tests/benchmarks/speed.py [--structure] [--onnx] [OPTION OF lrcompress bench ...]
+    python tests/benchmarks/speed.py [--structure] [--onnx] [--threads 1] [--shapes 32x128] …
 
 The encoder's 36 linear layers factored to keep .3 and .2 by their singular values: how fast they
 are depends on the ranks alone. Models are written to ``runs/speed/`` and measured, each beside its

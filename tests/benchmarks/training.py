@@ -27,6 +27,7 @@ KINDS = ["input_moment", "output_moment", "weighted_moment", "output_fisher"]
 LOGITS = {"class_path": "lrcompress.distill.Logits", "init_args": {"weight": 0.5}}
 MOSTLY = {"class_path": "lrcompress.distill.Logits", "init_args": {"weight": 0.9}}
 HIDDEN = {"class_path": "lrcompress.distill.HiddenStates", "init_args": {"weight": 1.0}}
+MUCH_HIDDEN = {"class_path": "lrcompress.distill.HiddenStates", "init_args": {"weight": 4.0}}
 LR = {"DSEE": 5e-4}  # of updates alone, as LoRA takes it
 NARROWED = {"fisher": "model", "narrow_blocks": True, "storage": "pivoted"}
 AUTO = {"keep": "auto", "drop": 0.01, "monitor": "val_accuracy"}
@@ -100,6 +101,22 @@ def contestants(keep: float) -> dict[str, tuple[str | None, Options, list[Option
             factorize | NARROWED | AUTO | {"at": ["epoch:2", "epoch:3"]},
             [LOGITS, HIDDEN],
         ),
+        "narrowed in steps, distilled": (
+            "Factorize",
+            factorize | NARROWED | {"at": ["epoch:2", "epoch:3"], "keep": [3 * keep, keep]},
+            [LOGITS, HIDDEN],
+        ),
+        "narrowed, scale 2, distilled": (
+            "Factorize",
+            factorize | NARROWED | {"restart_scale": 2.0},
+            [LOGITS, HIDDEN],
+        ),
+        "narrowed at 3, scale 3, distilled": (
+            "Factorize",
+            factorize | NARROWED | {"at": "epoch:3", "restart_scale": 3.0},
+            [LOGITS, HIDDEN],
+        ),
+        "narrowed, much distilled": ("Factorize", factorize | NARROWED, [MOSTLY, MUCH_HIDDEN]),
         "lora": ("DSEE", {"keep": 1.0, "entries": 0}, []),
         "dsee": ("DSEE", {"keep": keep}, []),
         "dsee, heads": ("DSEE", {"keep": keep, "structure": "heads"}, []),
