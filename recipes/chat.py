@@ -91,7 +91,6 @@ def main() -> None:
         every_n_steps=1,
         narrow_blocks=True,
         storage="pivoted",
-        restart_scale=0.25,  # a quarter of the rate heals; the whole one adds noise
         report_path=str(given.out / "report.json"),
     )
     trainer = L.Trainer(
