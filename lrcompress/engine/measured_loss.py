@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from lrcompress.engine.block_runs import evaluating
 from lrcompress.engine.observation import Loss
 from lrcompress.engine.passes import random_state_kept
+from lrcompress.errors import ObservationError
 from lrcompress.report.record import OBSERVED_LOSS, PointRecord
 from lrcompress.statistics.batches import batch_terms
 
 
 class MeasuredLoss:
-    """A loss that keeps the mean of its values, over examples or predicted tokens.
+    """A loss that keeps the mean of its values, over labelled tokens or else examples.
 
     What layers are predicted to lose adds up errors of each alone, and is several times too low
     where they err in the same direction. To measure it takes a pass without gradients.
@@ -21,7 +22,8 @@ class MeasuredLoss:
     Args:
         loss: ``loss(model, batch)`` gives the mean loss over the batch, a scalar.
         examples: of how many terms a batch's loss is the mean; by default as
-            :func:`~lrcompress.statistics.batches.batch_terms` counts them.
+            :func:`~lrcompress.statistics.batches.batch_terms` counts them without the loss, which
+            has no graph the second time; where it finds none, batches count alike.
     """
 
     def __init__(self, loss: Loss, examples: Callable[[Any], int] | None) -> None:
@@ -30,9 +32,17 @@ class MeasuredLoss:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         value = self._loss(model, batch)
-        terms = batch_terms(batch, value) if self._examples is None else self._examples(batch)
+        terms = self._terms_of(batch)
         self._sum, self._terms = self._sum + terms * float(value.detach()), self._terms + terms
         return value
+
+    def _terms_of(self, batch: Any) -> int:
+        if self._examples is not None:
+            return self._examples(batch)
+        try:
+            return batch_terms(batch)
+        except ObservationError:
+            return 1
 
     def take(self) -> float | None:
         """Return the mean since the last call; None without any batch."""

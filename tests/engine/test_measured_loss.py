@@ -93,6 +93,27 @@ def test_the_model_is_the_same_as_where_nothing_is_measured(
         assert torch.equal(one, same)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_both_times_batches_count_as_many_terms(
+    wrapped: bool, model: nn.Module, batches: list[Batch]
+) -> None:
+    """Also where the loss's graph alone tells how many there are, for it has none afterwards."""
+
+    class Pair:
+        """A batch in which no tensor is found."""
+
+        def __init__(self, batch: Batch) -> None:
+            self.batch = batch
+
+    def loss_of(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model, batch.batch if wrapped else batch)
+
+    given = [Pair(batch) for batch in batches] if wrapped else batches
+    compressed(model, given, loss_of, examples=None)
+    record = compressed(model, given, loss_of, examples=None, keep=0.9)  # nothing to change
+    assert record.metrics["before"] == pytest.approx(record.metrics["after"])
+
+
 def test_nothing_is_measured_where_nothing_is_observed(
     model: nn.Module, batches: list[Batch]
 ) -> None:
