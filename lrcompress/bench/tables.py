@@ -83,8 +83,8 @@ def _runs(runs: Iterable[Run]) -> Table:
 
 def _decodings(runs: Iterable[Decoding]) -> Table:
     table = plain_table(
-        "tokens after the first, of all rows together, factors in decoding_layout_; × faster than "
-        "the last, and as the bytes of parameters read promise"
+        "tokens after the first, of all rows together (float32 on a CPU: in decoding_layout_); "
+        "× faster than the last, and as the bytes of parameters read promise"
     )
     for heading in ("", "rows×prompt", "model"):
         table.add_column(heading, no_wrap=True)

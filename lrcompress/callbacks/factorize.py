@@ -129,8 +129,8 @@ class Factorize(AutoKeepCallback):
             batch that was observed, whose examples and tokens are repeated or cut otherwise.
         restart_steps: Steps after a point over which the learning rate rises again, as a number
             or as a fraction of all steps.
-        restart_scale: What the learning rate is multiplied by after the rise. Language
-            models heal at 5e-5 to 1e-4, and not at 2e-4.
+        restart_scale: What the learning rate is multiplied by after the rise. SmolLM2
+            healed at 5e-5 to 1e-4, and not at 2e-4.
         validate: Run validation just before and just after each point, for the report.
         measure_layers: At each point also measure, on the validation data, what every layer alone
             loses, beside what was predicted: one validation more a layer, for the report.

@@ -1,6 +1,7 @@
 """Mean loss of the batches that are observed, before and after layers are replaced."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,11 +54,12 @@ class MeasuredLoss:
     def put_in(self, record: PointRecord, model: nn.Module, batches: Iterable[Any]) -> None:
         """Take the mean as that of before, measure that of now, and put both into the record.
 
-        There is none of batches that can be gone through once, or where nothing was observed. An
-        error of the compressed model is a note in the record.
+        There is none of batches that can be gone through once, or where nothing was observed, or
+        where the loss of a batch was not finite before, which observing skips. An error of the
+        compressed model is a note in the record.
         """
         before = self.take()
-        if before is None or iter(batches) is batches:
+        if before is None or not math.isfinite(before) or isinstance(batches, Iterator):
             return
         try:
             with evaluating(model), random_state_kept(model):

@@ -1,6 +1,6 @@
 """Further passes over batches that a point makes: to refit layers, and to time the model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ class Passes:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
-        if iter(self.batches) is self.batches:
+        if isinstance(self.batches, Iterator):
             raise SettingError(
                 "refit and latency make further passes over batches, which are an iterator and can "
                 "be gone through once; give a list or a data loader, or leave them out"

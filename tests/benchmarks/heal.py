@@ -8,7 +8,7 @@ are those of pivoted rows, and what is healed are the balanced factors of the sa
 step reads 512 tokens that nothing has read before. Its loss is ``task`` times that of the text,
 and ``1 − task`` times the divergence from the teacher's predictions. The teacher is the dense
 model. With ``--first`` it takes so many steps on the text itself before it is observed and
-compressed, at a rate of 2e-4; so long the file of ``--statistics`` is not used. With ``--dense``
+compressed, at a rate of 2e-4; its statistics are kept in a file of their own. With ``--dense``
 the dense model takes the steps of healing too, at 2e-4, with the loss of the text. Choose settings
 by ``--part valid``.
 """

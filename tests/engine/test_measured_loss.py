@@ -120,6 +120,15 @@ def test_nothing_is_measured_where_nothing_is_observed(
     assert compressed(model, batches, method="svd").metrics == {}
 
 
+def test_nothing_is_measured_where_a_batch_was_skipped(
+    model: nn.Module, batches: list[Batch]
+) -> None:
+    batches[1][0][0] = torch.nan
+    record = compressed(model, batches)
+    assert record.observed["skipped"] == 1
+    assert record.metrics == {}
+
+
 def test_a_loss_that_fails_afterwards_is_a_note(model: nn.Module, batches: list[Batch]) -> None:
     def failing(of: nn.Module, batch: Batch) -> Tensor:
         if not isinstance(of[0], nn.Linear):  # type: ignore[index]
@@ -132,13 +141,19 @@ def test_a_loss_that_fails_afterwards_is_a_note(model: nn.Module, batches: list[
     assert len(record.layers) == 2
 
 
-def test_batches_may_come_in_another_order(model: nn.Module, batches: list[Batch]) -> None:
+def test_batches_may_come_in_another_order_and_are_read_twice(
+    model: nn.Module, batches: list[Batch]
+) -> None:
+    begun = []  # a data loader draws random numbers, and starts workers, each time
+
     class Shuffled:
         def __iter__(self) -> Iterator[Batch]:
+            begun.append(True)
             return iter([batches[i] for i in torch.randperm(3).tolist()])
 
     before = by_hand(model, batches)
     record = compressed(model, Shuffled())
+    assert len(begun) == 2
     assert record.metrics["before"]["observed_loss"] == pytest.approx(before, rel=1e-5)
     assert record.metrics["after"]["observed_loss"] == pytest.approx(
         by_hand(model, batches), rel=1e-5

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrcompress import Plan, save_pretrained
+from lrcompress import compress, save_pretrained
 from lrcompress.nn import (
     KroneckerLinear,
     LowRankLinear,
@@ -18,8 +18,6 @@ from lrcompress.nn import (
     PivotedLinear,
 )
 from lrcompress.nn.decoding_layout import decoding_layout_
-from lrcompress.structure.plan import LayerPlan
-from lrcompress.structure.selection import select
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "low rank": lambda: LowRankLinear(12, 9, rank=4),
@@ -79,14 +77,7 @@ def test_it_generates_the_same_and_is_saved_as_before(tmp_path: Path) -> None:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval()
-    targets = select(model).names
-    sizes = {name: model.get_submodule(name).weight.shape for name in targets}  # type: ignore[union-attr]
-    Plan(
-        tuple(
-            LayerPlan(name, "low_rank", {"in": inputs, "out": outputs, "rank": 3})
-            for name, (outputs, inputs) in sizes.items()
-        )
-    ).apply_(model)
+    compress(model, [], lambda *_: torch.zeros(()), method="svd", keep=0.5)
     ids = torch.arange(7)[None]
     wanted = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
     save_pretrained(model, tmp_path / "before")
